@@ -1,0 +1,202 @@
+"""ConvNeXt V2 (arXiv 2301.00808): one set of parameters, one Block and one forward for dense and for masked input."""
+
+from collections.abc import Iterator
+
+import torch
+from timm.layers import DropPath
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from .layers import GRN, PatchConv, depthwise
+from .visible import VisiblePatches
+
+# name: depths, dims                                                     parameters with 1000 classes
+SIZES: dict[str, dict[str, tuple[int, ...]]] = {
+    "convnextv2_atto": {"depths": (2, 2, 6, 2), "dims": (40, 80, 160, 320)},  # 3.71 M
+    "convnextv2_femto": {"depths": (2, 2, 6, 2), "dims": (48, 96, 192, 384)},  # 5.23 M
+    "convnextv2_pico": {"depths": (2, 2, 6, 2), "dims": (64, 128, 256, 512)},  # 9.07 M
+    "convnextv2_nano": {"depths": (2, 2, 8, 2), "dims": (80, 160, 320, 640)},  # 15.62 M
+    "convnextv2_tiny": {"depths": (3, 3, 9, 3), "dims": (96, 192, 384, 768)},  # 28.64 M
+    "convnextv2_base": {"depths": (3, 3, 27, 3), "dims": (128, 256, 512, 1024)},  # 88.72 M
+    "convnextv2_large": {"depths": (3, 3, 27, 3), "dims": (192, 384, 768, 1536)},  # 197.96 M
+    "convnextv2_huge": {"depths": (3, 3, 27, 3), "dims": (352, 704, 1408, 2816)},  # 660.29 M
+}
+
+
+class Block(nn.Module):
+    """Depthwise 7x7 -> LayerNorm -> linear C->4C -> GELU -> GRN -> linear 4C->C -> drop path, added to the input.
+
+    Input and output: (N, H, W, C), or, with `visible`, (N, K, s*s, C). The depthwise convolution alone sees the
+    difference.
+    """
+
+    def __init__(self, dim: int, drop_path: float = 0.0):
+        super().__init__()
+        self.dwconv = nn.Conv2d(dim, dim, kernel_size=7, padding=3, groups=dim)
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.pwconv1 = nn.Linear(dim, 4 * dim)
+        self.act = nn.GELU()
+        self.grn = GRN(4 * dim)
+        self.pwconv2 = nn.Linear(4 * dim, dim)
+        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+
+    def forward(self, x: torch.Tensor, visible: VisiblePatches | None = None) -> torch.Tensor:
+        y = depthwise(x, self.dwconv) if visible is None else visible.depthwise(x, self.dwconv)
+        y = self.norm(y)
+        y = self.pwconv1(y)
+        y = self.act(y)
+        y = self.grn(y)
+        y = self.pwconv2(y)
+        return x + self.drop_path(y)
+
+
+def init_weights(module: nn.Module) -> None:
+    """Conv and linear weights truncated normal with std 0.02, biases zero; for `Module.apply`."""
+    if isinstance(module, (nn.Conv2d, nn.Linear)):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        nn.init.zeros_(module.bias)
+
+
+class Encoder(nn.Module):
+    """Stem and four stages, on whole images or on their visible patches alone.
+
+    Args:
+        stem_stride: kernel and stride of the stem; 4 in the paper, 2 or 1 for small images. A patch of the mask is
+            `patch_size` = 8 * stem_stride pixels wide, one position of the last stage.
+    """
+
+    def __init__(self, in_chans=3, depths=(3, 3, 9, 3), dims=(96, 192, 384, 768), drop_path_rate=0.0, stem_stride=4):
+        super().__init__()
+        if stem_stride not in (4, 2, 1):
+            raise ValueError(f"stem_stride must be 4, 2 or 1, got {stem_stride}")
+        self.in_chans, self.depths, self.dims = in_chans, tuple(depths), tuple(dims)
+        self.stem_stride, self.patch_size = stem_stride, 8 * stem_stride
+        self.grad_checkpointing = False
+        norms = [nn.LayerNorm(dim, eps=1e-6) for dim in dims]
+        self.downsample_layers = nn.ModuleList([nn.Sequential(PatchConv(in_chans, dims[0], stem_stride), norms[0])])
+        for i in range(3):
+            norm = nn.LayerNorm(dims[i], eps=1e-6)
+            self.downsample_layers.append(nn.Sequential(norm, PatchConv(dims[i], dims[i + 1], 2)))
+        rates = iter(torch.linspace(0, drop_path_rate, sum(depths)).tolist())
+        self.stages = nn.ModuleList(
+            nn.ModuleList(Block(dim, next(rates)) for _ in range(depth))
+            for depth, dim in zip(depths, dims, strict=True)
+        )
+        self.apply(init_weights)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute each block's activations in backward: about a third more time for a fraction of the memory."""
+        self.grad_checkpointing = enable
+
+    def channels_last_stages(
+        self, imgs: torch.Tensor, visible: VisiblePatches | None = None
+    ) -> Iterator[torch.Tensor]:
+        """Yield the four stages' features: (N, H_i, W_i, dims[i]), or, with `visible`, (N, K, s_i*s_i, dims[i])."""
+        if imgs.shape[1] != self.in_chans:
+            raise ValueError(f"the images have {imgs.shape[1]} channels, the model has in_chans={self.in_chans}")
+        x = imgs.permute(0, 2, 3, 1) if visible is None else visible.crop(imgs, self.patch_size)
+        for downsample, blocks in zip(self.downsample_layers, self.stages, strict=True):
+            x = downsample(x)
+            side = x.shape[1]
+            if visible is not None:
+                x = x.reshape(visible.batch, visible.num_visible, side * side, x.shape[-1])
+            for block in blocks:
+                if self.grad_checkpointing and torch.is_grad_enabled():
+                    x = checkpoint(block, x, visible, use_reentrant=False)
+                else:
+                    x = block(x, visible)
+            yield x
+            if visible is not None:
+                x = x.reshape(visible.batch * visible.num_visible, side, side, x.shape[-1])
+
+    def forward_stages(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """The four feature maps of a dense input, for detection and segmentation: (N, dims[i], H / s_i, W / s_i).
+
+        Raises:
+            ValueError: an image smaller than the total stride, or of another number of channels.
+        """
+        if min(x.shape[-2:]) < self.patch_size:
+            raise ValueError(
+                f"images of {x.shape[-2]} x {x.shape[-1]} are too small: height and width must be at least "
+                f"{self.patch_size} with stem_stride {self.stem_stride}; a smaller stem_stride takes smaller images"
+            )
+        return [y.permute(0, 3, 1, 2) for y in self.channels_last_stages(x)]
+
+
+class ConvNeXtV2(Encoder):
+    """ConvNeXt V2 classifier; with num_classes=0 the encoder with its final norm, and forward returns features.
+
+    Args:
+        in_chans: image channels.
+        num_classes: classes of the head, 0 for none.
+        depths, dims: blocks and channels of the four stages.
+        drop_path_rate: stochastic depth of the last block; rises linearly from 0 at the first.
+        head_init_scale: factor on the head's initial weights.
+        stem_stride: 4 (the paper), 2 or 1.
+    """
+
+    def __init__(
+        self, in_chans=3, num_classes=1000, depths=(3, 3, 9, 3), dims=(96, 192, 384, 768), drop_path_rate=0.0,
+        head_init_scale=1.0, stem_stride=4,
+    ):  # fmt: skip
+        super().__init__(in_chans, depths, dims, drop_path_rate, stem_stride)
+        self.num_classes = num_classes
+        self.norm = nn.LayerNorm(dims[-1], eps=1e-6)
+        self.head = nn.Linear(dims[-1], num_classes) if num_classes > 0 else nn.Identity()
+        if num_classes > 0:
+            init_weights(self.head)
+            self.head.weight.data.mul_(head_init_scale)
+            self.head.bias.data.mul_(head_init_scale)
+
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        """Pooled and normalised features: (N, C, H, W) -> (N, dims[-1])."""
+        return self.norm(self.forward_stages(x)[-1].mean(dim=(2, 3)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Logits: (N, C, H, W) -> (N, num_classes)."""
+        return self.head(self.forward_features(x))
+
+
+def num_layer_ids(depths: tuple[int, ...], layer_decay_type: str = "single") -> int:
+    """Layer ids below the head's; layer-wise decay scales by layer_decay ** (num_layer_ids + 1 - layer_id)."""
+    return sum(depths) if layer_decay_type == "single" else 12
+
+
+def layer_id(name: str, depths: tuple[int, ...], layer_decay_type: str = "single") -> int:
+    """Depth of a parameter, by its name, for layer-wise learning-rate decay.
+
+    'single' counts blocks: a downsampling layer shares the id of the first block it feeds, and the head comes after the
+    last block. 'group' is the paper's coarser counting for depths (3, 3, 27, 3): three blocks of the third stage share
+    an id.
+    """
+    parts = name.split(".")
+    if layer_decay_type == "group":
+        if parts[0] == "downsample_layers":
+            return (0, 2, 3, 12)[int(parts[1])]
+        if parts[0] == "stages":
+            stage, block = int(parts[1]), int(parts[2])
+            return (1, 2, 3 + block // 3, 12)[stage]
+        return num_layer_ids(depths, "group") + 1
+    if parts[0] in ("downsample_layers", "stages"):
+        stage = int(parts[1])
+        return sum(depths[:stage]) + (int(parts[2]) if parts[0] == "stages" else 0) + 1
+    return num_layer_ids(depths) + 1
+
+
+def _factory(name: str):
+    def build(**kwargs) -> ConvNeXtV2:
+        return ConvNeXtV2(**SIZES[name], **kwargs)
+
+    build.__name__ = build.__qualname__ = name
+    build.__doc__ = f"{name}: depths {SIZES[name]['depths']}, dims {SIZES[name]['dims']}; arguments as `ConvNeXtV2`."
+    return build
+
+
+convnextv2_atto = _factory("convnextv2_atto")
+convnextv2_femto = _factory("convnextv2_femto")
+convnextv2_pico = _factory("convnextv2_pico")
+convnextv2_nano = _factory("convnextv2_nano")
+convnextv2_tiny = _factory("convnextv2_tiny")
+convnextv2_base = _factory("convnextv2_base")
+convnextv2_large = _factory("convnextv2_large")
+convnextv2_huge = _factory("convnextv2_huge")

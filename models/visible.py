@@ -1,0 +1,207 @@
+"""The visible patches of a batch as a regular tensor (N, K, s*s, C), and what moves features in and out of it.
+
+Every image keeps the same number K of patches, so a "sparse" network needs no sparse tensors: a patch is s x s
+positions of C channels (s halves from stage to stage), and every layer that does not mix positions runs on this tensor
+as it is. Only the depthwise convolution sees neighbouring patches. It computes exactly what a submanifold convolution
+does: removed positions read as zero, and only visible positions are written.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class VisiblePatches:
+    """Which patches of a batch are visible, with the index tables of every stage (built on first use, then kept).
+
+    Args:
+        mask: (N, L), 1 = removed, 0 = visible, patches in row-major order; L = grid[0] * grid[1].
+        grid: (h, w), patches per column and per row.
+        num_visible: K, where the caller knows it. Otherwise it is read from the mask, which for a mask on an
+            accelerator waits for the device: pass masks on the CPU or pass K.
+        device: where the features live; the mask's device by default.
+
+    Raises:
+        ValueError: the mask's shape is not (N, h * w), or its rows do not keep one and the same number of patches.
+    """
+
+    def __init__(self, mask: torch.Tensor, grid: tuple[int, int], num_visible: int | None = None, device=None):
+        if mask.dim() != 2 or mask.shape[1] != grid[0] * grid[1]:
+            needed = f"a grid of {grid[0]} x {grid[1]} patches needs (N, {grid[0] * grid[1]})"
+            raise ValueError(f"mask has shape {tuple(mask.shape)}, {needed}")
+        if num_visible is None:
+            counts = (mask == 0).sum(dim=1).unique().tolist()
+            if len(counts) != 1 or counts[0] == 0:
+                raise ValueError(f"every image of a batch must keep the same number (>= 1) of patches, got {counts}")
+            num_visible = counts[0]
+        self.batch, self.grid, self.num_visible = mask.shape[0], grid, num_visible
+        # a stable sort of 0s and 1s lists the visible patches first, in row-major order
+        keep = (mask != 0).to(torch.uint8).argsort(dim=1, stable=True)[:, :num_visible]
+        keep = keep + torch.arange(self.batch, device=mask.device)[:, None] * mask.shape[1]
+        self.keep = keep.flatten().to(device or mask.device, non_blocking=True)  # (N*K,) into the N*L patches
+        self._tables: dict[tuple[str, int], torch.Tensor] = {}
+
+    def gather(self, x: torch.Tensor, side: int) -> torch.Tensor:
+        """Visible patches of a map: (N, h*s, w*s, C) -> (N, K, s*s, C), s = side."""
+        return _Gather.apply(x, self, side).reshape(self.batch, self.num_visible, side * side, x.shape[-1])
+
+    def scatter(self, x: torch.Tensor, side: int) -> torch.Tensor:
+        """The map with zeros at removed positions: (N, K, s*s, C) -> (N, h*s, w*s, C)."""
+        return _Scatter.apply(x, self, side)
+
+    def crop(self, imgs: torch.Tensor, patch_size: int) -> torch.Tensor:
+        """Visible pixels: (N, C, h*p, w*p) -> (N*K, p, p, C), a small channels-last image per visible patch."""
+        patches = imgs.unflatten(3, (self.grid[1], patch_size)).unflatten(2, (self.grid[0], patch_size))
+        sample, row, column = self._coordinates()
+        return patches[sample, :, row, :, column].permute(0, 2, 3, 1)
+
+    def depthwise(self, x: torch.Tensor, conv: nn.Conv2d, form: str | None = None) -> torch.Tensor:
+        """Submanifold depthwise convolution: (N, K, s*s, C) -> (N, K, s*s, C).
+
+        form: 'grid' scatters to the map, convolves and gathers; 'window' convolves each visible patch with its halo.
+        The default takes what was measured to be faster on the device.
+        """
+        side = int(x.shape[2] ** 0.5)
+        weight, bias = conv.weight, conv.bias
+        if torch.is_autocast_enabled(x.device.type):
+            dtype = torch.get_autocast_dtype(x.device.type)
+            x, weight, bias = x.to(dtype), weight.to(dtype), bias.to(dtype)
+        if form is None:
+            form = "window" if x.device.type == "cpu" and side >= 4 else "grid"
+        with torch.autocast(x.device.type, enabled=False):
+            return _Depthwise.apply(x, weight, bias, self, side, form)
+
+    # ---- index tables -----------------------------------------------------------------------------------------------
+
+    def _coordinates(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Sample, row and column of every visible patch, each (N*K,)."""
+        h, w = self.grid
+        return self.keep // (h * w), self.keep // w % h, self.keep % w
+
+    def rows(self, side: int) -> torch.Tensor:
+        """(N*K*s,): where each row of s positions of a visible patch lies in the map read as (N*h*s*w, s*C)."""
+        if ("rows", side) not in self._tables:
+            n, r, c = self._coordinates()
+            first = (n * self.grid[0] + r) * side
+            offset = torch.arange(side, device=self.keep.device)
+            self._tables["rows", side] = ((first[:, None] + offset) * self.grid[1] + c[:, None]).flatten()
+        return self._tables["rows", side]
+
+    def windows(self, side: int, halo: int) -> torch.Tensor:
+        """(N*K, s+2*halo, s+2*halo): for each position of a patch's window, its index among the visible positions.
+
+        Positions that are removed or outside the image get the index N*K*s*s, where the caller keeps a zero row.
+        """
+        key = ("windows", side)
+        if key not in self._tables:
+            (h, w), device, total = self.grid, self.keep.device, self.keep.numel()
+            reach = -(-halo // side)  # neighbouring patches on each side that a halo touches
+            n, r, c = self._coordinates()
+            slot = torch.full((self.batch, h + 2 * reach, w + 2 * reach), total, device=device)
+            slot[n, r + reach, c + reach] = torch.arange(total, device=device)
+            offset = torch.arange(-halo, side + halo, device=device)
+            patch, inside = offset.div(side, rounding_mode="floor") + reach, offset % side
+            index = slot[n[:, None, None], (r[:, None] + patch)[:, :, None], (c[:, None] + patch)[:, None, :]]
+            index = index * side**2 + inside[:, None] * side + inside
+            self._tables[key] = index.clamp_(max=total * side**2)
+        return self._tables[key]
+
+
+def _take_windows(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """Rows of x (P, C) at the table's positions, zeros where it says P: (*table.shape, C)."""
+    x = torch.cat([x, x.new_zeros(1, x.shape[1])])
+    return x.index_select(0, table.flatten()).view(*table.shape, x.shape[1])
+
+
+def _scatter(x: torch.Tensor, visible: VisiblePatches, side: int) -> torch.Tensor:
+    (h, w), c = visible.grid, x.shape[-1]
+    out = x.new_zeros(visible.batch * h * side * w, side * c)
+    out.index_copy_(0, visible.rows(side), x.reshape(-1, side * c))
+    return out.view(visible.batch, h * side, w * side, c)
+
+
+def _gather(x: torch.Tensor, visible: VisiblePatches, side: int) -> torch.Tensor:
+    c = x.shape[-1]
+    rows = x.contiguous().view(-1, side * c).index_select(0, visible.rows(side))
+    return rows.view(visible.batch, visible.num_visible, side * side, c)
+
+
+class _Gather(torch.autograd.Function):
+    """Gather and scatter are each other's adjoint; autograd's own gradient of indexing would add up, slowly."""
+
+    @staticmethod
+    def forward(ctx, x, visible, side):
+        ctx.visible, ctx.side = visible, side
+        return _gather(x, visible, side)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _scatter(grad, ctx.visible, ctx.side), None, None
+
+
+class _Scatter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, visible, side):
+        ctx.visible, ctx.side = visible, side
+        return _scatter(x, visible, side)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _gather(grad, ctx.visible, ctx.side), None, None
+
+
+class _Depthwise(torch.autograd.Function):
+    """The depthwise convolution on visible patches; keeps x (N, K, s*s, C) alone for backward, and remakes the rest.
+
+    The gradient of the input is the same convolution with the kernel turned by 180 degrees. The gradient of the weight
+    correlates each patch's window with that patch's gradient; on the CPU this is again a depthwise convolution, in
+    which each (patch, channel) is a channel and the gradient is the kernel: several times faster there than the
+    library's own weight gradient.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, visible, side, form):
+        ctx.save_for_backward(x, weight)
+        ctx.visible, ctx.side, ctx.form = visible, side, form
+        return _convolve(x, weight, bias, visible, side, form)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        visible, side, form = ctx.visible, ctx.side, ctx.form
+        grad = grad.contiguous()
+        grad_x = grad_weight = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_x = _convolve(grad, weight.flip(2, 3), None, visible, side, form)
+        if ctx.needs_input_grad[1]:
+            correlate = _weight_grad_window if x.device.type == "cpu" else _weight_grad_grid
+            grad_weight = correlate(x, grad, weight, visible, side)
+        if ctx.needs_input_grad[2]:
+            grad_bias = grad.sum(dim=(0, 1, 2))
+        return grad_x, grad_weight, grad_bias, None, None, None
+
+
+def _convolve(x, weight, bias, visible, side, form):
+    c, halo = x.shape[-1], weight.shape[-1] // 2
+    if form == "grid":
+        y = _scatter(x, visible, side).permute(0, 3, 1, 2)
+        return _gather(F.conv2d(y, weight, bias, padding=halo, groups=c).permute(0, 2, 3, 1), visible, side)
+    windows = _take_windows(x.reshape(-1, c), visible.windows(side, halo)).permute(0, 3, 1, 2)  # (N*K, C, s+2h, s+2h)
+    return F.conv2d(windows, weight, bias, groups=c).permute(0, 2, 3, 1).reshape(x.shape)
+
+
+def _weight_grad_window(x, grad, weight, visible, side):
+    c, k, patches = x.shape[-1], weight.shape[-1], visible.keep.numel()
+    table = visible.windows(side, k // 2).permute(1, 2, 0)  # positions first: a window's channels are (patch, channel)
+    windows = _take_windows(x.reshape(-1, c), table).flatten(2)[None].permute(0, 3, 1, 2)  # (1, P*C, s+2h, s+2h)
+    kernels = grad.view(patches, side, side, c).permute(1, 2, 0, 3).flatten(2).permute(2, 0, 1)[:, None]
+    y = F.conv2d(windows, kernels, groups=patches * c)  # (1, P*C, k, k)
+    return y.view(patches, c, 1, k, k).sum(dim=0)
+
+
+def _weight_grad_grid(x, grad, weight, visible, side):
+    x, grad = (_scatter(t, visible, side).permute(0, 3, 1, 2) for t in (x, grad))
+    halo, c = weight.shape[-1] // 2, weight.shape[0]
+    return torch.ops.aten.convolution_backward(
+        grad, x, weight, None, (1, 1), (halo, halo), (1, 1), False, (0, 0), c, (False, True, False)
+    )[1]
