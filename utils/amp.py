@@ -1,0 +1,43 @@
+"""Mixed precision, clipping and the optimizer step as one object, so that full precision is not a second code path."""
+
+from contextlib import AbstractContextManager
+
+import torch
+
+
+class Amp:
+    """Autocast, loss scaling (float16 only) and gradient clipping around an optimizer step.
+
+    Args:
+        device: where the model is.
+        enabled: False computes in the parameters' own precision.
+        dtype: torch.bfloat16, which needs no loss scaling, or torch.float16.
+        clip_grad: largest L2 norm of all gradients together, or None.
+    """
+
+    def __init__(self, device: torch.device, enabled: bool, dtype: torch.dtype, clip_grad: float | None = None):
+        self.device, self.enabled, self.dtype, self.clip_grad = device, enabled, dtype, clip_grad
+        self.scaler = torch.amp.GradScaler(device.type, enabled=enabled and dtype == torch.float16)
+
+    def autocast(self) -> AbstractContextManager:
+        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.enabled)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        self.scaler.scale(loss).backward()
+
+    def step(self, optimizer: torch.optim.Optimizer, with_norm: bool) -> torch.Tensor | None:
+        """Step and clear the gradients; the gradients' norm before clipping if it was needed or asked for, on the device.
+
+        The norm costs one more pass over the gradients, which is why it is not taken on every step.
+        """
+        norm = None
+        if self.clip_grad is not None or with_norm:
+            self.scaler.unscale_(optimizer)
+            parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+            norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+            if self.clip_grad is not None:
+                torch.nn.utils.clip_grads_with_norm_(parameters, self.clip_grad, norm)
+        self.scaler.step(optimizer)
+        self.scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        return norm

@@ -1,0 +1,119 @@
+"""Process group set-up, helpers that also work in a single process, and rank-aware logging."""
+
+import logging
+import os
+import sys
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from .errors import UsageError
+
+log = logging.getLogger("fcmae")
+
+
+def get_rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def get_world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main_process() -> bool:
+    return get_rank() == 0
+
+
+def barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
+    """The sum over all processes, in place; the tensor itself in a single process."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def setup_logging() -> None:
+    """Log to stdout: everything from the first process, warnings and worse, with their rank, from the others."""
+    rank = get_rank()
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(logging.Formatter("%(message)s" if rank == 0 else f"[rank {rank}] %(message)s"))
+    log.handlers[:] = [handler]
+    log.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    log.propagate = False
+
+
+def pick_device(name: str, local_rank: int = 0) -> torch.device:
+    """'auto' is cuda, else mps, else cpu; a bare 'cuda' is this process's own GPU.
+
+    Raises:
+        UsageError: a device that this machine or this build of torch does not have.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UsageError(f"--device {name}: not a device; give auto, cpu, cuda, cuda:N or mps") from error
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise UsageError(f"--device {name}: torch sees no CUDA device here; use --device cpu or auto")
+        index = local_rank if device.index is None else device.index
+        if index >= torch.cuda.device_count():
+            raise UsageError(f"--device {name}: GPU {index} asked for, {torch.cuda.device_count()} present")
+        device = torch.device("cuda", index)
+        torch.cuda.set_device(device)
+    elif device.type == "mps" and not torch.backends.mps.is_available():
+        raise UsageError("--device mps: torch sees no MPS device here; use --device cpu or auto")
+    return device
+
+
+def launched_ranks(world_size: int, local_rank: int, dist_on_itp: bool) -> tuple[int, int, int]:
+    """(rank, world_size, local_rank) from the launcher's environment: torchrun, OpenMPI, SLURM, or the flags themselves."""
+    env = os.environ
+    if dist_on_itp or ("OMPI_COMM_WORLD_RANK" in env and "RANK" not in env):
+        names = ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK")
+        if names[0] not in env:
+            raise UsageError("--dist_on_itp true: OMPI_COMM_WORLD_RANK is not set; start the processes with mpirun")
+    elif "RANK" in env and "WORLD_SIZE" in env:
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    elif "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", 1)) > 1:
+        names = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
+    else:
+        return max(local_rank, 0), world_size, max(local_rank, 0)
+    return int(env[names[0]]), int(env[names[1]]), int(env.get(names[2], 0))
+
+
+def init_distributed(
+    device: str, world_size: int = 1, local_rank: int = -1, dist_on_itp: bool = False, dist_url: str = "env://"
+) -> torch.device:
+    """Join the process group the launcher describes, if there is more than one process; nccl on CUDA, gloo elsewhere.
+
+    Returns:
+        this process's device.
+    """
+    rank, world_size, local_rank = launched_ranks(world_size, local_rank, dist_on_itp)
+    picked = pick_device(device, local_rank)
+    if world_size > 1:
+        if dist_url == "env://" and "MASTER_ADDR" not in os.environ:
+            raise UsageError(
+                f"{world_size} processes, but MASTER_ADDR is not set: start with torchrun, or give --dist_url tcp://HOST:PORT"
+            )
+        dist.init_process_group(
+            backend="nccl" if picked.type == "cuda" else "gloo",
+            init_method=dist_url,
+            rank=rank,
+            world_size=world_size,
+            timeout=timedelta(minutes=30),
+            device_id=picked if picked.type == "cuda" else None,
+        )
+    return picked
+
+
+def shutdown() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()

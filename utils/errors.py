@@ -1,0 +1,24 @@
+"""Mistakes of the person at the keyboard: one line on what to change, exit code 2, no stack trace."""
+
+import difflib
+import sys
+from collections.abc import Callable, Iterable
+
+
+class UsageError(Exception):
+    """Something the user can put right; the message names the flag or file, what is wrong and what would be right."""
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    """' (did you mean X?)' where one of the known names is close, else ''."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a script's main, turning a UsageError into one line on stderr and exit code 2."""
+    try:
+        main()
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)

@@ -1,0 +1,50 @@
+"""Which parameters decay and at what share of the learning rate they are trained, by name."""
+
+from collections.abc import Callable, Iterable
+
+import torch
+
+
+def decays(name: str, parameter: torch.Tensor) -> bool:
+    """Weight decay is for matrices and kernels: not for 1-D parameters, biases, GRN's gamma and beta, the mask token."""
+    return parameter.ndim > 1 and not name.endswith((".bias", "grn.gamma", "grn.beta", "mask_token"))
+
+
+def param_groups(
+    named_parameters: Iterable[tuple[str, torch.nn.Parameter]],
+    weight_decay: float,
+    layer_decay: float = 1.0,
+    layer_id: Callable[[str], int] | None = None,
+    num_layer_ids: int = 0,
+) -> list[dict]:
+    """Optimizer groups: one for every (layer id, decays or not), in order of first appearance.
+
+    A group's `lr_scale` is layer_decay ** (num_layer_ids + 1 - layer_id), or 1 where layer_id is None; schedules multiply
+    the learning rate by it. Parameters that do not require a gradient are left out.
+
+    Returns:
+        dictionaries with params, names, name, lr_scale, weight_decay, decays.
+    """
+    groups: dict[str, dict] = {}
+    for name, parameter in named_parameters:
+        if not parameter.requires_grad:
+            continue
+        kind = "decay" if decays(name, parameter) else "no_decay"
+        label, scale = kind, 1.0
+        if layer_id is not None:
+            label = f"layer_{layer_id(name)}_{kind}"
+            scale = layer_decay ** (num_layer_ids + 1 - layer_id(name))
+        group = groups.setdefault(
+            label,
+            {
+                "params": [],
+                "names": [],
+                "name": label,
+                "lr_scale": scale,
+                "weight_decay": weight_decay if kind == "decay" else 0.0,
+                "decays": kind == "decay",
+            },
+        )
+        group["params"].append(parameter)
+        group["names"].append(name)
+    return list(groups.values())

@@ -1,0 +1,19 @@
+"""Randomness as a function of what is being done, not of what was done before.
+
+Every sample is augmented and masked under a seed made of (seed, epoch, sample index), and every optimizer step draws
+(drop path, Mixup) under one made of (seed, epoch, step, rank). Nothing then depends on the number of workers, and a run
+can be taken up at any step without saving the state of a generator.
+"""
+
+import random
+
+import numpy as np
+import torch
+
+
+def seed_all(*keys: int) -> None:
+    """Seed Python's, NumPy's and torch's global generators from a tuple of non-negative integers."""
+    words = np.random.SeedSequence(keys).generate_state(3)
+    random.seed(int(words[0]))
+    np.random.seed(int(words[1]))
+    torch.manual_seed(int(words[2]))
