@@ -42,12 +42,23 @@ class Block(nn.Module):
 
     def forward(self, x: torch.Tensor, visible: VisiblePatches | None = None) -> torch.Tensor:
         y = depthwise(x, self.dwconv) if visible is None else visible.depthwise(x, self.dwconv)
+        return self.pointwise(x, y)
+
+    def pointwise(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """All but the depthwise convolution, whose output is y: what both layouts share, and torch.compile fuses."""
         y = self.norm(y)
         y = self.pwconv1(y)
         y = self.act(y)
         y = self.grn(y)
         y = self.pwconv2(y)
         return x + self.drop_path(y)
+
+
+def compile_blocks(model: nn.Module) -> None:
+    """Compile every block's pointwise part with torch.compile: blocks of one shape share one compiled kernel."""
+    for module in model.modules():
+        if isinstance(module, Block):
+            module.pointwise = torch.compile(module.pointwise, dynamic=False)
 
 
 def init_weights(module: nn.Module) -> None:
@@ -77,7 +88,7 @@ class Encoder(nn.Module):
         for i in range(3):
             norm = nn.LayerNorm(dims[i], eps=1e-6)
             self.downsample_layers.append(nn.Sequential(norm, PatchConv(dims[i], dims[i + 1], 2)))
-        rates = iter(torch.linspace(0, drop_path_rate, sum(depths)).tolist())
+        rates = iter(torch.linspace(0, drop_path_rate, sum(depths), device="cpu").tolist())
         self.stages = nn.ModuleList(
             nn.ModuleList(Block(dim, next(rates)) for _ in range(depth))
             for depth, dim in zip(depths, dims, strict=True)

@@ -88,6 +88,8 @@ class FCMAE(nn.Module):
 
         len_keep: the number of visible patches, where known; see `VisiblePatches` for what it saves and what is raised.
         """
+        if len(mask) != len(imgs):
+            raise ValueError(f"mask has shape {tuple(mask.shape)}, a batch of {len(imgs)} images needs a row for each")
         visible = VisiblePatches(mask, self.grid_size(imgs), len_keep, device=imgs.device)
         *_, x = self.encoder.channels_last_stages(imgs, visible)  # (N, K, 1, dims[-1])
         return visible.scatter(x, side=1).permute(0, 3, 1, 2)
@@ -141,6 +143,8 @@ class FCMAE(nn.Module):
             loss (scalar, float32), pred (N, p*p*C, h, w), mask (N, L).
         """
         len_keep = None
+        if mask is not None and mask.device.type == "cpu" and not mask.any():
+            raise ValueError("the mask removes no patch, so the loss is undefined")
         if mask is None:
             mask_ratio = self.mask_ratio if mask_ratio is None else mask_ratio
             mask = self.gen_random_mask(imgs, mask_ratio)
@@ -162,7 +166,7 @@ class FCMAE(nn.Module):
         if self.norm_pix_loss:
             var, mean = torch.var_mean(target, dim=-1, keepdim=True)
             pred = pred * (var + 1e-6).sqrt() + mean
-        mask = mask.to(imgs.device)[..., None]
+        mask = mask.to(target)[..., None]
         visible = target * (1 - mask)
         return self.unpatchify(visible, grid), self.unpatchify(visible + pred * mask, grid)
 

@@ -92,7 +92,7 @@ class VisiblePatches:
 
         Positions that are removed or outside the image get the index N*K*s*s, where the caller keeps a zero row.
         """
-        key = ("windows", side)
+        key = (f"windows with a halo of {halo}", side)
         if key not in self._tables:
             (h, w), device, total = self.grid, self.keep.device, self.keep.numel()
             reach = -(-halo // side)  # neighbouring patches on each side that a halo touches
@@ -193,9 +193,11 @@ def _convolve(x, weight, bias, visible, side, form):
 def _weight_grad_window(x, grad, weight, visible, side):
     c, k, patches = x.shape[-1], weight.shape[-1], visible.keep.numel()
     table = visible.windows(side, k // 2).permute(1, 2, 0)  # positions first: a window's channels are (patch, channel)
-    windows = _take_windows(x.reshape(-1, c), table).flatten(2)[None].permute(0, 3, 1, 2)  # (1, P*C, s+2h, s+2h)
+    windows = _take_windows(x.reshape(-1, c), table)  # (s+2h, s+2h, P, C)
+    if side == 1:  # a 1x1 kernel is a product, and the library's slow path for some numbers of threads
+        return (windows * grad.view(patches, c)).sum(dim=2).permute(2, 0, 1)[:, None]
     kernels = grad.view(patches, side, side, c).permute(1, 2, 0, 3).flatten(2).permute(2, 0, 1)[:, None]
-    y = F.conv2d(windows, kernels, groups=patches * c)  # (1, P*C, k, k)
+    y = F.conv2d(windows.flatten(2)[None].permute(0, 3, 1, 2), kernels, groups=patches * c)  # (1, P*C, k, k)
     return y.view(patches, c, 1, k, k).sum(dim=0)
 
 

@@ -26,7 +26,7 @@ class Amp:
         self.scaler.scale(loss).backward()
 
     def step(self, optimizer: torch.optim.Optimizer, with_norm: bool) -> torch.Tensor | None:
-        """Step and clear the gradients; the gradients' norm before clipping if it was needed or asked for, on the device.
+        """Step and clear the gradients; their norm before clipping, on the device, if it was needed or asked for.
 
         The norm costs one more pass over the gradients, which is why it is not taken on every step.
         """

@@ -3,10 +3,14 @@
 import logging
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from .errors import UsageError
 
@@ -28,6 +32,16 @@ def is_main_process() -> bool:
 def barrier() -> None:
     if dist.is_initialized():
         dist.barrier()
+
+
+@contextmanager
+def main_process_first() -> Iterator[None]:
+    """The first process runs the block (a download, say) before the others do."""
+    if not is_main_process():
+        barrier()
+    yield
+    if is_main_process():
+        barrier()
 
 
 def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
@@ -73,7 +87,7 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
 
 
 def launched_ranks(world_size: int, local_rank: int, dist_on_itp: bool) -> tuple[int, int, int]:
-    """(rank, world_size, local_rank) from the launcher's environment: torchrun, OpenMPI, SLURM, or the flags themselves."""
+    """(rank, world_size, local_rank) from the environment of torchrun, OpenMPI or SLURM, else from the flags."""
     env = os.environ
     if dist_on_itp or ("OMPI_COMM_WORLD_RANK" in env and "RANK" not in env):
         names = ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK")
@@ -100,9 +114,7 @@ def init_distributed(
     picked = pick_device(device, local_rank)
     if world_size > 1:
         if dist_url == "env://" and "MASTER_ADDR" not in os.environ:
-            raise UsageError(
-                f"{world_size} processes, but MASTER_ADDR is not set: start with torchrun, or give --dist_url tcp://HOST:PORT"
-            )
+            raise UsageError(f"{world_size} processes, but no MASTER_ADDR: use torchrun, or --dist_url tcp://HOST:PORT")
         dist.init_process_group(
             backend="nccl" if picked.type == "cuda" else "gloo",
             init_method=dist_url,
@@ -112,6 +124,19 @@ def init_distributed(
             device_id=picked if picked.type == "cuda" else None,
         )
     return picked
+
+
+def data_parallel(model: nn.Module) -> nn.Module:
+    """The model under DistributedDataParallel where there are several processes; else the model itself.
+
+    device_ids stays empty: DDP would otherwise copy every input to the device, also the masks that are read on the CPU.
+    """
+    return DistributedDataParallel(model, gradient_as_bucket_view=True) if dist.is_initialized() else model
+
+
+def accumulate(model: nn.Module, last: bool) -> AbstractContextManager:
+    """Around forward and backward of one of several accumulated batches: gradients are reduced after the last only."""
+    return nullcontext() if last or not dist.is_initialized() else model.no_sync()
 
 
 def shutdown() -> None:

@@ -1,6 +1,7 @@
 """Mistakes of the person at the keyboard: one line on what to change, exit code 2, no stack trace."""
 
 import difflib
+import os
 import sys
 from collections.abc import Callable, Iterable
 
@@ -20,5 +21,8 @@ def run(main: Callable[[], None]) -> None:
     try:
         main()
     except UsageError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        rank = os.environ.get("RANK", "0")
+        # a loader worker's error arrives as a traceback whose last line is the message
+        message = str(error).strip().splitlines()[-1].removeprefix(f"{UsageError.__module__}.UsageError: ")
+        print(f"error: {message}" if rank == "0" else f"[rank {rank}] error: {message}", file=sys.stderr, flush=True)
         sys.exit(2)

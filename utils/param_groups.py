@@ -6,7 +6,7 @@ import torch
 
 
 def decays(name: str, parameter: torch.Tensor) -> bool:
-    """Weight decay is for matrices and kernels: not for 1-D parameters, biases, GRN's gamma and beta, the mask token."""
+    """Weight decay is for kernels and matrices: not for 1-D parameters, biases, GRN, the mask token."""
     return parameter.ndim > 1 and not name.endswith((".bias", "grn.gamma", "grn.beta", "mask_token"))
 
 
@@ -19,8 +19,8 @@ def param_groups(
 ) -> list[dict]:
     """Optimizer groups: one for every (layer id, decays or not), in order of first appearance.
 
-    A group's `lr_scale` is layer_decay ** (num_layer_ids + 1 - layer_id), or 1 where layer_id is None; schedules multiply
-    the learning rate by it. Parameters that do not require a gradient are left out.
+    A group's `lr_scale` is layer_decay ** (num_layer_ids + 1 - layer_id), or 1 where layer_id is None; schedules
+    multiply the learning rate by it. Parameters that do not require a gradient are left out.
 
     Returns:
         dictionaries with params, names, name, lr_scale, weight_decay, decays.

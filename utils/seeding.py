@@ -13,7 +13,8 @@ import torch
 
 def seed_all(*keys: int) -> None:
     """Seed Python's, NumPy's and torch's global generators from a tuple of non-negative integers."""
-    words = np.random.SeedSequence(keys).generate_state(3)
+    # the length goes in because SeedSequence by itself does not tell (1,) from (1, 0)
+    words = np.random.SeedSequence((len(keys), *keys)).generate_state(3)
     random.seed(int(words[0]))
     np.random.seed(int(words[1]))
     torch.manual_seed(int(words[2]))

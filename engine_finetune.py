@@ -1,0 +1,94 @@
+"""One epoch of fine-tuning, and evaluation."""
+
+import logging
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from timm.data import Mixup
+from timm.utils import ModelEmaV3
+
+from utils.amp import Amp
+from utils.distributed import accumulate, all_reduce_sum, get_rank
+from utils.lr_sched import Schedule
+from utils.metrics import Averages, EpochTracker, Progress, RunLog
+from utils.seeding import seed_all
+
+log = logging.getLogger("fcmae")
+
+
+def train_one_epoch(
+    model: torch.nn.Module, loader, criterion: Callable, optimizer: torch.optim.Optimizer, amp: Amp,
+    schedule: Schedule, run_log: RunLog, epoch: int, seed: int = 0, *, mixup: Mixup | None = None,
+    ema: ModelEmaV3 | None = None,
+) -> dict[str, float]:  # fmt: skip
+    """Train for one epoch on a `datasets.StepLoader` whose samples are (image, label).
+
+    The weights' moving average is updated after each optimizer step. The device is read only where a line is due.
+
+    Returns:
+        loss over all processes, class_acc (percent) where labels are not mixed, lr of the last step, images_per_second.
+
+    Raises:
+        NonFiniteLoss: at the first console line after the loss became NaN or infinite.
+    """
+    model.train()
+    names = ("loss",) if mixup else ("loss", "class_acc")
+    tracker = EpochTracker(names, epoch, len(loader), amp.device, run_log)
+    for step, batches in tracker(loader.steps(epoch)):
+        lr = schedule.apply(optimizer, epoch + step / len(loader))
+        seed_all(seed, epoch, step, get_rank())
+        for batch in batches:
+            imgs, labels = (x.to(amp.device, non_blocking=True) for x in batch.data)
+            if mixup:
+                imgs, labels = mixup(imgs, labels)
+            with accumulate(model, batch.last):
+                with amp.autocast():
+                    logits = model(imgs)
+                loss = criterion(logits.float(), labels)
+                amp.backward(loss * batch.share)
+            values = {"loss": loss} if mixup else {"loss": loss, "class_acc": top_k(logits, labels, 1)}
+            tracker.update(step, len(imgs), **values)
+        grad_norm = amp.step(optimizer, with_norm=tracker.due(step))
+        if ema:
+            ema.update(getattr(model, "module", model))
+        tracker.report(step, lr, grad_norm)
+    return tracker.summary() | {"lr": lr}
+
+
+def top_k(logits: torch.Tensor, labels: torch.Tensor, k: int) -> torch.Tensor:
+    """Percentage of samples whose label is among the k highest logits: (N, classes), (N,) -> scalar."""
+    highest = logits.topk(min(k, logits.shape[1]), dim=1).indices
+    return (highest == labels[:, None]).any(dim=1).float().mean() * 100
+
+
+@torch.inference_mode()
+def evaluate(model: torch.nn.Module, loader, amp: Amp, header: str = "eval") -> dict[str, float]:
+    """acc1, acc5 (percent) and cross entropy of a classifier over all processes' images, each counted once.
+
+    The model is not wrapped for distribution here: processes have different numbers of batches.
+    """
+    was_training = model.training
+    model.eval()
+    averages = Averages(("loss", "acc1", "acc5"), amp.device)
+    progress = Progress(header, len(loader), amp.device)
+    seen = torch.zeros((), dtype=torch.int64)
+    for step, batch in progress(loader):
+        if batch is not None:
+            imgs, labels = (x.to(amp.device, non_blocking=True) for x in batch)
+            with amp.autocast():
+                logits = model(imgs)
+            logits = logits.float()
+            acc1, acc5 = (top_k(logits, labels, k) for k in (1, 5))
+            averages.update(len(imgs), loss=F.cross_entropy(logits, labels), acc1=acc1, acc5=acc5)
+            progress.count(len(imgs))
+            seen += len(imgs)
+        if progress.due(step) and step > 0:
+            progress.line(step)
+    model.train(was_training)
+    stats = averages.epoch()
+    seen = all_reduce_sum(seen.to(amp.device)).item()
+    log.info(
+        "%s: acc1 %.2f  acc5 %.2f  loss %.4f  (%d images)", header, stats["acc1"], stats["acc5"], stats["loss"], seen
+    )
+    return stats

@@ -1,0 +1,371 @@
+"""Fine-tuning and evaluation of ConvNeXt V2 classifiers.
+
+python main_finetune.py @recipes/demo_finetune.args
+python main_finetune.py @recipes/finetune_base.args --finetune base.pth --data_path /data/imagenet --output_dir out/ft
+python main_finetune.py --eval true --resume out/ft/checkpoint-best.pth --data_path /data/imagenet
+"""
+
+import logging
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+from timm.data import Mixup
+from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.optim import create_optimizer_v2, list_optimizers
+from timm.utils import ModelEmaV3
+from torch import nn
+
+import datasets
+from engine_finetune import evaluate, train_one_epoch
+from models import convnextv2, weights
+from models.convnextv2 import SIZES, ConvNeXtV2, compile_blocks, layer_id, num_layer_ids
+from utils import checkpoint, distributed
+from utils.amp import Amp
+from utils.args import (
+    ArgumentParser,
+    add_bool,
+    add_shared_arguments,
+    check_shared_arguments,
+    effective_lr,
+    prepare_output_dir,
+)
+from utils.errors import UsageError, run, suggest
+from utils.lr_sched import Schedule
+from utils.metrics import RunLog, duration
+from utils.param_groups import param_groups
+
+log = logging.getLogger("fcmae")
+
+MODEL_KEY = "model|module"
+
+
+def get_args_parser() -> ArgumentParser:
+    parser = ArgumentParser("Fine-tuning and evaluation of ConvNeXt V2. @FILE reads arguments from a file (recipes/).")
+    add_shared_arguments(
+        parser, epochs=100, warmup_epochs=20, blr=5e-4, min_lr=1e-6, min_crop=0.08, data_sets=datasets.DATA_SETS_HELP
+    )
+    group = parser.add_argument_group("fine-tuning")
+    group.add_argument("--finetune", default="", help="checkpoint whose encoder to start from; the head is new")
+    group.add_argument("--model_key", default=MODEL_KEY, help="where a checkpoint holds its weights, by preference")
+    group.add_argument("--model_prefix", default="", help="take only the weights under this prefix, without it")
+    group.add_argument("--head_init_scale", type=float, default=0.001, help="factor on a fresh head's weights")
+    group.add_argument("--drop_path", type=float, default=0.0, help="stochastic depth of the last block")
+    group.add_argument("--layer_decay", type=float, default=1.0, help="learning-rate factor per layer below the head")
+    group.add_argument(
+        "--layer_decay_type", choices=("single", "group"), default="single",
+        help="count blocks one by one, or, for depths 3,3,27,3, in groups",
+    )  # fmt: skip
+    group = parser.add_argument_group("optimizer")
+    group.add_argument("--opt", default="adamw", help="any optimizer of timm's factory")
+    group.add_argument("--opt_eps", type=float, default=1e-8, help="the optimizer's epsilon")
+    group.add_argument("--opt_betas", type=float, nargs="+", default=None, help="the optimizer's betas, if not its own")
+    group.add_argument("--momentum", type=float, default=0.9, help="momentum of optimizers that have one")
+    group.add_argument("--clip_grad", type=float, default=None, help="largest norm of the gradient")
+    group.add_argument("--warmup_steps", type=int, default=-1, help="warm-up in steps; overrides --warmup_epochs")
+    group.add_argument("--weight_decay_end", type=float, default=None, help="weight decay at the end of a half cosine")
+    group = parser.add_argument_group("augmentation")
+    group.add_argument("--color_jitter", type=float, default=None, help="strength; only without --aa")
+    group.add_argument("--aa", default="rand-m9-mstd0.5-inc1", help="timm auto-augment policy; '' for none")
+    group.add_argument("--smoothing", type=float, default=0.1, help="label smoothing")
+    group.add_argument(
+        "--train_interpolation", choices=("random", "bilinear", "bicubic"), default="bicubic", help="of the random crop"
+    )
+    group.add_argument("--reprob", type=float, default=0.25, help="chance that a rectangle of the image is erased")
+    group.add_argument("--remode", choices=("const", "rand", "pixel"), default="pixel", help="what fills it")
+    group.add_argument("--recount", type=int, default=1, help="rectangles erased")
+    add_bool(group, "--resplit", False, "leave a clean half of the images, drawn anew each epoch, unerased")
+    group.add_argument("--mixup", type=float, default=0.0, help="Mixup's alpha; 0: none")
+    group.add_argument("--cutmix", type=float, default=0.0, help="CutMix's alpha; 0: none")
+    group.add_argument("--cutmix_minmax", type=float, nargs=2, default=None, help="CutMix's smallest and largest side")
+    group.add_argument("--mixup_prob", type=float, default=1.0, help="chance of either per batch")
+    group.add_argument("--mixup_switch_prob", type=float, default=0.5, help="chance of CutMix where both are on")
+    group.add_argument("--mixup_mode", choices=("batch", "pair", "elem"), default="batch", help="what shares a mix")
+    group = parser.add_argument_group("moving average of the weights")
+    add_bool(group, "--model_ema", False, "keep an exponential moving average of the weights")
+    group.add_argument("--model_ema_decay", type=float, default=0.9999, help="its decay per optimizer step")
+    add_bool(group, "--model_ema_force_cpu", False, "keep it on the CPU")
+    add_bool(group, "--model_ema_eval", False, "evaluate it after each epoch, beside the model")
+    group = parser.add_argument_group("evaluation data")
+    group.add_argument("--nb_classes", type=int, default=None, help="number of classes, where the data does not tell")
+    group.add_argument("--eval_data_path", default=None, help="folder of the validation class folders")
+    add_bool(group, "--imagenet_default_mean_and_std", True, "normalise as ImageNet models do; false: as Inception")
+    add_bool(group, "--eval", False, "only evaluate --resume, or --finetune with its head")
+    add_bool(group, "--dist_eval", True, "spread the evaluation over the processes")
+    add_bool(group, "--disable_eval", False, "train without evaluating")
+    return parser
+
+
+def check_args(args) -> None:
+    """Refuse impossible arguments before anything is built. Raises UsageError."""
+    check_shared_arguments(args, list(SIZES))
+    depths = SIZES[args.model]["depths"]
+    if args.input_size < 8 * args.stem_stride:
+        raise UsageError(f"--input_size {args.input_size}: must be at least {8 * args.stem_stride} (8 * stem_stride)")
+    if args.opt.lower() not in list_optimizers():
+        raise UsageError(f"--opt {args.opt}: unknown to timm{suggest(args.opt.lower(), list_optimizers())}")
+    if args.layer_decay_type == "group" and args.layer_decay < 1 and depths != (3, 3, 27, 3):
+        raise UsageError(
+            f"--layer_decay_type group: is made for depths 3,3,27,3 (base, large, huge), {args.model} has "
+            f"{','.join(map(str, depths))}; give --layer_decay_type single"
+        )
+    for name in ("drop_path", "smoothing", "reprob", "mixup_prob", "mixup_switch_prob", "model_ema_decay"):
+        if not 0 <= getattr(args, name) <= 1:
+            raise UsageError(f"--{name} {getattr(args, name)}: must lie between 0 and 1")
+    if not 0 < args.layer_decay <= 1:
+        raise UsageError(f"--layer_decay {args.layer_decay}: must be above 0 and at most 1")
+    if (args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax) and args.batch_size % 2:
+        raise UsageError(f"--batch_size {args.batch_size}: must be even, Mixup and CutMix pair the images of a batch")
+    if args.clip_grad is not None and args.clip_grad <= 0:
+        raise UsageError(f"--clip_grad {args.clip_grad}: must be above 0")
+    if args.finetune and not Path(args.finetune).is_file():
+        raise UsageError(f"--finetune {args.finetune}: no such file")
+    if args.finetune and args.resume:
+        raise UsageError("--finetune and --resume: give one; --finetune starts a run, --resume continues one")
+    if args.eval and args.disable_eval:
+        raise UsageError("--eval true and --disable_eval true leave nothing to do")
+    if args.model_ema_eval and not args.model_ema and not args.eval:
+        raise UsageError("--model_ema_eval true: there is no average without --model_ema true")
+
+
+def read_weights(path: str | Path, model_key: str = MODEL_KEY, model_prefix: str = "") -> dict[str, torch.Tensor]:
+    """The backbone in a checkpoint file of any layout that `models.weights` knows, by this project's names."""
+    content = checkpoint.read(path)
+    if model_key != MODEL_KEY and not any(key in content for key in model_key.split("|")):
+        raise UsageError(f"--model_key {model_key}: {path} has none of these, but {', '.join(map(str, content))}")
+    try:
+        state = weights.unwrap(content, model_key)
+        if model_prefix:
+            state = {k.removeprefix(model_prefix): v for k, v in state.items() if k.startswith(model_prefix)}
+        return weights.to_backbone(state)
+    except ValueError as error:
+        raise UsageError(f"{path}: {error}") from error
+
+
+def load_pretrained(model: ConvNeXtV2, path: str | Path, model_key: str = MODEL_KEY, model_prefix: str = "") -> None:
+    """Load an encoder into a classifier and give it a new head; say which keys were loaded, dropped and missing.
+
+    Raises:
+        UsageError: the file's backbone is of another size, or incomplete.
+    """
+    state, own = read_weights(path, model_key, model_prefix), model.state_dict()
+    dropped = [k for k, v in state.items() if k.startswith("head.") and own[k].shape != v.shape]
+    kept = {k: v for k, v in state.items() if k not in dropped}
+    missing = [k for k in own if k not in kept]
+    backbone = [k for k in missing if k.startswith(("downsample_layers.", "stages."))]
+    misfits = [k for k in kept if k not in own or own[k].shape != kept[k].shape]
+    if backbone or misfits:
+        size = weights.infer_size(state)
+        raise UsageError(
+            f"--finetune {path}: not for this --model or --stem_stride; it has depths {size.depths}, dims {size.dims}, "
+            f"{size.in_chans} channels and stem stride {size.stem_stride} ({(misfits + backbone)[0]} does not fit)"
+        )
+    model.load_state_dict(kept, strict=False)
+    log.info("--finetune %s: loaded %d of %d tensors", path, len(kept), len(own))
+    for what, names in (("loaded", kept), ("dropped (another shape)", dropped), ("missing (fresh)", missing)):
+        log.info("  %s: %s", what, ", ".join(names) or "none")
+    if model.num_classes:
+        nn.init.trunc_normal_(model.head.weight, std=2e-5)
+        nn.init.zeros_(model.head.bias)
+        log.info("  the head is re-initialised: %d classes", model.num_classes)
+
+
+def build_optimizer(model: ConvNeXtV2, args, lr: float) -> torch.optim.Optimizer:
+    """timm's optimizer over this project's parameter groups, fused where torch has it so."""
+    ids = {}
+    if args.layer_decay < 1:
+        ids = {
+            "layer_id": partial(layer_id, depths=model.depths, layer_decay_type=args.layer_decay_type),
+            "num_layer_ids": num_layer_ids(model.depths, args.layer_decay_type),
+        }
+    groups = param_groups(model.named_parameters(), args.weight_decay, args.layer_decay, **ids)
+    options = {"betas": tuple(args.opt_betas)} if args.opt_betas else {}
+    if args.opt.lower() in ("adam", "adamw") and next(model.parameters()).device.type != "mps":
+        options["fused"] = True
+    if args.opt.lower() not in ("sgd", "nesterov", "momentum", "nesterovw", "sgdw"):
+        options["eps"] = args.opt_eps
+    try:
+        return create_optimizer_v2(
+            groups, opt=args.opt, lr=lr, weight_decay=args.weight_decay, momentum=args.momentum, **options
+        )
+    except (TypeError, ValueError, AssertionError) as error:
+        raise UsageError(f"--opt {args.opt}: {error}") from error
+
+
+def build_mixup(args, nb_classes: int) -> Mixup | None:
+    if args.mixup <= 0 and args.cutmix <= 0 and not args.cutmix_minmax:
+        return None
+    return Mixup(
+        mixup_alpha=args.mixup,
+        cutmix_alpha=args.cutmix,
+        cutmix_minmax=args.cutmix_minmax,
+        prob=args.mixup_prob,
+        switch_prob=args.mixup_switch_prob,
+        mode=args.mixup_mode,
+        label_smoothing=args.smoothing,
+        num_classes=nb_classes,
+    )
+
+
+def build_criterion(args, mixup: Mixup | None) -> nn.Module:
+    if mixup:
+        return SoftTargetCrossEntropy()
+    return LabelSmoothingCrossEntropy(args.smoothing) if args.smoothing > 0 else nn.CrossEntropyLoss()
+
+
+def build_model(args, nb_classes: int) -> ConvNeXtV2:
+    model = getattr(convnextv2, args.model)(
+        num_classes=nb_classes,
+        drop_path_rate=args.drop_path,
+        head_init_scale=args.head_init_scale,
+        stem_stride=args.stem_stride,
+    )
+    model.set_grad_checkpointing(args.grad_checkpointing)
+    return model
+
+
+def evaluate_only(args, amp: Amp) -> None:
+    """Score a checkpoint on the validation set; neither training data nor training state is needed."""
+    path = args.resume or args.finetune
+    if not path and args.auto_resume and args.output_dir:
+        best = Path(args.output_dir) / "checkpoint-best.pth"
+        found = checkpoint.newest(args.output_dir)
+        path = best if best.is_file() else found and found[0]
+    if not path:
+        raise UsageError("--eval true needs a checkpoint: give --resume FILE, or the --output_dir of a run")
+    content = checkpoint.read(path)
+    dataset, nb_classes = datasets.build_dataset(False, args, content.get("classes"))
+    loader = datasets.build_eval_loader(dataset, args, spread=args.dist_eval)
+    model = build_model(args, nb_classes).to(amp.device)
+    checkpoint.load_weights(model, read_weights(path, args.model_key, args.model_prefix), str(path))
+    if args.compile:
+        compile_blocks(model)
+    evaluate(model, loader, amp, f"eval {path}")
+    if args.model_ema_eval:
+        if not content.get("model_ema"):
+            raise UsageError(f"--model_ema_eval true: {path} holds no moving average")
+        checkpoint.load_weights(model, content["model_ema"], str(path))
+        evaluate(model, loader, amp, f"eval {path} (EMA)")
+
+
+def main(args) -> None:
+    check_args(args)
+    device = distributed.init_distributed(
+        args.device, args.world_size, args.local_rank, args.dist_on_itp, args.dist_url
+    )
+    distributed.setup_logging()
+    use_amp = device.type == "cuda" if args.use_amp is None else args.use_amp
+    amp = Amp(device, use_amp, getattr(torch, args.amp_dtype), args.clip_grad)
+    if args.eval:
+        evaluate_only(args, amp)
+        distributed.shutdown()
+        return
+    prepare_output_dir(args.output_dir)
+
+    dataset, nb_classes = datasets.build_dataset(True, args)
+    classes = getattr(dataset, "classes", None)
+    mixup = build_mixup(args, nb_classes)
+    loader = datasets.build_train_loader(dataset, args, multiple=2 if mixup else 1)
+    eval_loader = None
+    if not args.disable_eval:
+        eval_dataset, _ = datasets.build_dataset(False, args, classes)
+        eval_loader = datasets.build_eval_loader(eval_dataset, args, spread=args.dist_eval)
+
+    torch.manual_seed(args.seed)
+    model = build_model(args, nb_classes)
+    if args.finetune:
+        load_pretrained(model, args.finetune, args.model_key, args.model_prefix)
+    model.to(device)
+    ema = None
+    if args.model_ema:
+        ema = ModelEmaV3(model, decay=args.model_ema_decay, device="cpu" if args.model_ema_force_cpu else None)
+    n_parameters = sum(p.numel() for p in model.parameters())
+
+    lr = effective_lr(args, distributed.get_world_size())
+    optimizer = build_optimizer(model, args, lr)
+    warmup_epochs = args.warmup_steps / len(loader) if args.warmup_steps >= 0 else args.warmup_epochs
+    if warmup_epochs >= args.epochs:
+        raise UsageError(f"--warmup_steps {args.warmup_steps}: the whole run has {args.epochs * len(loader)} steps")
+    schedule = Schedule(lr, args.min_lr, warmup_epochs, args.epochs, args.weight_decay, args.weight_decay_end)
+    start_epoch, best = args.start_epoch, {"acc1": 0.0, "acc1_ema": 0.0, "epoch": -1}
+    if found := checkpoint.find(args.resume, args.auto_resume, args.output_dir):
+        start_epoch = checkpoint.load_training(*found, model, optimizer, amp.scaler)
+        best = found[1].get("best", best)
+        if ema:
+            if not found[1].get("model_ema"):
+                raise UsageError(f"--model_ema true: {found[0]} holds no moving average to continue")
+            checkpoint.load_weights(ema.module, found[1]["model_ema"], str(found[0]))
+        log.info("resumed from %s, going on with epoch %d", found[0], start_epoch)
+    if args.compile:
+        compile_blocks(model)
+    wrapped = distributed.data_parallel(model)
+    criterion = build_criterion(args, mixup)
+
+    log.info("%s: %.2f M parameters, %d classes, %s", args.model, n_parameters / 1e6, nb_classes, device)
+    log.info(
+        "%d images, %d per optimizer step, %d steps per epoch, lr %.3g, %d epochs",
+        len(dataset), args.batch_size * args.update_freq * distributed.get_world_size(), len(loader), lr, args.epochs,
+    )  # fmt: skip
+    run_log = RunLog(args.output_dir, args.log_dir, start_epoch)
+    begun, rates = time.perf_counter(), []
+
+    def save(epoch: int, name: str | None = None) -> None:
+        if not (args.output_dir and args.save_ckpt):
+            return
+        more = {"model_ema": ema.module.state_dict()} if ema else {}
+        state = checkpoint.training_state(
+            model, optimizer, amp.scaler, epoch, args, best=best, classes=classes and list(classes), **more
+        )
+        if name is None:
+            checkpoint.save_numbered(state, args.output_dir, args.save_ckpt_num)
+        elif distributed.is_main_process():
+            checkpoint.save(state, Path(args.output_dir) / name)
+
+    for epoch in range(start_epoch, args.epochs):
+        stats = train_one_epoch(
+            wrapped, loader, criterion, optimizer, amp, schedule, run_log, epoch, args.seed, mixup=mixup, ema=ema
+        )
+        rates.append(stats.pop("images_per_second"))
+        record = {f"train_{k}": v for k, v in stats.items()}
+        if eval_loader is not None:
+            scored = {"": evaluate(model, eval_loader, amp)}
+            if ema and args.model_ema_eval:
+                scored["_ema"] = evaluate(ema.module.to(device), eval_loader, amp, "eval EMA")
+            for suffix, test in scored.items():
+                record |= {f"test_{k}{suffix}": v for k, v in test.items()}
+                run_log.scalars(epoch + 1, **{f"test/{k}{suffix}": v for k, v in test.items()})
+            improved = [suffix for suffix, test in scored.items() if test["acc1"] > best[f"acc1{suffix}"]]
+            for suffix in improved:
+                best = best | {f"acc1{suffix}": scored[suffix]["acc1"]} | ({} if suffix else {"epoch": epoch})
+            for suffix in improved:
+                save(epoch, "checkpoint-best-ema.pth" if suffix else "checkpoint-best.pth")
+        run_log.epoch(record | {"epoch": epoch, "n_parameters": n_parameters})
+        if (epoch + 1) % args.save_ckpt_freq == 0 or epoch + 1 == args.epochs:
+            save(epoch)
+        spent = time.perf_counter() - begun
+        left = spent / (epoch + 1 - start_epoch) * (args.epochs - epoch - 1)
+        log.info("epoch %d: loss %.4f, best acc1 %.2f, run eta %s", epoch, stats["loss"], best["acc1"], duration(left))
+    run_log.close()
+    if rates:
+        log.info(
+            "done: %d epochs in %s, %.0f img/s, best acc1 %.2f%s in epoch %d%s",
+            len(rates), duration(time.perf_counter() - begun), sum(rates) / len(rates), best["acc1"],
+            f" (EMA {best['acc1_ema']:.2f})" if ema and args.model_ema_eval else "", best["epoch"],
+            f"; checkpoints and log.txt in {args.output_dir}" if args.output_dir else "; nothing saved",
+        )  # fmt: skip
+    else:
+        log.info("nothing to do: %s already has all %d epochs", args.output_dir or args.resume, args.epochs)
+    distributed.shutdown()
+
+
+if __name__ == "__main__":
+    if len(sys.argv) == 1:
+        sys.exit(
+            "Fine-tune the encoder of the pre-training demo:  python main_finetune.py @recipes/demo_finetune.args\n"
+            "or your own:  python main_finetune.py --data_set image_folder --data_path TRAIN --eval_data_path VAL "
+            "--finetune CKPT\n"
+            "python main_finetune.py --help lists all arguments; recipes/ holds the published settings."
+        )
+    run(lambda: main(get_args_parser().parse_args()))

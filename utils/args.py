@@ -1,0 +1,156 @@
+"""The command line that both entry scripts share: argument groups, booleans, argument files, and their checks."""
+
+import argparse
+import shlex
+from pathlib import Path
+
+from .errors import UsageError, suggest
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse with `@file` arguments, defaults in --help, and errors of one line that suggest the nearest flag."""
+
+    def __init__(self, description: str):
+        super().__init__(
+            description=description,
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            fromfile_prefix_chars="@",
+            allow_abbrev=False,
+        )
+
+    def convert_arg_line_to_args(self, line: str) -> list[str]:
+        """One or several words per line, as a shell would split them; # starts a comment."""
+        return shlex.split(line, comments=True)
+
+    def parse_args(self, args=None, namespace=None) -> argparse.Namespace:
+        namespace, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            flag = unknown[0].split("=")[0]
+            self.error(f"unknown argument {flag}{suggest(flag, self._option_string_actions)}; see --help")
+        return namespace
+
+    def error(self, message: str):
+        self.exit(2, f"error: {message}\n")
+
+
+def boolean(text: str) -> bool:
+    """true/false, yes/no, on/off or 1/0, in any case."""
+    if text.lower() in ("true", "yes", "on", "1", "t", "y"):
+        return True
+    if text.lower() in ("false", "no", "off", "0", "f", "n"):
+        return False
+    raise argparse.ArgumentTypeError(f"{text!r} is not a boolean: give true or false")
+
+
+def add_bool(group, flag: str, default: bool | None, help: str) -> None:
+    """A flag that takes a boolean; bare, it means true."""
+    group.add_argument(flag, type=boolean, nargs="?", const=True, default=default, metavar="BOOL", help=help)
+
+
+def add_shared_arguments(
+    parser: ArgumentParser, *, epochs: int, warmup_epochs: int, blr: float, min_lr: float, min_crop: float,
+    data_sets: str,
+):  # fmt: skip
+    """The arguments of both scripts; the keywords are the defaults in which they differ."""
+    group = parser.add_argument_group("training")
+    group.add_argument("--batch_size", type=int, default=64, help="images per process and forward pass")
+    group.add_argument("--update_freq", type=int, default=1, help="batches accumulated for one optimizer step")
+    group.add_argument("--epochs", type=int, default=epochs, help="length of the run")
+    group.add_argument("--start_epoch", type=int, default=0, help="first epoch; a resume sets it")
+    group.add_argument("--seed", type=int, default=0, help="everything random follows from it")
+
+    group = parser.add_argument_group("model")
+    sizes = "atto,femto,pico,nano,tiny,base,large,huge"
+    group.add_argument("--model", default="convnextv2_base", help=f"convnextv2_{{{sizes}}}")
+    group.add_argument("--input_size", type=int, default=224, help="side of the training images in pixels")
+    stem_help = "kernel and stride of the stem; 2 or 1 suit images below 100 pixels"
+    group.add_argument("--stem_stride", type=int, default=4, choices=(4, 2, 1), help=stem_help)
+    add_bool(group, "--grad_checkpointing", False, "recompute activations in backward: less memory, more time")
+    add_bool(group, "--compile", False, "compile the model's blocks with torch.compile")
+
+    group = parser.add_argument_group("learning rate and weight decay")
+    group.add_argument("--lr", type=float, default=None, help="absolute learning rate; overrides --blr")
+    group.add_argument(
+        "--blr", type=float, default=blr, help="base rate: lr = blr * batch_size * update_freq * processes / 256"
+    )
+    group.add_argument("--min_lr", type=float, default=min_lr, help="learning rate at the end of the cosine")
+    group.add_argument("--warmup_epochs", type=int, default=warmup_epochs, help="epochs of linear warm-up")
+    group.add_argument("--weight_decay", type=float, default=0.05, help="weight decay of kernels and matrices")
+
+    group = parser.add_argument_group("data")
+    group.add_argument("--data_path", default=None, help="folder of the training data")
+    group.add_argument("--data_set", default="IMNET", help=data_sets)
+    group.add_argument("--crop_pct", type=float, default=None, help="evaluation crop; 224/256 where not given")
+    group.add_argument(
+        "--min_crop", type=float, default=min_crop, help="smallest share of an image that a training crop takes"
+    )
+    group.add_argument("--num_workers", type=int, default=10, help="loader processes; changes no result")
+    add_bool(group, "--pin_mem", True, "page-locked host memory for faster copies to the GPU")
+
+    group = parser.add_argument_group("checkpoints and logs")
+    group.add_argument("--output_dir", default="", help="folder for checkpoints, logs, pictures; empty: save nothing")
+    group.add_argument("--log_dir", default=None, help="folder for TensorBoard; --output_dir where not given")
+    group.add_argument("--resume", default="", help="checkpoint file to continue from")
+    add_bool(group, "--auto_resume", True, "continue from the newest good checkpoint in --output_dir")
+    add_bool(group, "--save_ckpt", True, "save checkpoints")
+    group.add_argument("--save_ckpt_freq", type=int, default=1, help="epochs between checkpoints")
+    group.add_argument("--save_ckpt_num", type=int, default=3, help="how many of the last checkpoints are kept")
+
+    group = parser.add_argument_group("device and precision")
+    group.add_argument("--device", default="auto", help="auto (cuda, else mps, else cpu), or a torch device")
+    add_bool(group, "--use_amp", None, "mixed precision; where not given: on cuda")
+    group.add_argument("--amp_dtype", default="bfloat16", choices=("bfloat16", "float16"), help="mixed-precision type")
+
+    group = parser.add_argument_group("processes", "torchrun, mpirun and srun fill these in from their environment")
+    group.add_argument("--world_size", type=int, default=1, help="number of processes, where no launcher tells")
+    group.add_argument("--local_rank", type=int, default=-1, help="rank of this process, where no launcher tells")
+    add_bool(group, "--dist_on_itp", False, "take the ranks from OpenMPI's environment")
+    group.add_argument("--dist_url", default="env://", help="where processes meet: env:// or tcp://HOST:PORT")
+
+
+def check_shared_arguments(args: argparse.Namespace, models: list[str]) -> None:
+    """Refuse what cannot work, before anything is built or written.
+
+    Raises:
+        UsageError: names the flag, its value and what would be right.
+    """
+    if args.model not in models:
+        raise UsageError(f"--model {args.model}: unknown{suggest(args.model, models)}; one of {', '.join(models)}")
+    for name in ("batch_size", "update_freq", "epochs", "input_size", "save_ckpt_freq", "save_ckpt_num", "world_size"):
+        if getattr(args, name) < 1:
+            raise UsageError(f"--{name} {getattr(args, name)}: must be at least 1")
+    for name in ("num_workers", "warmup_epochs", "seed", "start_epoch", "min_lr", "weight_decay", "lr", "blr"):
+        value = getattr(args, name)
+        if value is not None and not value >= 0:
+            raise UsageError(f"--{name} {value}: must not be negative")
+    if args.warmup_epochs >= args.epochs:
+        raise UsageError(
+            f"--warmup_epochs {args.warmup_epochs}: must be less than --epochs {args.epochs}, "
+            "or the learning rate never reaches its peak"
+        )
+    if not 0 < args.min_crop <= 1:
+        raise UsageError(f"--min_crop {args.min_crop}: must be above 0 and at most 1")
+    if args.crop_pct is not None and not 0 < args.crop_pct <= 1:
+        raise UsageError(f"--crop_pct {args.crop_pct}: must be above 0 and at most 1")
+    if args.resume and not Path(args.resume).is_file():
+        raise UsageError(f"--resume {args.resume}: no such file")
+
+
+def effective_lr(args: argparse.Namespace, world_size: int) -> float:
+    """The peak learning rate: --lr, or --blr scaled linearly from a batch of 256 to the run's."""
+    if args.lr is not None:
+        return args.lr
+    return args.blr * args.batch_size * args.update_freq * world_size / 256
+
+
+def prepare_output_dir(output_dir: str) -> None:
+    """Create the folder and see that it can be written. Raises UsageError where it cannot."""
+    if not output_dir:
+        return
+    try:
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+        probe = Path(output_dir) / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UsageError(f"--output_dir {output_dir}: cannot be written ({error.strerror})") from error

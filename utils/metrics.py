@@ -1,0 +1,232 @@
+"""Running averages that stay on the device, console lines, log.txt and TensorBoard."""
+
+import contextlib
+import json
+import logging
+import math
+import os
+import time
+from collections.abc import Iterable, Iterator
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from torch.utils.tensorboard import SummaryWriter
+
+from .distributed import all_reduce_sum, get_rank, get_world_size
+
+log = logging.getLogger("fcmae")
+
+
+class NonFiniteLoss(RuntimeError):
+    """The loss became NaN or infinite."""
+
+
+class Averages:
+    """Sample-weighted averages over an epoch and over the steps since the last line, without reading the device.
+
+    Values are added up on the device; only `window` and `epoch`, which all processes must call together, wait for it.
+    """
+
+    def __init__(self, names: tuple[str, ...], device: torch.device):
+        dtype = torch.float32 if device.type == "mps" else torch.float64  # mps has no float64
+        self.names = names
+        self._window = torch.zeros(len(names) + 1, dtype=dtype, device=device)  # weighted sums, then the weight
+        self._epoch = torch.zeros_like(self._window)
+
+    def update(self, weight: int, **values: torch.Tensor) -> None:
+        """Add one batch: its number of samples and the batch mean of every name."""
+        row = torch.stack([values[name].detach() for name in self.names]).to(self._window.dtype)
+        self._window[:-1].add_(row, alpha=weight)
+        self._window[-1] += weight
+
+    def window(self) -> dict[str, float]:
+        """Averages over all processes since the last call; opens the next window."""
+        sums = all_reduce_sum(self._window.clone())
+        self._epoch += self._window
+        self._window.zero_()
+        return self._mean(sums)
+
+    def epoch(self) -> dict[str, float]:
+        """Averages over all processes since the beginning."""
+        return self._mean(all_reduce_sum(self._epoch + self._window))
+
+    def _mean(self, sums: torch.Tensor) -> dict[str, float]:
+        *sums, weight = sums.tolist()
+        return {name: value / max(weight, 1) for name, value in zip(self.names, sums, strict=True)}
+
+
+class LossGuard:
+    """Remembers, on the device, the first step whose loss was not finite."""
+
+    def __init__(self, device: torch.device):
+        self.first = torch.full((), -1, dtype=torch.int32, device=device)
+
+    def watch(self, loss: torch.Tensor, step: int) -> None:
+        bad = ~torch.isfinite(loss.detach()) & (self.first < 0)
+        self.first = torch.where(bad, step, self.first)
+
+    def check(self, epoch: int) -> None:
+        """Raise NonFiniteLoss on every process if any has seen one; waits for the device."""
+        bad = all_reduce_sum((self.first >= 0).int())
+        if bad.item() > 0:
+            where = f"in step {self.first.item()} of epoch {epoch}" if self.first >= 0 else f"in epoch {epoch}"
+            raise NonFiniteLoss(
+                f"the loss became NaN or infinite {where}; the last checkpoint is untouched. "
+                "Try a lower --blr, a longer --warmup_epochs, --clip_grad or --amp_dtype bfloat16"
+            )
+
+
+class Progress:
+    """Times the steps of an epoch and writes a console line every `print_freq` of them.
+
+    for step, item in progress(items): ...;  if progress.due(step): progress.line(step, loss=..., lr=...)
+    """
+
+    def __init__(self, header: str, total: int, device: torch.device, start: int = 0, print_freq: int = 20):
+        self.header, self.total, self.device, self.start, self.print_freq = header, total, device, start, print_freq
+        self.samples = 0
+        self.begun = time.perf_counter()
+        self.seconds = 0.0  # of the whole epoch, once it is over
+        self._reset_window()
+
+    def _reset_window(self) -> None:
+        self._since, self._data, self._steps, self._window_samples = time.perf_counter(), 0.0, 0, 0
+
+    def __call__(self, items: Iterable) -> Iterator[tuple[int, object]]:
+        step, iterator = self.start, iter(items)
+        while True:
+            asked = time.perf_counter()
+            try:
+                item = next(iterator)
+            except StopIteration:
+                break
+            self._data += time.perf_counter() - asked
+            self._steps += 1
+            yield step, item
+            step += 1
+        self.seconds = time.perf_counter() - self.begun
+
+    def count(self, samples: int) -> None:
+        """A batch of this many samples is done in this process."""
+        self._window_samples += samples
+        self.samples += samples
+
+    def due(self, step: int) -> bool:
+        return step % self.print_freq == 0 or step == self.total - 1
+
+    def line(self, step: int, **values: float) -> float:
+        """Print the line of this step and return the images per second, over all processes, since the last one."""
+        elapsed = max(time.perf_counter() - self._since, 1e-9)
+        rate = self._window_samples * get_world_size() / elapsed
+        per_step = (time.perf_counter() - self.begun) / (step + 1 - self.start)
+        parts = [f"{self.header} [{step + 1:>{len(str(self.total))}}/{self.total}]"]
+        parts.append(f"eta {duration(per_step * (self.total - step - 1))}")
+        parts += [f"{name} {value:.4g}" if name == "lr" else f"{name} {value:.4f}" for name, value in values.items()]
+        parts.append(f"time {elapsed / max(self._steps, 1):.3f}")
+        parts.append(f"data {self._data / max(self._steps, 1):.3f}")
+        parts.append(f"img/s {rate:.0f}")
+        if self.device.type == "cuda":
+            parts.append(f"max mem {torch.cuda.max_memory_allocated(self.device) / 2**20:.0f} MiB")
+        log.info("  ".join(parts))
+        self._reset_window()
+        return rate
+
+
+class EpochTracker:
+    """What a training epoch is watched by: averages, the loss guard, console lines and curves.
+
+    for step, batches in tracker(loader.steps(epoch)):
+        ...; tracker.update(step, samples, loss=loss)
+        tracker.report(step, lr, grad_norm)
+    """
+
+    def __init__(self, names: tuple[str, ...], epoch: int, steps: int, device: torch.device, run_log: "RunLog"):
+        self.epoch, self.steps, self.run_log = epoch, steps, run_log
+        self.averages, self.guard = Averages(names, device), LossGuard(device)
+        self.progress = Progress(f"epoch {epoch}", steps, device)
+        self.due = self.progress.due
+
+    def __call__(self, steps: Iterable) -> Iterator[tuple[int, object]]:
+        return self.progress(steps)
+
+    def update(self, step: int, samples: int, **values: torch.Tensor) -> None:
+        """Add one batch of this process; `loss` is among the values."""
+        self.guard.watch(values["loss"], step)
+        self.averages.update(samples, **values)
+        self.progress.count(samples)
+
+    def report(self, step: int, lr: float, grad_norm: torch.Tensor | None) -> None:
+        """Every few steps: wait for the device, check the loss, print a line and draw the curves."""
+        if not self.due(step):
+            return
+        self.guard.check(self.epoch)
+        values = self.averages.window() | {"grad_norm": float(grad_norm)}
+        rate = self.progress.line(step, lr=lr, **values)
+        curves = {f"train/{name}": value for name, value in values.items()}
+        x = self.epoch + (step + 1) / self.steps
+        self.run_log.scalars(x, **curves, **{"train/lr": lr, "train/images_per_second": rate})
+
+    def summary(self) -> dict[str, float]:
+        """The epoch's averages over all processes, and `images_per_second`."""
+        rate = self.progress.samples * get_world_size() / max(self.progress.seconds, 1e-9)
+        return self.averages.epoch() | {"images_per_second": rate}
+
+
+def duration(seconds: float) -> str:
+    """A length of time as people write it: 0:01:30, or 2 days, 3:00:00."""
+    return str(timedelta(seconds=round(seconds)))
+
+
+class RunLog:
+    """What a run leaves beside its checkpoints: log.txt (a JSON object per epoch) and TensorBoard curves and pictures.
+
+    Only the first process writes. Empty folders mean: write nothing.
+
+    Args:
+        output_dir: where log.txt goes.
+        log_dir: where TensorBoard files go; output_dir by default.
+        start_epoch: lines of log.txt from this epoch on, left by an interrupted run, are dropped: they will be redone.
+    """
+
+    def __init__(self, output_dir: str, log_dir: str | None, start_epoch: int = 0):
+        self.path = Path(output_dir) / "log.txt" if output_dir and get_rank() == 0 else None
+        log_dir = log_dir or output_dir
+        # purge_step hides, in the same way, the curves beyond the point of the resume
+        self.board = SummaryWriter(log_dir, purge_step=start_epoch * 1000) if log_dir and get_rank() == 0 else None
+        if self.path and self.path.exists():
+            self._drop_from(start_epoch)
+
+    def _drop_from(self, epoch: int) -> None:
+        kept = []
+        for line in self.path.read_text().splitlines():
+            with contextlib.suppress(ValueError):  # the half line of a killed run
+                if json.loads(line)["epoch"] < epoch:
+                    kept.append(line + "\n")
+        aside = self.path.with_name(".log.txt.tmp")
+        aside.write_text("".join(kept))
+        os.replace(aside, self.path)
+
+    def scalars(self, epoch: float, **values: float) -> None:
+        """TensorBoard curves; the x axis is the epoch in thousandths, so that runs of any batch size overlay."""
+        if self.board:
+            for name, value in values.items():
+                self.board.add_scalar(name, value, round(epoch * 1000))
+
+    def image(self, name: str, image: torch.Tensor, epoch: float) -> None:
+        """A picture (C, H, W) in 0..1."""
+        if self.board:
+            self.board.add_image(name, image, round(epoch * 1000))
+
+    def epoch(self, record: dict) -> None:
+        """Append one epoch's record to log.txt. NaN, which JSON has not, becomes null."""
+        if self.path:
+            plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+            with open(self.path, "a") as file:
+                file.write(json.dumps(plain) + "\n")
+        if self.board:
+            self.board.flush()
+
+    def close(self) -> None:
+        if self.board:
+            self.board.close()
