@@ -391,7 +391,7 @@ def test_given_masks_of_any_type(dtype):
     (torch.tensor([[0, 0, 1, 1, 1, 1], [0, 1, 1, 1, 1, 1]]), r"same number.*\[1, 2\]"),
     (torch.ones(2, 6), r"same number.*\[0\]"),
     (torch.tensor([[0, 0, 1, 1, 1], [0, 1, 0, 1, 1]]), r"\(2, 5\).*2 x 3 patches needs \(N, 6\)"),
-    (torch.tensor([0, 0, 1, 1, 1, 1]), r"\(6,\).*\(N, 6\)"),
+    (torch.tensor([0, 0, 1, 1, 1, 1]), r"\(6,\)"),
     (torch.ones(2, 2, 3), r"\(2, 2, 3\).*\(N, 6\)"),
     (torch.tensor([[0, 0, 1, 1, 1, 1]]), "mask"),  # one row for two images must not be broadcast
     (torch.tensor([[0, 0, 1, 1, 1, 1]] * 3), "mask"),

@@ -20,9 +20,9 @@ def test_draw_is_an_rgb_image(size):
 
 # If these change, results on `shapes` are no longer comparable with those of earlier versions.
 @pytest.mark.parametrize(("seed", "size", "start", "crc"), [
-    (0, 64, 0, 0xB8E3DBC2),
-    (0, 32, 10_000_000, 0x65D2C435),
-    (7, 48, 1230, 0xD0419DEC),
+    (0, 64, 0, 0x47F59449),
+    (0, 32, 10_000_000, 0x47F6DB04),
+    (7, 48, 1230, 0x4B134342),
 ])  # fmt: skip
 def test_pixels_are_frozen(seed, size, start, crc):
     assert zlib.crc32(b"".join(draw(index, seed, size).tobytes() for index in range(start, start + 20))) == crc

@@ -110,7 +110,7 @@ def _rgb(rng, low, high):
 def _stroke(rng, x, y):
     """Distance to a short thick line."""
     x, y = x - rng.uniform(-1, 1), y - rng.uniform(-1, 1)
-    angle, length, radius = rng.uniform(0, 2 * math.pi), rng.uniform(0.02, 0.4), rng.uniform(0.04, 0.08)
+    angle, length, radius = rng.uniform(0, 2 * math.pi), rng.uniform(0.02, 0.25), rng.uniform(0.03, 0.06)
     dx, dy = length * math.cos(angle), length * math.sin(angle)
     along = np.clip((dx * x + dy * y) / length**2, 0, 1)
     return _disc(x - dx * along, y - dy * along, radius)
@@ -141,8 +141,8 @@ def draw(index: int, seed: int, size: int) -> np.ndarray:
     image = back + _rgb(rng, -0.14, 0.14) * _texture(rng, ("flat", "gradient", "stripes", "clouds"), x, y)
     paint = fore + _rgb(rng, -0.14, 0.14) * _texture(rng, ("flat", "gradient", "stripes", "checker"), x, y)
 
-    scale, aspect, shear = rng.uniform(0.42, 0.7), rng.uniform(0.85, 1.18), rng.uniform(-0.2, 0.2)
-    angle, margin = rng.uniform(0, 2 * math.pi), 0.97 - scale
+    scale, aspect, shear = rng.uniform(0.5, 0.8), rng.uniform(0.85, 1.18), rng.uniform(-0.2, 0.2)
+    angle, margin = rng.uniform(-0.7, 0.7), 0.97 - scale
     u, v = x - rng.uniform(-margin, margin), y - rng.uniform(-margin, margin)
     c, s = math.cos(angle) / scale, math.sin(angle) / scale
     u, v = (c * u + s * v) * aspect, (c * v - s * u) / aspect

@@ -1,0 +1,25 @@
+"""Shared fixtures: small runs of the entry scripts on the drawn data set."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture
+def script():
+    """Run an entry script or tool in its own process: script("main_pretrain.py", "--epochs", 1) -> CompletedProcess."""
+
+    def call(*words, cwd=ROOT, env=None, timeout=300):
+        command = [sys.executable, *(str(word) for word in words)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **(env or {})}
+        return subprocess.run(command, cwd=cwd, env=environment, timeout=timeout, capture_output=True, text=True)
+
+    return call
