@@ -4,6 +4,7 @@ Randomness: every sample is augmented under a seed of (seed, epoch, index), so a
 nor, for the data, on the number of processes.
 """
 
+import itertools
 import logging
 import os
 from collections.abc import Callable, Iterator
@@ -13,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import timm.data
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from timm.data import auto_augment
 from timm.data.constants import (
     IMAGENET_DEFAULT_MEAN,
@@ -56,6 +57,7 @@ def build_pretrain_transform(args) -> Callable:
     """Random resized crop, flip, normalisation: a PIL image -> (3, input_size, input_size)."""
     return transforms.Compose(
         [
+            _to_rgb,
             transforms.RandomResizedCrop(
                 args.input_size, scale=(args.min_crop, 1.0), interpolation=InterpolationMode.BICUBIC
             ),
@@ -67,35 +69,48 @@ def build_pretrain_transform(args) -> Callable:
 
 
 def build_transform(is_train: bool, args) -> Callable:
-    """The fine-tuning transform, or the evaluation transform: a PIL image -> (3, input_size, input_size)."""
+    """The fine-tuning transform, or the evaluation transform: a PIL image -> (3, input_size, input_size).
+
+    Raises:
+        UsageError: an auto-augment policy that timm does not know.
+    """
     mean, std = mean_std(args)
     size = args.input_size
     if is_train:
-        transform = timm.data.create_transform(
-            input_size=size,
-            is_training=True,
-            color_jitter=args.color_jitter,
-            auto_augment=args.aa or None,
-            interpolation=args.train_interpolation,
-            # a clean half of the images, drawn anew each epoch, is half the chance of being erased
-            re_prob=args.reprob / 2 if args.resplit else args.reprob,
-            re_mode=args.remode,
-            re_count=args.recount,
-            scale=(args.min_crop, 1.0),
-            mean=mean,
-            std=std,
-        )
+        try:
+            transform = timm.data.create_transform(
+                input_size=size,
+                is_training=True,
+                color_jitter=args.color_jitter,
+                auto_augment=args.aa or None,
+                interpolation=args.train_interpolation,
+                # a clean half of the images, drawn anew each epoch, is half the chance of being erased
+                re_prob=args.reprob / 2 if args.resplit else args.reprob,
+                re_mode=args.remode,
+                re_count=args.recount,
+                scale=(args.min_crop, 1.0),
+                mean=mean,
+                std=std,
+            )
+        except (AssertionError, KeyError, ValueError) as error:
+            raise UsageError(f"--aa {args.aa}: no policy of timm's; one is rand-m9-mstd0.5-inc1") from error
         _guard_posterize(transform)
         if size <= 32:  # so small that a random resized crop would leave nothing to see
             bicubic = transforms.Resize(size, InterpolationMode.BICUBIC)  # does nothing to images of that size
             transform.transforms[0] = transforms.Compose([bicubic, transforms.RandomCrop(size, padding=4)])
+        transform.transforms.insert(0, _to_rgb)
         return transform
     if size >= 384:
         resize = [transforms.Resize((size, size), InterpolationMode.BICUBIC)]
     else:
         crop_pct = args.crop_pct or (1.0 if size <= 32 else 224 / 256)
         resize = [transforms.Resize(int(size / crop_pct), InterpolationMode.BICUBIC), transforms.CenterCrop(size)]
-    return transforms.Compose([*resize, transforms.ToTensor(), transforms.Normalize(mean, std)])
+    return transforms.Compose([_to_rgb, *resize, transforms.ToTensor(), transforms.Normalize(mean, std)])
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """Some of torchvision's data sets are gray."""
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _posterize(image: Image.Image, bits: int, **kwargs) -> Image.Image:
@@ -123,7 +138,7 @@ def load_image(path: str) -> Image.Image:
     try:
         with Image.open(path) as image:
             return image.convert("RGB")
-    except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Exception as error:  # on damaged files, Pillow's decoders raise whatever they run into
         raise BadImage(f"{path}: {str(error) or type(error).__name__}") from error
 
 
@@ -239,6 +254,11 @@ def build_dataset(is_train: bool, args, classes: list[str] | None = None) -> tup
         nb_classes = _count_classes(dataset) or args.nb_classes
         if nb_classes is None:
             raise UsageError(f"--data_set {args.data_set}: does not tell its number of classes; give --nb_classes")
+        if classes is not None and len(classes) != nb_classes:  # its labels would then mean something else
+            split = "training" if is_train else "validation"
+            raise UsageError(
+                f"--data_set {args.data_set}: {nb_classes} classes in its {split} split, {len(classes)} were trained on"
+            )
     if args.nb_classes is not None and args.nb_classes != nb_classes:
         raise UsageError(f"--nb_classes {args.nb_classes}: the data set {args.data_set} has {nb_classes} classes")
     return dataset, nb_classes
@@ -277,17 +297,23 @@ def _named_dataset(is_train: bool, args, transform: Callable) -> Dataset:
             f"--data_set {args.data_set}: unknown{suggest(args.data_set, DATA_SETS)}; "
             f"one of {', '.join(DATA_SETS)}, or a timm name with a scheme ({' '.join(TIMM_SCHEMES)})"
         )
+    root = None if is_train else getattr(args, "eval_data_path", None)
     try:
         dataset = timm.data.create_dataset(
             args.data_set,
-            root=args.data_path if is_train else getattr(args, "eval_data_path", None) or args.data_path,
+            root=root or (_data_path(args) if args.data_set.startswith("torch/") else args.data_path),
             split="train" if is_train else "validation",
             is_training=is_train,
             batch_size=args.batch_size,
             seed=args.seed,
         )
-    except (AssertionError, ImportError, OSError, RuntimeError, ValueError) as error:
-        raise UsageError(f"--data_set {args.data_set}: timm could not open it: {error}") from error
+    except UsageError:
+        raise
+    except Exception as error:  # each scheme has libraries, and exceptions, of its own
+        reason = f"{type(error).__name__}: {error}"
+        raise UsageError(f"--data_set {args.data_set}: timm could not open it: {reason}") from error
+    if isinstance(dataset, ImageFolder):
+        dataset.loader = load_image
     dataset.transform = transform
     return dataset
 
@@ -360,7 +386,8 @@ class StepSampler(Sampler):
     batches, and within each batch the processes, take even shares of them. The last step takes what is left.
 
     Args:
-        multiple: every batch's size is a multiple of it (2 for Mixup); what is then left over is skipped this epoch.
+        multiple: every batch's size is a multiple of it (2 for Mixup). What the last step then leaves over, and what
+            does not go round all processes, is skipped this epoch: fewer than multiple * world_size samples.
     """
 
     def __init__(self, num_samples, batch_size, update_freq=1, rank=0, world_size=1, seed=0, multiple=1):
@@ -448,13 +475,11 @@ class StepLoader:
             yield [Batch(next(loader), share, i == len(shares) - 1) for i, share in enumerate(shares)]
 
     def _streamed_steps(self, epoch: int) -> Iterator[list[Batch]]:
-        """An iterable data set gives its own order, in full batches."""
+        """An iterable data set gives its own order, in full batches; its length may be an estimate."""
         self.loader.dataset.set_epoch(epoch)
-        loader, left = iter(self.loader), len(self.loader)
-        while left > 0:
-            size = min(self.update_freq, left)
-            left -= size
-            yield [Batch(next(loader), 1 / size, i == size - 1) for i in range(size)]
+        loader = itertools.islice(self.loader, len(self.loader))
+        while window := list(itertools.islice(loader, self.update_freq)):
+            yield [Batch(data, 1 / len(window), i == len(window) - 1) for i, data in enumerate(window)]
 
 
 def build_train_loader(dataset: Dataset, args, draw: Callable | None = None, multiple: int = 1) -> StepLoader:
@@ -469,7 +494,13 @@ def build_train_loader(dataset: Dataset, args, draw: Callable | None = None, mul
         "persistent_workers": args.num_workers > 0,
     }
     if isinstance(dataset, IterableDataset):
+        _tell_workers(dataset, args)
         loader = DataLoader(dataset, batch_size=args.batch_size, drop_last=True, **common)
+        if len(loader) == 0:
+            raise UsageError(
+                f"--batch_size {args.batch_size}: the training set has {len(dataset)} images per process, or does not "
+                "tell how many it has"
+            )
         return StepLoader(loader, None, args.update_freq)
     sampler = StepSampler(
         len(dataset), args.batch_size, args.update_freq, get_rank(), get_world_size(), args.seed, multiple
@@ -483,6 +514,12 @@ def build_train_loader(dataset: Dataset, args, draw: Callable | None = None, mul
     return StepLoader(loader, sampler, args.update_freq)
 
 
+def _tell_workers(dataset: IterableDataset, args) -> None:
+    """timm's streams estimate their length, and spread their shards, by the number of loader processes."""
+    if args.num_workers and hasattr(dataset, "set_loader_cfg"):
+        dataset.set_loader_cfg(args.num_workers)
+
+
 def build_eval_loader(dataset: Dataset, args, spread: bool) -> DataLoader:
     """A loader that gives every image once: over all processes together if `spread`, else in each of them."""
     common = {
@@ -491,6 +528,7 @@ def build_eval_loader(dataset: Dataset, args, spread: bool) -> DataLoader:
         "pin_memory": args.pin_mem and torch.cuda.is_available(),
     }
     if isinstance(dataset, IterableDataset):
+        _tell_workers(dataset, args)
         return DataLoader(dataset, **common)
     indices = range(get_rank(), len(dataset), get_world_size()) if spread else range(len(dataset))
     return DataLoader(EvalSamples(dataset), sampler=indices, collate_fn=collate_readable, **common)

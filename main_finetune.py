@@ -5,18 +5,21 @@ python main_finetune.py @recipes/finetune_base.args --finetune base.pth --data_p
 python main_finetune.py --eval true --resume out/ft/checkpoint-best.pth --data_path /data/imagenet
 """
 
+import copy
 import logging
 import sys
 import time
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
 import torch
 from timm.data import Mixup
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
-from timm.optim import create_optimizer_v2, list_optimizers
+from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
 from timm.utils import ModelEmaV3
 from torch import nn
+from torch.utils.data import DataLoader
 
 import datasets
 from engine_finetune import evaluate, train_one_epoch
@@ -40,6 +43,8 @@ from utils.param_groups import param_groups
 log = logging.getLogger("fcmae")
 
 MODEL_KEY = "model|module"
+BEST_NAMES = {"": "checkpoint-best.pth", "_ema": "checkpoint-best-ema.pth"}
+NO_BEST = {"acc1": -1.0, "epoch": -1, "acc1_ema": -1.0, "epoch_ema": -1}
 
 
 def get_args_parser() -> ArgumentParser:
@@ -104,8 +109,11 @@ def check_args(args) -> None:
     depths = SIZES[args.model]["depths"]
     if args.input_size < 8 * args.stem_stride:
         raise UsageError(f"--input_size {args.input_size}: must be at least {8 * args.stem_stride} (8 * stem_stride)")
-    if args.opt.lower() not in list_optimizers():
-        raise UsageError(f"--opt {args.opt}: unknown to timm{suggest(args.opt.lower(), list_optimizers())}")
+    opt = args.opt.lower().removeprefix("lookahead_")
+    if opt not in list_optimizers():
+        raise UsageError(f"--opt {args.opt}: unknown to timm{suggest(opt, list_optimizers())}")
+    if get_optimizer_info(opt).second_order:
+        raise UsageError(f"--opt {args.opt}: needs second derivatives, which are not computed here; try adamw or lamb")
     if args.layer_decay_type == "group" and args.layer_decay < 1 and depths != (3, 3, 27, 3):
         raise UsageError(
             f"--layer_decay_type group: is made for depths 3,3,27,3 (base, large, huge), {args.model} has "
@@ -116,7 +124,7 @@ def check_args(args) -> None:
             raise UsageError(f"--{name} {getattr(args, name)}: must lie between 0 and 1")
     if not 0 < args.layer_decay <= 1:
         raise UsageError(f"--layer_decay {args.layer_decay}: must be above 0 and at most 1")
-    if (args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax) and args.batch_size % 2:
+    if mixes(args) and args.batch_size % 2:
         raise UsageError(f"--batch_size {args.batch_size}: must be even, Mixup and CutMix pair the images of a batch")
     if args.clip_grad is not None and args.clip_grad <= 0:
         raise UsageError(f"--clip_grad {args.clip_grad}: must be above 0")
@@ -130,18 +138,41 @@ def check_args(args) -> None:
         raise UsageError("--model_ema_eval true: there is no average without --model_ema true")
 
 
-def read_weights(path: str | Path, model_key: str = MODEL_KEY, model_prefix: str = "") -> dict[str, torch.Tensor]:
-    """The backbone in a checkpoint file of any layout that `models.weights` knows, by this project's names."""
-    content = checkpoint.read(path)
+def unwrap(content: dict, path: str | Path, model_key: str = MODEL_KEY, model_prefix: str = "") -> dict:
+    """The state dict inside a checkpoint. Raises UsageError where --model_key or --model_prefix finds none."""
     if model_key != MODEL_KEY and not any(key in content for key in model_key.split("|")):
         raise UsageError(f"--model_key {model_key}: {path} has none of these, but {', '.join(map(str, content))}")
     try:
         state = weights.unwrap(content, model_key)
-        if model_prefix:
-            state = {k.removeprefix(model_prefix): v for k, v in state.items() if k.startswith(model_prefix)}
+    except ValueError as error:
+        raise UsageError(f"{path}: {error}") from error
+    if not model_prefix:
+        return state
+    if not any(name.startswith(model_prefix) for name in state):
+        raise UsageError(f"--model_prefix {model_prefix}: no name in {path} begins so, such as {next(iter(state))}")
+    return {name.removeprefix(model_prefix): v for name, v in state.items() if name.startswith(model_prefix)}
+
+
+def to_backbone(state: dict, path: str | Path) -> dict[str, torch.Tensor]:
+    """A state dict of any layout that `models.weights` knows by this project's names; UsageError for others."""
+    try:
         return weights.to_backbone(state)
     except ValueError as error:
         raise UsageError(f"{path}: {error}") from error
+
+
+def fold(names: Iterable[str], among: Iterable[str], prefix: str = "") -> Iterator[str]:
+    """Names for reading: a module of which all of `among` is listed is written once, as `module.*`."""
+    names, among = list(names), list(among)
+    for child in dict.fromkeys(name.removeprefix(prefix).split(".")[0] for name in names):
+        path = prefix + child
+        listed, below = ([n for n in keys if n.startswith(f"{path}.")] for keys in (names, among))
+        if not listed:
+            yield path
+        elif set(listed) >= set(below):
+            yield f"{path}.*"
+        else:
+            yield from fold(listed, below, f"{path}.")
 
 
 def load_pretrained(model: ConvNeXtV2, path: str | Path, model_key: str = MODEL_KEY, model_prefix: str = "") -> None:
@@ -150,26 +181,31 @@ def load_pretrained(model: ConvNeXtV2, path: str | Path, model_key: str = MODEL_
     Raises:
         UsageError: the file's backbone is of another size, or incomplete.
     """
-    state, own = read_weights(path, model_key, model_prefix), model.state_dict()
-    dropped = [k for k, v in state.items() if k.startswith("head.") and own[k].shape != v.shape]
-    kept = {k: v for k, v in state.items() if k not in dropped}
-    missing = [k for k in own if k not in kept]
-    backbone = [k for k in missing if k.startswith(("downsample_layers.", "stages."))]
-    misfits = [k for k in kept if k not in own or own[k].shape != kept[k].shape]
-    if backbone or misfits:
-        size = weights.infer_size(state)
+    source, own = unwrap(checkpoint.read(path), path, model_key, model_prefix), model.state_dict()
+    state = to_backbone(source, path)
+    decoder = [name for name in weights.to_fcmae(source) if not name.startswith("encoder.")]
+    head = [name for name in state if name.startswith("head.") and own[name].shape != state[name].shape]
+    kept = {name: v for name, v in state.items() if name not in head}
+    missing = [name for name in own if name not in kept]
+    misfits = [name for name in kept if name not in own or own[name].shape != kept[name].shape]
+    misfits += [name for name in missing if name.startswith(("downsample_layers.", "stages."))]
+    if misfits:
+        try:
+            size = weights.infer_size(state)
+        except ValueError as error:
+            raise UsageError(f"--finetune {path}: {error}") from error
         raise UsageError(
             f"--finetune {path}: not for this --model or --stem_stride; it has depths {size.depths}, dims {size.dims}, "
-            f"{size.in_chans} channels and stem stride {size.stem_stride} ({(misfits + backbone)[0]} does not fit)"
+            f"{size.in_chans} channels and stem stride {size.stem_stride} ({misfits[0]} does not fit)"
         )
     model.load_state_dict(kept, strict=False)
-    log.info("--finetune %s: loaded %d of %d tensors", path, len(kept), len(own))
-    for what, names in (("loaded", kept), ("dropped (another shape)", dropped), ("missing (fresh)", missing)):
-        log.info("  %s: %s", what, ", ".join(names) or "none")
-    if model.num_classes:
-        nn.init.trunc_normal_(model.head.weight, std=2e-5)
-        nn.init.zeros_(model.head.bias)
-        log.info("  the head is re-initialised: %d classes", model.num_classes)
+    log.info("--finetune %s: %d of %d tensors", path, len(kept), len(own))
+    log.info("  loaded: %s", ", ".join(fold(kept, own)))
+    log.info("  dropped: %s", ", ".join(fold(decoder + head, [*decoder, *state])) or "none")
+    log.info("  missing, so fresh: %s", ", ".join(fold(missing, own)) or "none")
+    nn.init.trunc_normal_(model.head.weight, std=2e-5)
+    nn.init.zeros_(model.head.bias)
+    log.info("  re-initialised: head.* (%d classes)", model.num_classes)
 
 
 def build_optimizer(model: ConvNeXtV2, args, lr: float) -> torch.optim.Optimizer:
@@ -181,21 +217,26 @@ def build_optimizer(model: ConvNeXtV2, args, lr: float) -> torch.optim.Optimizer
             "num_layer_ids": num_layer_ids(model.depths, args.layer_decay_type),
         }
     groups = param_groups(model.named_parameters(), args.weight_decay, args.layer_decay, **ids)
-    options = {"betas": tuple(args.opt_betas)} if args.opt_betas else {}
+    options = {"eps": args.opt_eps}  # timm leaves out what an optimizer does not have
+    if args.opt_betas:
+        options["betas"] = tuple(args.opt_betas)
     if args.opt.lower() in ("adam", "adamw") and next(model.parameters()).device.type != "mps":
         options["fused"] = True
-    if args.opt.lower() not in ("sgd", "nesterov", "momentum", "nesterovw", "sgdw"):
-        options["eps"] = args.opt_eps
     try:
         return create_optimizer_v2(
             groups, opt=args.opt, lr=lr, weight_decay=args.weight_decay, momentum=args.momentum, **options
         )
-    except (TypeError, ValueError, AssertionError) as error:
+    except (AssertionError, ImportError, IndexError, RuntimeError, TypeError, ValueError) as error:
         raise UsageError(f"--opt {args.opt}: {error}") from error
 
 
+def mixes(args) -> bool:
+    """Whether Mixup or CutMix is on; they pair the images of a batch."""
+    return args.mixup > 0 or args.cutmix > 0 or bool(args.cutmix_minmax)
+
+
 def build_mixup(args, nb_classes: int) -> Mixup | None:
-    if args.mixup <= 0 and args.cutmix <= 0 and not args.cutmix_minmax:
+    if not mixes(args):
         return None
     return Mixup(
         mixup_alpha=args.mixup,
@@ -226,6 +267,70 @@ def build_model(args, nb_classes: int) -> ConvNeXtV2:
     return model
 
 
+def build_loaders(args) -> tuple[datasets.StepLoader, DataLoader | None, int, list[str] | None]:
+    """The training loader, the evaluation loader unless --disable_eval, the number of classes and their names."""
+    dataset, nb_classes = datasets.build_dataset(True, args)
+    classes = getattr(dataset, "classes", None)
+    loader = datasets.build_train_loader(dataset, args, multiple=2 if mixes(args) else 1)
+    eval_loader = None
+    if not args.disable_eval:
+        eval_dataset, _ = datasets.build_dataset(False, args, classes)
+        eval_loader = datasets.build_eval_loader(eval_dataset, args, spread=args.dist_eval)
+    log.info(
+        "%d images of %d classes, %d per optimizer step, %d steps per epoch",
+        len(dataset), nb_classes, args.batch_size * args.update_freq * distributed.get_world_size(), len(loader),
+    )  # fmt: skip
+    return loader, eval_loader, nb_classes, classes and list(classes)
+
+
+def build_schedule(args, lr: float, steps: int) -> Schedule:
+    """The schedule of a run of `steps` optimizer steps per epoch."""
+    warmup_epochs = args.warmup_steps / steps if args.warmup_steps >= 0 else args.warmup_epochs
+    if warmup_epochs >= args.epochs:
+        raise UsageError(
+            f"--warmup_steps {args.warmup_steps}: must be less than the {args.epochs * steps} steps of the whole run"
+        )
+    return Schedule(lr, args.min_lr, warmup_epochs, args.epochs, args.weight_decay, args.weight_decay_end)
+
+
+def build_ema(model: ConvNeXtV2, args) -> ModelEmaV3 | None:
+    if not args.model_ema:
+        return None
+    return ModelEmaV3(model, decay=args.model_ema_decay, device="cpu" if args.model_ema_force_cpu else None)
+
+
+def restore(path: Path, state: dict, args, model, ema, optimizer, amp: Amp) -> tuple[int, dict]:
+    """Take up the run of a checkpoint: the epoch to go on with, and the best accuracies so far."""
+    was = state.get("args", {}).get("opt", args.opt)
+    if was.lower() != args.opt.lower():
+        raise UsageError(f"--opt {args.opt}: {path} was trained with {was}, whose state does not fit")
+    if ema and not state.get("model_ema"):
+        raise UsageError(f"--model_ema true: {path} holds no moving average to continue")
+    start_epoch = checkpoint.load_training(path, state, model, optimizer, amp.scaler)
+    if ema:
+        checkpoint.load_weights(ema.module, state["model_ema"], str(path))
+    log.info("resumed from %s, going on with epoch %d", path, start_epoch)
+    return start_epoch, NO_BEST | state.get("best", {})
+
+
+def score(model: nn.Module, ema: ModelEmaV3 | None, loader: DataLoader, amp: Amp) -> dict[str, dict[str, float]]:
+    """Statistics of the model under "", and of its moving average, where given, under "_ema"."""
+    scored = {"": evaluate(model, loader, amp)}
+    if ema:
+        # an average that is kept on the CPU stays there: only a copy moves
+        average = ema.module if ema.device is None else copy.deepcopy(ema.module).to(amp.device)
+        scored["_ema"] = evaluate(average, loader, amp, "eval EMA")
+    return scored
+
+
+def best_so_far(best: dict) -> str:
+    """For console lines: ', best acc1 ...', or '' before the first evaluation."""
+    if best["epoch"] < 0:
+        return ""
+    average = f" (EMA {best['acc1_ema']:.2f} in epoch {best['epoch_ema']})" if best["epoch_ema"] >= 0 else ""
+    return f", best acc1 {best['acc1']:.2f} in epoch {best['epoch']}{average}"
+
+
 def evaluate_only(args, amp: Amp) -> None:
     """Score a checkpoint on the validation set; neither training data nor training state is needed."""
     path = args.resume or args.finetune
@@ -234,12 +339,15 @@ def evaluate_only(args, amp: Amp) -> None:
         found = checkpoint.newest(args.output_dir)
         path = best if best.is_file() else found and found[0]
     if not path:
-        raise UsageError("--eval true needs a checkpoint: give --resume FILE, or the --output_dir of a run")
+        raise UsageError("--eval true: needs a checkpoint; give --resume FILE, or the --output_dir of a run")
     content = checkpoint.read(path)
+    state = to_backbone(unwrap(content, path, args.model_key, args.model_prefix), path)
+    if "head.weight" not in state:
+        raise UsageError(f"--eval true: {path} holds an encoder without a classifier's head; fine-tune it first")
     dataset, nb_classes = datasets.build_dataset(False, args, content.get("classes"))
     loader = datasets.build_eval_loader(dataset, args, spread=args.dist_eval)
     model = build_model(args, nb_classes).to(amp.device)
-    checkpoint.load_weights(model, read_weights(path, args.model_key, args.model_prefix), str(path))
+    checkpoint.load_weights(model, state, str(path))
     if args.compile:
         compile_blocks(model)
     evaluate(model, loader, amp, f"eval {path}")
@@ -248,6 +356,77 @@ def evaluate_only(args, amp: Amp) -> None:
             raise UsageError(f"--model_ema_eval true: {path} holds no moving average")
         checkpoint.load_weights(model, content["model_ema"], str(path))
         evaluate(model, loader, amp, f"eval {path} (EMA)")
+
+
+def train(args, amp: Amp) -> None:
+    """Fine-tune for all epochs that are still to be done, evaluating and saving after each."""
+    loader, eval_loader, nb_classes, classes = build_loaders(args)
+    found = checkpoint.find(args.resume, args.auto_resume, args.output_dir)
+    torch.manual_seed(args.seed)
+    model = build_model(args, nb_classes)
+    if args.finetune and not found:
+        load_pretrained(model, args.finetune, args.model_key, args.model_prefix)
+    model.to(amp.device)
+    n_parameters = sum(p.numel() for p in model.parameters())
+    ema = build_ema(model, args)
+    lr = effective_lr(args, distributed.get_world_size())
+    optimizer = build_optimizer(model, args, lr)
+    schedule = build_schedule(args, lr, len(loader))
+    start_epoch, best = args.start_epoch, NO_BEST
+    if found:
+        start_epoch, best = restore(*found, args, model, ema, optimizer, amp)
+    if start_epoch >= args.epochs:
+        log.info("nothing to do: all %d epochs are done; a larger --epochs goes on", args.epochs)
+        return
+    mixup = build_mixup(args, nb_classes)
+    criterion = build_criterion(args, mixup)
+    if args.compile:
+        compile_blocks(model)
+    wrapped = distributed.data_parallel(model)
+    log.info(
+        "%s: %.2f M parameters, lr %.3g, epochs %d to %d on %s",
+        args.model, n_parameters / 1e6, lr, start_epoch, args.epochs - 1, amp.device,
+    )  # fmt: skip
+
+    def save(epoch: int, name: str = "") -> None:
+        if not (args.output_dir and args.save_ckpt and distributed.is_main_process()):
+            return
+        more = {"best": best, "classes": classes} | ({"model_ema": ema.module.state_dict()} if ema else {})
+        state = checkpoint.training_state(model, optimizer, amp.scaler, epoch, args, **more)
+        if name:
+            checkpoint.save(state, Path(args.output_dir) / name)
+        else:
+            checkpoint.save_numbered(state, args.output_dir, args.save_ckpt_num)
+
+    run_log = RunLog(args.output_dir, args.log_dir, start_epoch)
+    begun, rates = time.perf_counter(), []
+    for epoch in range(start_epoch, args.epochs):
+        stats = train_one_epoch(
+            wrapped, loader, criterion, optimizer, amp, schedule, run_log, epoch, args.seed, mixup=mixup, ema=ema
+        )
+        rates.append(stats.pop("images_per_second"))
+        record = {f"train_{k}": v for k, v in stats.items()}
+        scored = score(model, ema if args.model_ema_eval else None, eval_loader, amp) if eval_loader else {}
+        for suffix, test in scored.items():
+            record |= {f"test_{k}{suffix}": v for k, v in test.items()}
+            run_log.scalars(epoch + 1, **{f"test/{k}{suffix}": v for k, v in test.items()})
+        improved = [suffix for suffix, test in scored.items() if test["acc1"] > best[f"acc1{suffix}"]]
+        for suffix in improved:
+            best = best | {f"acc1{suffix}": scored[suffix]["acc1"], f"epoch{suffix}": epoch}
+        for suffix in improved:
+            save(epoch, BEST_NAMES[suffix])
+        run_log.epoch(record | {"epoch": epoch, "n_parameters": n_parameters})
+        if (epoch + 1) % args.save_ckpt_freq == 0 or epoch + 1 == args.epochs:
+            save(epoch)
+        spent = time.perf_counter() - begun
+        left = spent / (epoch + 1 - start_epoch) * (args.epochs - epoch - 1)
+        log.info("epoch %d: loss %.4f%s, run eta %s", epoch, stats["loss"], best_so_far(best), duration(left))
+    run_log.close()
+    log.info(
+        "done: %d epochs in %s, %.0f img/s, loss %.4f%s; %s",
+        len(rates), duration(time.perf_counter() - begun), sum(rates) / len(rates), stats["loss"], best_so_far(best),
+        f"checkpoints and log.txt in {args.output_dir}" if args.output_dir else "nothing saved",
+    )  # fmt: skip
 
 
 def main(args) -> None:
@@ -260,103 +439,9 @@ def main(args) -> None:
     amp = Amp(device, use_amp, getattr(torch, args.amp_dtype), args.clip_grad)
     if args.eval:
         evaluate_only(args, amp)
-        distributed.shutdown()
-        return
-    prepare_output_dir(args.output_dir)
-
-    dataset, nb_classes = datasets.build_dataset(True, args)
-    classes = getattr(dataset, "classes", None)
-    mixup = build_mixup(args, nb_classes)
-    loader = datasets.build_train_loader(dataset, args, multiple=2 if mixup else 1)
-    eval_loader = None
-    if not args.disable_eval:
-        eval_dataset, _ = datasets.build_dataset(False, args, classes)
-        eval_loader = datasets.build_eval_loader(eval_dataset, args, spread=args.dist_eval)
-
-    torch.manual_seed(args.seed)
-    model = build_model(args, nb_classes)
-    if args.finetune:
-        load_pretrained(model, args.finetune, args.model_key, args.model_prefix)
-    model.to(device)
-    ema = None
-    if args.model_ema:
-        ema = ModelEmaV3(model, decay=args.model_ema_decay, device="cpu" if args.model_ema_force_cpu else None)
-    n_parameters = sum(p.numel() for p in model.parameters())
-
-    lr = effective_lr(args, distributed.get_world_size())
-    optimizer = build_optimizer(model, args, lr)
-    warmup_epochs = args.warmup_steps / len(loader) if args.warmup_steps >= 0 else args.warmup_epochs
-    if warmup_epochs >= args.epochs:
-        raise UsageError(f"--warmup_steps {args.warmup_steps}: the whole run has {args.epochs * len(loader)} steps")
-    schedule = Schedule(lr, args.min_lr, warmup_epochs, args.epochs, args.weight_decay, args.weight_decay_end)
-    start_epoch, best = args.start_epoch, {"acc1": 0.0, "acc1_ema": 0.0, "epoch": -1}
-    if found := checkpoint.find(args.resume, args.auto_resume, args.output_dir):
-        start_epoch = checkpoint.load_training(*found, model, optimizer, amp.scaler)
-        best = found[1].get("best", best)
-        if ema:
-            if not found[1].get("model_ema"):
-                raise UsageError(f"--model_ema true: {found[0]} holds no moving average to continue")
-            checkpoint.load_weights(ema.module, found[1]["model_ema"], str(found[0]))
-        log.info("resumed from %s, going on with epoch %d", found[0], start_epoch)
-    if args.compile:
-        compile_blocks(model)
-    wrapped = distributed.data_parallel(model)
-    criterion = build_criterion(args, mixup)
-
-    log.info("%s: %.2f M parameters, %d classes, %s", args.model, n_parameters / 1e6, nb_classes, device)
-    log.info(
-        "%d images, %d per optimizer step, %d steps per epoch, lr %.3g, %d epochs",
-        len(dataset), args.batch_size * args.update_freq * distributed.get_world_size(), len(loader), lr, args.epochs,
-    )  # fmt: skip
-    run_log = RunLog(args.output_dir, args.log_dir, start_epoch)
-    begun, rates = time.perf_counter(), []
-
-    def save(epoch: int, name: str | None = None) -> None:
-        if not (args.output_dir and args.save_ckpt):
-            return
-        more = {"model_ema": ema.module.state_dict()} if ema else {}
-        state = checkpoint.training_state(
-            model, optimizer, amp.scaler, epoch, args, best=best, classes=classes and list(classes), **more
-        )
-        if name is None:
-            checkpoint.save_numbered(state, args.output_dir, args.save_ckpt_num)
-        elif distributed.is_main_process():
-            checkpoint.save(state, Path(args.output_dir) / name)
-
-    for epoch in range(start_epoch, args.epochs):
-        stats = train_one_epoch(
-            wrapped, loader, criterion, optimizer, amp, schedule, run_log, epoch, args.seed, mixup=mixup, ema=ema
-        )
-        rates.append(stats.pop("images_per_second"))
-        record = {f"train_{k}": v for k, v in stats.items()}
-        if eval_loader is not None:
-            scored = {"": evaluate(model, eval_loader, amp)}
-            if ema and args.model_ema_eval:
-                scored["_ema"] = evaluate(ema.module.to(device), eval_loader, amp, "eval EMA")
-            for suffix, test in scored.items():
-                record |= {f"test_{k}{suffix}": v for k, v in test.items()}
-                run_log.scalars(epoch + 1, **{f"test/{k}{suffix}": v for k, v in test.items()})
-            improved = [suffix for suffix, test in scored.items() if test["acc1"] > best[f"acc1{suffix}"]]
-            for suffix in improved:
-                best = best | {f"acc1{suffix}": scored[suffix]["acc1"]} | ({} if suffix else {"epoch": epoch})
-            for suffix in improved:
-                save(epoch, "checkpoint-best-ema.pth" if suffix else "checkpoint-best.pth")
-        run_log.epoch(record | {"epoch": epoch, "n_parameters": n_parameters})
-        if (epoch + 1) % args.save_ckpt_freq == 0 or epoch + 1 == args.epochs:
-            save(epoch)
-        spent = time.perf_counter() - begun
-        left = spent / (epoch + 1 - start_epoch) * (args.epochs - epoch - 1)
-        log.info("epoch %d: loss %.4f, best acc1 %.2f, run eta %s", epoch, stats["loss"], best["acc1"], duration(left))
-    run_log.close()
-    if rates:
-        log.info(
-            "done: %d epochs in %s, %.0f img/s, best acc1 %.2f%s in epoch %d%s",
-            len(rates), duration(time.perf_counter() - begun), sum(rates) / len(rates), best["acc1"],
-            f" (EMA {best['acc1_ema']:.2f})" if ema and args.model_ema_eval else "", best["epoch"],
-            f"; checkpoints and log.txt in {args.output_dir}" if args.output_dir else "; nothing saved",
-        )  # fmt: skip
     else:
-        log.info("nothing to do: %s already has all %d epochs", args.output_dir or args.resume, args.epochs)
+        prepare_output_dir(args.output_dir)
+        train(args, amp)
     distributed.shutdown()
 
 

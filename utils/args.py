@@ -20,7 +20,10 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def convert_arg_line_to_args(self, line: str) -> list[str]:
         """One or several words per line, as a shell would split them; # starts a comment."""
-        return shlex.split(line, comments=True)
+        try:
+            return shlex.split(line, comments=True)
+        except ValueError as error:
+            self.error(f"argument file: {error} in the line {line}")
 
     def parse_args(self, args=None, namespace=None) -> argparse.Namespace:
         namespace, unknown = self.parse_known_args(args, namespace)
@@ -123,7 +126,7 @@ def check_shared_arguments(args: argparse.Namespace, models: list[str]) -> None:
         value = getattr(args, name)
         if value is not None and not value >= 0:
             raise UsageError(f"--{name} {value}: must not be negative")
-    if args.warmup_epochs >= args.epochs:
+    if getattr(args, "warmup_steps", -1) < 0 and args.warmup_epochs >= args.epochs:
         raise UsageError(
             f"--warmup_epochs {args.warmup_epochs}: must be less than --epochs {args.epochs}, "
             "or the learning rate never reaches its peak"
@@ -151,6 +154,6 @@ def prepare_output_dir(output_dir: str) -> None:
         Path(output_dir).mkdir(parents=True, exist_ok=True)
         probe = Path(output_dir) / ".writable"
         probe.touch()
-        probe.unlink()
+        probe.unlink(missing_ok=True)  # another process may have been faster
     except OSError as error:
         raise UsageError(f"--output_dir {output_dir}: cannot be written ({error.strerror})") from error

@@ -1,20 +1,24 @@
 """Checkpoints on disk: written aside and renamed, verified and read without running code, newest good one first."""
 
 import logging
+import math
 import os
 import re
 import zipfile
-from pathlib import Path
+from argparse import Namespace
+from pathlib import Path, PosixPath
 from pickle import UnpicklingError
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from .distributed import is_main_process
 from .errors import UsageError
 
 log = logging.getLogger("fcmae")
+
+# what checkpoints of MAE and its descendants keep their arguments in; neither runs anything when it is read
+PLAIN_CLASSES = [Namespace, (PosixPath, "pathlib.PosixPath")]
 
 
 def save(state: dict, path: str | os.PathLike) -> None:
@@ -24,15 +28,17 @@ def save(state: dict, path: str | os.PathLike) -> None:
         OSError: the disk is full or the folder not writable; `path` is then as it was.
     """
     path = Path(path)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    aside = path.with_name(f".{path.name}.tmp")  # what a killed run left under this name, the next one overwrites
     try:
         with open(aside, "wb") as file:
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, path)
-    except BaseException:
+    except BaseException as error:
         aside.unlink(missing_ok=True)
+        if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
+            raise error.__context__ from None  # torch's writer hides a full disk behind a failed check of its own
         raise
     folder = os.open(path.parent, os.O_RDONLY)
     try:
@@ -58,11 +64,14 @@ def read(path: str | os.PathLike) -> dict:
                 damaged = archive.testzip()  # torch.load itself does not compare checksums
             if damaged:
                 raise UsageError(f"{path}: damaged checkpoint, the checksum of {damaged} does not match")
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(PLAIN_CLASSES):
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except UsageError:
+        raise
     except UnpicklingError as error:
         reason = str(error).splitlines()[0]
         raise UsageError(f"{path}: not a checkpoint of tensors and plain values, refused ({reason[:120]})") from error
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile, SafetensorError) as error:
+    except Exception as error:  # a damaged archive or pickle may raise anything
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UsageError(f"{path}: cannot be read, truncated or damaged ({reason[:120]})") from error
     if not isinstance(state, dict):
@@ -104,10 +113,10 @@ def training_state(model, optimizer, scaler, epoch: int, args, **more) -> dict:
 
 
 def save_numbered(state: dict, output_dir: str | os.PathLike, keep: int) -> None:
-    """Save checkpoint-{epoch}.pth, then prune to the newest `keep`. Only the first process writes."""
+    """Save checkpoint-{epoch}.pth, then prune the earlier ones to `keep` in all. Only the first process writes."""
     if is_main_process():
         save(state, Path(output_dir) / f"checkpoint-{state['epoch']}.pth")
-        prune(output_dir, keep)
+        prune(output_dir, keep, state["epoch"])
 
 
 def find(resume: str, auto_resume: bool, output_dir: str) -> tuple[Path, dict] | None:
@@ -141,16 +150,22 @@ def load_training(path: Path, state: dict, model, optimizer, scaler) -> int:
     if missing:
         raise UsageError(f"{path}: has no {' and no '.join(missing)}, so training cannot continue from it; see --help")
     load_weights(model, state["model"], str(path))
+    options = set(optimizer.param_groups[0])  # loading puts the checkpoint's in their place
     try:
         optimizer.load_state_dict(state["optimizer"])
     except ValueError as error:
         raise UsageError(f"{path}: its optimizer does not fit --opt or --layer_decay ({error})") from error
+    if lost := sorted(options - optimizer.param_groups[0].keys()):
+        raise UsageError(f"{path}: its optimizer does not fit --opt, it has no {', '.join(lost)}")
     if state.get("scaler"):
         scaler.load_state_dict(state["scaler"])
     return state["epoch"] + 1
 
 
-def prune(output_dir: str | os.PathLike, keep: int) -> None:
-    """Delete all but the newest `keep` numbered checkpoints; call it once the newest is safely on disk."""
-    for _, path in numbered(output_dir)[max(keep, 1) :]:
+def prune(output_dir: str | os.PathLike, keep: int, epoch: float = math.inf) -> None:
+    """Delete all but the newest `keep` of the checkpoints up to `epoch`; call it once the newest is safely on disk.
+
+    Later ones are another run's, which this one was started again before the end of: they neither count nor go.
+    """
+    for _, path in [found for found in numbered(output_dir) if found[0] <= epoch][max(keep, 1) :]:
         path.unlink(missing_ok=True)

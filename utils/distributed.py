@@ -39,9 +39,11 @@ def main_process_first() -> Iterator[None]:
     """The first process runs the block (a download, say) before the others do."""
     if not is_main_process():
         barrier()
-    yield
-    if is_main_process():
-        barrier()
+    try:
+        yield
+    finally:  # also when it failed: the others then fail likewise instead of waiting for it
+        if is_main_process():
+            barrier()
 
 
 def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:

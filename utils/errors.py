@@ -10,6 +10,10 @@ class UsageError(Exception):
     """Something the user can put right; the message names the flag or file, what is wrong and what would be right."""
 
 
+class NonFiniteLoss(RuntimeError):
+    """The loss became NaN or infinite."""
+
+
 def suggest(name: str, known: Iterable[str]) -> str:
     """' (did you mean X?)' where one of the known names is close, else ''."""
     close = difflib.get_close_matches(name, list(known), n=1)
@@ -17,12 +21,20 @@ def suggest(name: str, known: Iterable[str]) -> str:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a script's main, turning a UsageError into one line on stderr and exit code 2."""
+    """Run a script's main, turning mistakes into one line on stderr and an exit code.
+
+    2 for a UsageError, 1 for a NonFiniteLoss, 130 for Ctrl-C; any other exception is a bug and keeps its traceback.
+    """
     try:
         main()
-    except UsageError as error:
-        rank = os.environ.get("RANK", "0")
+        return
+    except (UsageError, NonFiniteLoss) as error:
+        code = 2 if isinstance(error, UsageError) else 1
         # a loader worker's error arrives as a traceback whose last line is the message
-        message = str(error).strip().splitlines()[-1].removeprefix(f"{UsageError.__module__}.UsageError: ")
-        print(f"error: {message}" if rank == "0" else f"[rank {rank}] error: {message}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        last = str(error).strip().splitlines()[-1]
+        message = f"error: {last.removeprefix(f'{UsageError.__module__}.UsageError: ')}"
+    except KeyboardInterrupt:
+        code, message = 130, "interrupted; with --output_dir, the same command goes on from its last checkpoint"
+    rank = os.environ.get("RANK", "0")
+    print(message if rank == "0" else f"[rank {rank}] {message}", file=sys.stderr, flush=True)
+    sys.exit(code)

@@ -14,12 +14,9 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from .distributed import all_reduce_sum, get_rank, get_world_size
+from .errors import NonFiniteLoss
 
 log = logging.getLogger("fcmae")
-
-
-class NonFiniteLoss(RuntimeError):
-    """The loss became NaN or infinite."""
 
 
 class Averages:
@@ -186,7 +183,7 @@ class RunLog:
     Args:
         output_dir: where log.txt goes.
         log_dir: where TensorBoard files go; output_dir by default.
-        start_epoch: lines of log.txt from this epoch on, left by an interrupted run, are dropped: they will be redone.
+        start_epoch: lines of log.txt from this epoch on, left by an interrupted run, are dropped once it is redone.
     """
 
     def __init__(self, output_dir: str, log_dir: str | None, start_epoch: int = 0):
@@ -194,13 +191,12 @@ class RunLog:
         log_dir = log_dir or output_dir
         # purge_step hides, in the same way, the curves beyond the point of the resume
         self.board = SummaryWriter(log_dir, purge_step=start_epoch * 1000) if log_dir and get_rank() == 0 else None
-        if self.path and self.path.exists():
-            self._drop_from(start_epoch)
+        self.stale_from = start_epoch if self.path and self.path.exists() else None
 
     def _drop_from(self, epoch: int) -> None:
         kept = []
         for line in self.path.read_text().splitlines():
-            with contextlib.suppress(ValueError):  # the half line of a killed run
+            with contextlib.suppress(ValueError, KeyError, TypeError):  # the half line of a killed run, or none of ours
                 if json.loads(line)["epoch"] < epoch:
                     kept.append(line + "\n")
         aside = self.path.with_name(".log.txt.tmp")
@@ -221,6 +217,9 @@ class RunLog:
     def epoch(self, record: dict) -> None:
         """Append one epoch's record to log.txt. NaN, which JSON has not, becomes null."""
         if self.path:
+            if self.stale_from is not None:  # not before: a run that fails at once then loses nothing
+                self._drop_from(self.stale_from)
+                self.stale_from = None
             plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
             with open(self.path, "a") as file:
                 file.write(json.dumps(plain) + "\n")

@@ -1,0 +1,423 @@
+"""utils/checkpoint.py: whole files or the previous ones, damage found, no code run, the newest good one first."""
+
+import errno
+import io
+import logging
+import os
+import pickle
+import random
+import resource
+import signal
+import subprocess
+import sys
+import textwrap
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from utils import checkpoint
+from utils.errors import UsageError
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def state_of(epoch=3, size=8):
+    generator = torch.Generator().manual_seed(epoch)
+    return {
+        "model": {"weight": torch.randn(size, size, generator=generator), "bias": torch.randn(3, generator=generator)},
+        "epoch": epoch,
+        "args": {"lr": 0.1, "betas": [0.9, 0.95], "resume": "", "clip_grad": None, "eval": False},
+    }
+
+
+def same(a, b):
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else type(a) is type(b) and a == b
+
+
+@pytest.fixture
+def logs(caplog, monkeypatch):
+    """The log, whether or not a script run by another test has redirected it."""
+    log = logging.getLogger("fcmae")
+    monkeypatch.setattr(log, "handlers", [caplog.handler])
+    monkeypatch.setattr(log, "propagate", False)
+    return caplog
+
+
+# ---- writing
+
+
+def test_save_and_read(tmp_path):
+    checkpoint.save(state_of(), tmp_path / "x.pth")
+    assert same(checkpoint.read(tmp_path / "x.pth"), state_of())
+    checkpoint.save(state_of(4), str(tmp_path / "x.pth"))
+    assert same(checkpoint.read(str(tmp_path / "x.pth")), state_of(4))
+    assert os.listdir(tmp_path) == ["x.pth"]
+
+
+@pytest.mark.parametrize("failure", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
+def test_a_failed_save_changes_nothing(tmp_path, monkeypatch, failure):
+    checkpoint.save(state_of(), tmp_path / "x.pth")
+    before = (tmp_path / "x.pth").read_bytes()
+
+    def half(state, file):
+        buffer = io.BytesIO()
+        whole(state, buffer)
+        file.write(buffer.getvalue()[: len(buffer.getvalue()) // 2])
+        raise failure
+
+    whole = torch.save
+    monkeypatch.setattr(torch, "save", half)
+    with pytest.raises(type(failure)):
+        checkpoint.save(state_of(4), tmp_path / "x.pth")
+    assert (tmp_path / "x.pth").read_bytes() == before
+    assert os.listdir(tmp_path) == ["x.pth"]
+
+
+def test_a_failed_rename_changes_nothing(tmp_path, monkeypatch):
+    def refuse(source, target):
+        raise OSError(errno.EIO, "input/output error")
+
+    checkpoint.save(state_of(), tmp_path / "x.pth")
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(OSError, match="input/output"):
+        checkpoint.save(state_of(4), tmp_path / "x.pth")
+    assert same(checkpoint.read(tmp_path / "x.pth"), state_of())
+    assert os.listdir(tmp_path) == ["x.pth"]
+
+
+def test_a_disk_that_really_fills_up(tmp_path):
+    checkpoint.save(state_of(), tmp_path / "x.pth")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))  # no file of this process grows beyond 1 MiB
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            checkpoint.save(state_of(4, size=1000), tmp_path / "x.pth")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert same(checkpoint.read(tmp_path / "x.pth"), state_of())
+    assert os.listdir(tmp_path) == ["x.pth"]
+
+
+def test_the_file_is_on_disk_before_it_gets_its_name(tmp_path, monkeypatch):
+    events = []
+
+    def log_call(name, call):
+        return lambda *args: (events.append(name), call(*args))[1]
+
+    monkeypatch.setattr(os, "fsync", log_call("fsync", os.fsync))
+    monkeypatch.setattr(os, "replace", log_call("replace", os.replace))
+    checkpoint.save(state_of(), tmp_path / "x.pth")
+    assert events == ["fsync", "replace", "fsync"]  # the file, its name, the folder
+
+
+def test_killed_while_writing(tmp_path):
+    """kill -9 in the middle: the old file is whole, and the next save clears what was left."""
+    checkpoint.save(state_of(), tmp_path / "checkpoint-3.pth")
+    code = f"""
+        import os, signal, sys
+        sys.path.insert(0, {str(ROOT)!r})
+        import torch
+        from utils import checkpoint
+        def half(state, file):
+            file.write(b"PK" + bytes(10_000))
+            file.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+        torch.save = half
+        checkpoint.save({{}}, {str(tmp_path / "checkpoint-3.pth")!r})
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], timeout=120, check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert len(os.listdir(tmp_path)) == 2
+    path, state = checkpoint.newest(tmp_path)
+    assert path.name == "checkpoint-3.pth"
+    assert same(state, state_of())
+    checkpoint.save(state_of(4), path)
+    assert os.listdir(tmp_path) == ["checkpoint-3.pth"]
+
+
+# ---- reading
+
+
+def test_what_is_no_checkpoint(tmp_path):
+    with pytest.raises(UsageError, match=r"missing\.pth: no such checkpoint file"):
+        checkpoint.read(tmp_path / "missing.pth")
+    with pytest.raises(UsageError, match="no such checkpoint file"):
+        checkpoint.read(tmp_path)
+    for name, value in (("list", [torch.ones(1)]), ("Tensor", torch.ones(1))):
+        torch.save(value, tmp_path / "x.pth")
+        with pytest.raises(UsageError, match=f"holds a {name}, not a dictionary"):
+            checkpoint.read(tmp_path / "x.pth")
+    for content in (b"", b"P", b"PK\3\4", b"<html>not found</html>", bytes(1000)):
+        (tmp_path / "x.pth").write_bytes(content)
+        with pytest.raises(UsageError, match=r"x\.pth: (cannot be read|not a checkpoint)"):
+            checkpoint.read(tmp_path / "x.pth")
+        (tmp_path / "x.pth").rename(tmp_path / "x.safetensors")
+        with pytest.raises(UsageError, match=r"x\.safetensors: cannot be read"):
+            checkpoint.read(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_truncated_anywhere(tmp_path, zipped):
+    path = tmp_path / "x.pth"
+    torch.save(state_of(), path, _use_new_zipfile_serialization=zipped)
+    whole = path.read_bytes()
+    assert same(checkpoint.read(path), state_of())
+    for length in [*range(0, len(whole), max(1, len(whole) // 150)), len(whole) - 1]:
+        path.write_bytes(whole[:length])
+        with pytest.raises(UsageError, match=r"x\.pth: "):
+            checkpoint.read(path)
+
+
+def test_a_flipped_bit_in_any_content_is_found(tmp_path):
+    path = tmp_path / "x.pth"
+    checkpoint.save(state_of(size=40), path)
+    whole = path.read_bytes()
+    rng = random.Random(0)
+    weight = whole.index(state_of(size=40)["model"]["weight"].numpy().tobytes())
+    pickled = whole.index(b"weight")
+    for place in [*range(weight, weight + 6400, 97), *range(pickled, pickled + 200, 7)]:
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << rng.randrange(8)
+        path.write_bytes(damaged)
+        with pytest.raises(UsageError, match="damaged"):
+            checkpoint.read(path)
+
+
+def test_a_flipped_bit_anywhere_is_refused_or_harmless(tmp_path):
+    path = tmp_path / "x.pth"
+    for zipped in (True, False):
+        torch.save(state_of(), path, _use_new_zipfile_serialization=zipped)
+        whole = path.read_bytes()
+        rng = random.Random(0)
+        refused = 0
+        for place in range(0, len(whole), 5):
+            damaged = bytearray(whole)
+            damaged[place] ^= 1 << rng.randrange(8)
+            path.write_bytes(damaged)
+            try:
+                state = checkpoint.read(path)
+            except UsageError:
+                refused += 1
+            else:  # padding; the old format has no checksums to tell by
+                assert not zipped or same(state, state_of())
+        assert refused > 50
+
+
+class Runs:
+    """Pickles as a call of os.system."""
+
+    def __init__(self, command):
+        self.command = command
+
+    def __reduce__(self):
+        return os.system, (self.command,)
+
+
+@pytest.mark.parametrize("kind", ["zip", "legacy", "pickle"])
+def test_code_is_refused_and_not_run(tmp_path, kind):
+    path, touched = tmp_path / "x.pth", tmp_path / "touched"
+    state = state_of() | {"args": Runs(f"touch {touched}")}
+    if kind == "pickle":
+        path.write_bytes(pickle.dumps({"args": Runs(f"touch {touched}")}, protocol=2))
+    else:
+        torch.save(state, path, _use_new_zipfile_serialization=kind == "zip")
+    with pytest.raises(UsageError, match=r"x\.pth: not a checkpoint of tensors and plain values, refused") as refused:
+        checkpoint.read(path)
+    assert len(str(refused.value).splitlines()) == 1
+    assert not touched.exists()
+    torch.load(path, weights_only=False) if kind != "pickle" else pickle.loads(path.read_bytes())
+    assert touched.exists()  # so the file would have run it
+
+
+def test_the_reference_keeps_its_arguments_in_a_namespace(tmp_path):
+    args = Namespace(lr=0.1, betas=(0.9, 0.95), job_dir=Path("/some/where"))
+    torch.save(state_of() | {"args": args}, tmp_path / "x.pth")
+    state = checkpoint.read(tmp_path / "x.pth")
+    assert state["args"] == args
+    assert same(state["model"], state_of()["model"])
+    with pytest.raises(pickle.UnpicklingError):  # allowed while reading, not for the rest of the program
+        torch.load(tmp_path / "x.pth", weights_only=True)
+
+
+def test_safetensors(tmp_path):
+    path = tmp_path / "x.safetensors"
+    save_file(state_of()["model"], path)
+    assert same(checkpoint.read(path), state_of()["model"])
+    whole = path.read_bytes()
+    for length in (0, 4, 8, 20, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        with pytest.raises(UsageError, match=r"x\.safetensors: cannot be read"):
+            checkpoint.read(path)
+
+
+# ---- which one
+
+
+def test_newest_good_one(tmp_path, logs):
+    assert checkpoint.newest(tmp_path) is None
+    assert checkpoint.newest(tmp_path / "missing") is None
+    for epoch in (8, 9, 10, 11):
+        checkpoint.save(state_of(epoch), tmp_path / f"checkpoint-{epoch}.pth")
+    for name in ("checkpoint-best.pth", "checkpoint-best-ema.pth", "checkpoint-12.pth.bak", "my-checkpoint-13.pth"):
+        checkpoint.save(state_of(50), tmp_path / name)
+    (tmp_path / ".checkpoint-14.pth.tmp").write_bytes(b"PK")
+    assert [epoch for epoch, _ in checkpoint.numbered(tmp_path)] == [11, 10, 9, 8]
+    for epoch in (11, 10):
+        path = tmp_path / f"checkpoint-{epoch}.pth"
+        path.write_bytes(path.read_bytes()[:-100])
+    path, state = checkpoint.newest(tmp_path)
+    assert (path.name, state["epoch"]) == ("checkpoint-9.pth", 9)
+    messages = [record.getMessage() for record in logs.records]
+    assert len(messages) == 2
+    for epoch, message in zip((11, 10), messages, strict=True):
+        assert message.startswith(f"skipping {tmp_path}/checkpoint-{epoch}.pth: cannot be read, truncated or damaged")
+    assert (tmp_path / "checkpoint-11.pth").exists()
+
+
+def test_find(tmp_path):
+    for name, epoch in (("checkpoint-1.pth", 1), ("checkpoint-2.pth", 2), ("checkpoint-best.pth", 0)):
+        checkpoint.save(state_of(epoch), tmp_path / name)
+    assert checkpoint.find("", True, str(tmp_path))[1]["epoch"] == 2
+    assert checkpoint.find(str(tmp_path / "checkpoint-best.pth"), True, str(tmp_path))[1]["epoch"] == 0
+    assert checkpoint.find("", False, str(tmp_path)) is None
+    (tmp_path / "here").mkdir()
+    assert checkpoint.find("", True, str(tmp_path / "here")) is None
+
+
+def test_without_output_dir_nothing_is_found(tmp_path, monkeypatch):
+    checkpoint.save(state_of(), tmp_path / "checkpoint-3.pth")
+    monkeypatch.chdir(tmp_path)
+    assert checkpoint.find("", True, "") is None
+
+
+def files(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_prune_keeps_the_last_by_number(tmp_path):
+    for name in ("8", "9", "10", "11", "100", "best", "best-ema", "9-copy"):
+        (tmp_path / f"checkpoint-{name}.pth").touch()
+    kept = ["checkpoint-9-copy.pth", "checkpoint-best-ema.pth", "checkpoint-best.pth"]
+    checkpoint.prune(tmp_path, 3)
+    assert files(tmp_path) == sorted([*kept, "checkpoint-10.pth", "checkpoint-100.pth", "checkpoint-11.pth"])
+    checkpoint.prune(tmp_path, 3)
+    assert len(files(tmp_path)) == 6
+    checkpoint.prune(tmp_path, 0)  # never the newest
+    assert files(tmp_path) == sorted([*kept, "checkpoint-100.pth"])
+
+
+def test_a_run_prunes_its_own(tmp_path):
+    """A run started anew below the epochs of an earlier one keeps its last files, and leaves the earlier one's."""
+    for epoch in (20, 21, 22):
+        (tmp_path / f"checkpoint-{epoch}.pth").touch()
+    for epoch in range(6):
+        checkpoint.save_numbered(state_of(epoch), tmp_path, keep=2)
+        assert (tmp_path / f"checkpoint-{epoch}.pth").exists()
+    assert [epoch for epoch, _ in checkpoint.numbered(tmp_path)] == [22, 21, 20, 5, 4]
+
+
+def test_only_the_first_process_writes(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "is_main_process", lambda: False)
+    checkpoint.save_numbered(state_of(), tmp_path, keep=1)
+    assert files(tmp_path) == []
+
+
+# ---- what is in it
+
+
+def trained(seed=0, lr=0.1, optimizer=torch.optim.AdamW, width=3):
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(4, width), nn.BatchNorm1d(width))
+    optimizer = optimizer([{"params": list(model.parameters()), "name": "all", "decays": True}], lr=lr)
+    for _ in range(2):
+        model(torch.randn(5, 4)).square().sum().backward()
+        optimizer.step()
+    return model, optimizer
+
+
+def scaler(enabled=True):
+    return torch.amp.GradScaler("cpu", enabled=enabled, init_scale=1024.0)
+
+
+def test_training_state_is_plain(tmp_path):
+    args = Namespace(
+        output_dir=tmp_path, opt_betas=[0.9, 0.95], pair=(1, 2), lr=None, seed=3, blr=0.5, eval=True, name="x"
+    )
+    model, optimizer = trained()
+    best = {"acc1": 12.5, "epoch": 2}
+    state = checkpoint.training_state(model, optimizer, scaler(), 7, args, best=best, classes=["a", "b"])
+    torch.save(state, tmp_path / "x.pth")
+    read = torch.load(tmp_path / "x.pth", weights_only=True)  # without any class being allowed
+    assert read["args"] == {
+        "output_dir": str(tmp_path), "opt_betas": [0.9, 0.95], "pair": "(1, 2)", "lr": None, "seed": 3, "blr": 0.5,
+        "eval": True, "name": "x",
+    }  # fmt: skip
+    assert {type(value) for value in read["args"].values()} == {str, list, type(None), int, float, bool}
+    assert (read["epoch"], read["best"], read["classes"]) == (7, best, ["a", "b"])
+    assert same(read["model"], dict(model.state_dict()))
+    assert read.keys() == {"model", "optimizer", "scaler", "epoch", "args", "best", "classes"}
+
+
+def test_training_goes_on_where_it_was(tmp_path):
+    model, optimizer = trained()
+    amp_scaler = scaler()
+    amp_scaler.scale(torch.ones(1))
+    amp_scaler.update(256.0)
+    checkpoint.save_numbered(checkpoint.training_state(model, optimizer, amp_scaler, 7, Namespace()), tmp_path, 3)
+    other, other_optimizer = trained(seed=1, lr=0.5)
+    other_scaler = scaler()
+    found = checkpoint.find("", True, str(tmp_path))
+    assert checkpoint.load_training(*found, other, other_optimizer, other_scaler) == 8
+    assert same(dict(other.state_dict()), dict(model.state_dict()))
+    assert same(other_optimizer.state_dict()["state"], optimizer.state_dict()["state"])
+    assert other_optimizer.param_groups[0]["lr"] == 0.1
+    assert other_scaler.get_scale() == 256.0
+    checkpoint.load_training(*found, other, other_optimizer, scaler(enabled=False))
+
+
+def test_load_training_errors(tmp_path):
+    model, optimizer = trained()
+    state = checkpoint.training_state(model, optimizer, scaler(), 7, Namespace())
+    path = Path("some/checkpoint-7.pth")
+
+    def load(state, model=model, optimizer=optimizer):
+        checkpoint.load_training(path, state, model, optimizer, scaler())
+
+    load(state)
+    with pytest.raises(UsageError, match=r"checkpoint-7\.pth: has no optimizer and no epoch, so training cannot"):
+        load({"model": state["model"]})
+    with pytest.raises(UsageError, match="has no model"):
+        load(state_of()["model"])
+    with pytest.raises(UsageError, match=r"another model.*another shape"):
+        load(state, *trained(width=5))
+    groups = [{"params": [p]} for p in model.parameters()]
+    with pytest.raises(UsageError, match=r"checkpoint-7\.pth: its optimizer does not fit --opt or --layer_decay"):
+        load(state, optimizer=torch.optim.AdamW(groups))
+    for kind, lost in ((torch.optim.SGD, "dampening, momentum"), (torch.optim.RMSprop, "alpha")):
+        with pytest.raises(UsageError, match=f"does not fit --opt, it has no {lost}"):
+            load(state, *trained(optimizer=kind))
+
+
+def test_load_weights_says_what_does_not_fit():
+    model, _ = trained()
+    own = {k: v.clone() for k, v in model.state_dict().items()}
+    other = dict(trained(seed=5)[0].state_dict())
+    lacking = {k: v for k, v in other.items() if k != "0.bias"}
+    extra = other | {"head.weight": torch.ones(1), "head.bias": torch.ones(1)}
+    shape = other | {"0.weight": torch.ones(3, 5)}
+    for state, message in (
+        (lacking, r"x\.pth: .*it lacks 0\.bias \(1 in all\)"),
+        (extra, r"x\.pth: .*it also has head\.bias, head\.weight \(2 in all\)"),
+        (shape, r"x\.pth: .*another shape for 0\.weight \(1 in all\)"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            checkpoint.load_weights(model, state, "x.pth")
+        assert same(dict(model.state_dict()), own)
+    checkpoint.load_weights(model, other, "x.pth")
+    assert same(dict(model.state_dict()), other)

@@ -1,0 +1,591 @@
+"""utils: averages, the loss guard, console lines, log.txt and TensorBoard, mixed precision, command line, errors."""
+
+import json
+import logging
+import math
+import re
+from argparse import Namespace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
+
+import main_finetune
+import main_pretrain
+from utils import distributed, metrics
+from utils.amp import Amp
+from utils.args import (
+    ArgumentParser,
+    add_bool,
+    add_shared_arguments,
+    check_shared_arguments,
+    effective_lr,
+    prepare_output_dir,
+)
+from utils.distributed import pick_device
+from utils.errors import NonFiniteLoss, UsageError, run, suggest
+from utils.metrics import Averages, EpochTracker, LossGuard, Progress, RunLog, duration
+
+CPU = torch.device("cpu")
+NAN = float("nan")
+
+
+@pytest.fixture
+def logs(caplog, monkeypatch):
+    """The log, whether or not a script run by another test has redirected it."""
+    log = logging.getLogger("fcmae")
+    monkeypatch.setattr(log, "handlers", [caplog.handler])
+    monkeypatch.setattr(log, "propagate", False)
+    caplog.set_level(logging.INFO, "fcmae")
+    return caplog
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock for utils.metrics that stands still until it is told to advance."""
+    clock = SimpleNamespace(now=100.0)
+    monkeypatch.setattr(metrics, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    return clock
+
+
+# ---- averages and the loss guard
+
+
+def test_averages_are_weighted_by_samples():
+    averages = Averages(("loss", "acc"), CPU)
+    assert averages.window() == {"loss": 0.0, "acc": 0.0}  # nothing yet
+    averages.update(3, loss=torch.tensor(1.0), acc=torch.tensor(10.0))
+    averages.update(1, acc=torch.tensor(30.0), loss=torch.tensor(5.0))
+    assert averages.window() == {"loss": 2.0, "acc": 15.0}
+    averages.update(4, loss=torch.tensor(4.0), acc=torch.tensor(25.0))
+    assert averages.window() == {"loss": 4.0, "acc": 25.0}  # since the last line
+    averages.update(2, loss=torch.tensor(8.0), acc=torch.tensor(0.0))
+    assert averages.epoch() == {"loss": 4.0, "acc": 16.0}  # of all ten, in windows or not
+    assert averages.epoch() == {"loss": 4.0, "acc": 16.0}
+    assert averages.window() == {"loss": 8.0, "acc": 0.0}
+
+
+def test_averages_lose_no_precision_and_no_graph():
+    averages = Averages(("loss",), CPU)
+    loss = torch.tensor(1e-4, requires_grad=True) * 1
+    for _ in range(2000):
+        averages.update(4096, loss=loss)
+    assert averages.epoch()["loss"] == pytest.approx(loss.item(), rel=1e-12)
+    averages.update(8, loss=torch.tensor(1.0, dtype=torch.bfloat16))
+    assert averages.epoch()["loss"] > 1e-4
+
+
+@pytest.mark.parametrize("bad", [NAN, math.inf, -math.inf])
+def test_loss_guard_names_the_first_bad_step(bad):
+    guard = LossGuard(CPU)
+    for step, loss in enumerate([1.0, 2.0, 3.0]):
+        guard.watch(torch.tensor(loss), step)
+    guard.check(0)
+    for step, loss in enumerate([4.0, 5.0, bad, 1.0, NAN], start=3):
+        guard.watch(torch.tensor(loss), step)
+    with pytest.raises(NonFiniteLoss, match=r"in step 5 of epoch 7; the last checkpoint is untouched") as stopped:
+        guard.check(7)
+    assert len(str(stopped.value).splitlines()) == 1
+
+
+def test_loss_guard_sees_step_0():
+    guard = LossGuard(CPU)
+    guard.watch(torch.tensor(NAN), 0)
+    guard.watch(torch.tensor(NAN), 1)
+    with pytest.raises(NonFiniteLoss, match="in step 0 of epoch 2"):
+        guard.check(2)
+
+
+def test_loss_guard_of_another_process(monkeypatch):
+    monkeypatch.setattr(metrics, "all_reduce_sum", lambda tensor: tensor + 1)
+    guard = LossGuard(CPU)
+    guard.watch(torch.tensor(1.0), 0)
+    with pytest.raises(NonFiniteLoss, match="infinite in epoch 4"):
+        guard.check(4)
+
+
+# ---- console
+
+
+def test_progress_line(logs, clock):
+    progress = Progress("epoch 3", 41, CPU)
+    due = []
+
+    def loader():
+        for _ in range(41):
+            clock.now += 0.5  # waiting for data
+            yield "batch"
+
+    for step, item in progress(loader()):
+        assert item == "batch"
+        clock.now += 1.5
+        progress.count(64)
+        if progress.due(step):
+            due.append(step)
+            assert progress.line(step, lr=0.00123456, loss=1.23456) == pytest.approx(32)
+    assert due == [0, 20, 40]
+    lines = [record.getMessage() for record in logs.records]
+    tail = "  lr 0.001235  loss 1.2346  time 2.000  data 0.500  img/s 32"
+    assert lines == [
+        "epoch 3 [ 1/41]  eta 0:01:20" + tail,
+        "epoch 3 [21/41]  eta 0:00:40" + tail,
+        "epoch 3 [41/41]  eta 0:00:00" + tail,
+    ]
+    assert progress.samples == 41 * 64
+    assert progress.seconds == pytest.approx(82)
+
+
+def test_progress_counts_the_images_of_all_processes(logs, clock, monkeypatch):
+    monkeypatch.setattr(metrics, "get_world_size", lambda: 4)
+    progress = Progress("epoch 0", 1, CPU)
+    for step, _ in progress([None]):
+        clock.now += 2
+        progress.count(10)
+        assert progress.line(step) == 20
+    assert "img/s 20" in logs.text
+
+
+def test_a_resumed_epoch_counts_its_own_steps(logs, clock):
+    progress = Progress("epoch 0", 10, CPU, start=8)
+    steps = []
+    for step, _ in progress([None, None]):
+        clock.now += 3
+        steps.append(step)
+        progress.line(step)
+    assert steps == [8, 9]
+    assert ["eta 0:00:03" in logs.messages[0], "eta 0:00:00" in logs.messages[1]] == [True, True]
+
+
+def test_duration():
+    assert [duration(s) for s in (0, 59.6, 3600, 2 * 86400 + 3)] == ["0:00:00", "0:01:00", "1:00:00", "2 days, 0:00:03"]
+
+
+# ---- log.txt and TensorBoard
+
+
+def board(folder):
+    accumulator = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    accumulator.Reload()
+    return accumulator
+
+
+def scalars(folder, name):
+    return [(event.step, event.value) for event in board(folder).Scalars(name)]
+
+
+def test_log_txt_is_json_lines(tmp_path):
+    run_log = RunLog(str(tmp_path), None)
+    run_log.epoch({"train_loss": NAN, "train_lr": 0.5, "epoch": 0, "n_parameters": 7})
+    run_log.epoch({"train_loss": math.inf, "train_lr": 0.25, "epoch": 1, "n_parameters": 7})
+    run_log.close()
+    first, second = (tmp_path / "log.txt").read_text().splitlines()
+    assert json.loads(first) == {"train_loss": None, "train_lr": 0.5, "epoch": 0, "n_parameters": 7}
+    assert json.loads(second)["train_loss"] is None
+    assert "NaN" not in first + second
+
+
+@pytest.mark.parametrize(("start_epoch", "kept"), [(0, []), (1, [0]), (2, [0, 1]), (9, [0, 1, 2])])
+def test_a_resume_drops_what_will_be_redone(tmp_path, start_epoch, kept):
+    log = tmp_path / "log.txt"
+    whole = "".join(json.dumps({"train_loss": float(epoch), "epoch": epoch}) + "\n" for epoch in range(3))
+    log.write_text("a heading\n[1]\n{}\n" + whole + '{"train_loss": 3.0, "epo')  # the last line torn by a kill
+    run_log = RunLog(str(tmp_path), None, start_epoch)
+    run_log.epoch({"train_loss": 0.5, "epoch": start_epoch})
+    run_log.close()
+    records = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [record["epoch"] for record in records] == [*kept, start_epoch]
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_tensorboard_holds_the_curves(tmp_path):
+    run_log = RunLog(str(tmp_path / "out_missing_is_made_by_the_script"), str(tmp_path / "board"))
+    run_log.scalars(0.25, **{"train/loss": 2.0, "train/lr": 0.5})
+    run_log.scalars(3.0004, **{"train/loss": 1.0})
+    run_log.image("reconstruction", torch.rand(3, 8, 8), 4)
+    run_log.close()
+    assert scalars(tmp_path / "board", "train/loss") == [(250, 2.0), (3000, 1.0)]
+    assert scalars(tmp_path / "board", "train/lr") == [(250, 0.5)]
+    assert [event.step for event in board(tmp_path / "board").Images("reconstruction")] == [4000]
+
+
+def test_a_resume_hides_the_curves_beyond(tmp_path):
+    for start_epoch, value in ((0, 1.0), (1, 2.0)):
+        run_log = RunLog(str(tmp_path), None, start_epoch)
+        for epoch in (start_epoch + 0.5, start_epoch + 1.0, start_epoch + 1.5):
+            run_log.scalars(epoch, loss=value)
+        run_log.close()
+    assert scalars(tmp_path, "loss") == [(500, 1.0), (1500, 2.0), (2000, 2.0), (2500, 2.0)]
+
+
+def test_no_folder_no_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run_log = RunLog("", None)
+    run_log.scalars(1.0, loss=1.0)
+    run_log.image("x", torch.rand(3, 4, 4), 1)
+    run_log.epoch({"epoch": 0})
+    run_log.close()
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(metrics, "get_rank", lambda: 1)  # nor from any process but the first
+    run_log = RunLog(str(tmp_path), str(tmp_path / "board"))
+    run_log.scalars(1.0, loss=1.0)
+    run_log.epoch({"epoch": 0})
+    run_log.close()
+    assert not list(tmp_path.iterdir())
+
+
+def test_log_dir_and_output_dir_apart(tmp_path):
+    for name in ("out", "only_out"):
+        (tmp_path / name).mkdir()
+    for output_dir, log_dir in (("out", "board"), ("only_out", None), ("", "only_board")):
+        run_log = RunLog(output_dir and str(tmp_path / output_dir), log_dir and str(tmp_path / log_dir))
+        run_log.scalars(1.0, loss=1.0)
+        run_log.epoch({"epoch": 0})
+        run_log.close()
+
+    def kinds(name):
+        return {re.sub(r"tfevents.*", "tfevents", path.name) for path in (tmp_path / name).iterdir()}
+
+    assert kinds("out") == {"log.txt"}
+    assert kinds("board") == kinds("only_board") == {"events.out.tfevents"}
+    assert kinds("only_out") == {"log.txt", "events.out.tfevents"}
+
+
+def test_epoch_tracker(tmp_path, logs, clock):
+    run_log = RunLog(str(tmp_path), None)
+    tracker = EpochTracker(("loss", "acc"), 2, 21, CPU, run_log)
+    for step, _ in tracker([None] * 21):
+        clock.now += 2
+        tracker.update(step, 6, loss=torch.tensor(float(step)), acc=torch.tensor(50.0))
+        tracker.update(step, 2, loss=torch.tensor(float(step) + 4), acc=torch.tensor(50.0))
+        tracker.report(step, 0.5, torch.tensor(3.0) if tracker.due(step) else None)
+    run_log.close()
+    assert tracker.summary() == pytest.approx({"loss": 11.0, "acc": 50.0, "images_per_second": 4.0})
+    assert len(logs.messages) == 2
+    assert re.search(r"epoch 2 \[21/21\] .* lr 0.5 .*loss 11.5000 .*acc 50.0000 .*grad_norm 3.0000", logs.messages[1])
+    start, end = round(2000 + 1000 / 21), 3000
+    assert scalars(tmp_path, "train/loss") == [(start, 1.0), (end, 11.5)]
+    for name, value in (("lr", 0.5), ("grad_norm", 3.0), ("acc", 50.0), ("images_per_second", 4.0)):
+        assert scalars(tmp_path, f"train/{name}") == [(start, value), (end, value)]
+
+
+def test_epoch_tracker_stops_at_a_bad_loss(logs):
+    tracker = EpochTracker(("loss",), 1, 100, CPU, RunLog("", None))
+    reported = []
+
+    def train():
+        for step, _ in tracker([None] * 100):
+            tracker.update(step, 4, loss=torch.tensor(NAN if step == 7 else 1.0))
+            reported.append(step)
+            tracker.report(step, 0.1, torch.tensor(0.0))
+
+    with pytest.raises(NonFiniteLoss, match="in step 7 of epoch 1"):
+        train()
+    assert reported[-1] == 20  # at the first line that was due; no earlier, the device is not waited for
+
+
+# ---- mixed precision
+
+
+def linear(gradient=(3.0, 4.0), lr=1.0):
+    model = nn.Linear(2, 1, bias=False)
+    nn.init.zeros_(model.weight)
+    return model, torch.optim.SGD(model.parameters(), lr=lr), torch.tensor([gradient])
+
+
+def test_amp_disabled_is_plain_training():
+    model, optimizer, x = linear()
+    amp = Amp(CPU, False, torch.float16)
+    assert not amp.scaler.is_enabled()
+    with amp.autocast():
+        y = model(x)
+    assert y.dtype == torch.float32
+    amp.backward(y.sum())
+    assert model.weight.grad.tolist() == [[3.0, 4.0]]
+    assert amp.step(optimizer, with_norm=False) is None
+    assert model.weight.tolist() == [[-3.0, -4.0]]
+    assert model.weight.grad is None
+
+
+@pytest.mark.parametrize(("clip", "expected"), [(1.0, [-0.6, -0.8]), (2.5, [-1.5, -2.0]), (50.0, [-3.0, -4.0])])
+def test_clipping(clip, expected):
+    model, optimizer, x = linear()
+    amp = Amp(CPU, False, torch.bfloat16, clip_grad=clip)
+    amp.backward(model(x).sum())
+    assert amp.step(optimizer, with_norm=False).item() == pytest.approx(5)  # as it was before
+    assert model.weight[0].tolist() == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_norm_is_of_all_groups_together_and_changes_nothing():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+    model[0].bias.requires_grad_(False)
+    groups = [{"params": list(part.parameters())} for part in model]
+    optimizer = torch.optim.SGD(groups, lr=1.0)
+    amp = Amp(CPU, False, torch.bfloat16)
+    amp.backward(model(torch.randn(5, 4)).square().sum())
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    norm = amp.step(optimizer, with_norm=True)
+    torch.testing.assert_close(norm, torch.cat([g.flatten() for g in gradients.values()]).norm())
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p, before[name] - gradients.get(name, 0))
+
+
+@pytest.mark.parametrize(("dtype", "scaled"), [(torch.bfloat16, False), (torch.float16, True)])
+def test_only_float16_scales_the_loss(dtype, scaled):
+    model, optimizer, x = linear()
+    amp = Amp(CPU, True, dtype, clip_grad=0.0625)
+    assert amp.scaler.is_enabled() == scaled
+    with amp.autocast():
+        y = model(x)
+    assert y.dtype == dtype
+    amp.backward(y.float().sum() / 8)  # 65536, the first scale, itself is beyond float16
+    assert (model.weight.grad.norm() > 1000) == scaled
+    assert amp.step(optimizer, with_norm=True).item() == pytest.approx(0.625)  # of the unscaled gradient
+    assert model.weight[0].tolist() == pytest.approx([-0.0375, -0.05], rel=1e-4)
+
+
+def test_float16_skips_an_overflow():
+    model, optimizer, x = linear()
+    amp = Amp(CPU, True, torch.float16)
+    amp.backward(model(x).sum() * 1e38)
+    scale = amp.scaler.get_scale()
+    assert not torch.isfinite(amp.step(optimizer, with_norm=True))
+    assert model.weight.tolist() == [[0.0, 0.0]]
+    assert amp.scaler.get_scale() < scale
+
+
+# ---- the command line
+
+
+def small_parser():
+    parser = ArgumentParser("A test.")
+    group = parser.add_argument_group("things")
+    add_bool(group, "--flag", False, "a boolean")
+    add_bool(group, "--maybe", None, "another")
+    group.add_argument("--name", default="x", help="a name")
+    group.add_argument("--betas", type=float, nargs="+", help="numbers")
+    group.add_argument("--size", type=int, default=3, choices=(3, 4), help="a size")
+    return parser
+
+
+@pytest.mark.parametrize(
+    ("words", "value"),
+    [
+        ([], False),
+        (["--flag"], True),
+        (["--flag", "--name", "y"], True),
+        *[(["--flag", word], True) for word in ("true", "True", "1", "yes", "YES", "on", "y", "t")],
+        *[(["--flag", word], False) for word in ("false", "False", "0", "no", "NO", "off", "n", "f")],
+        (["--flag=false"], False),
+    ],
+)
+def test_booleans(words, value):
+    args = small_parser().parse_args(words)
+    assert args.flag is value
+    assert args.maybe is None
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--flag", "perhaps"], "'perhaps' is not a boolean: give true or false"),
+        (["--flag", ""], "'' is not a boolean"),
+        (["--nam", "y"], r"unknown argument --nam \(did you mean --name\?\); see --help"),
+        (["--naem=y"], r"unknown argument --naem \(did you mean --name\?\)"),
+        (["stray"], "unknown argument stray; see --help"),
+        (["--size", "5"], "--size: invalid choice: .*5.* 3, 4"),
+        (["--size", "big"], "--size: invalid int value: 'big'"),
+        (["--name"], "--name: expected one argument"),
+        (["@missing.args"], "missing.args"),
+    ],
+)
+def test_mistakes_end_in_one_line_and_code_2(words, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        small_parser().parse_args(words)
+    assert stopped.value.code == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert re.fullmatch(rf"error: .*{message}.*\n", captured.err)
+
+
+def test_argument_files(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "inner.args").write_text("--size 4\n")
+    (tmp_path / "x.args").write_text(
+        "# a comment\n"
+        "\n"
+        "--betas 0.9 0.95   # two words, then a comment\n"
+        "--name 'two words'\n"
+        "  --flag   yes\n"
+        "@inner.args\n"
+    )
+    args = small_parser().parse_args(["@x.args"])
+    assert args == Namespace(flag=True, maybe=None, name="two words", betas=[0.9, 0.95], size=4)
+    args = small_parser().parse_args(["@x.args", "--name", "", "--flag", "no"])  # what comes later wins
+    assert (args.name, args.flag, args.size) == ("", False, 4)
+    (tmp_path / "x.args").write_text("--name ''\n")
+    assert small_parser().parse_args(["@x.args"]).name == ""
+    (tmp_path / "x.args").write_text("--name 'open\n")
+    with pytest.raises(SystemExit) as stopped:
+        small_parser().parse_args(["@x.args"])
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == "error: argument file: No closing quotation in the line --name 'open\n"
+
+
+@pytest.mark.parametrize("module", [main_pretrain, main_finetune])
+def test_help_has_titled_groups_and_defaults(module, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        module.get_args_parser().parse_args(["--help"])
+    assert stopped.value.code == 0
+    text = capsys.readouterr().out
+    for title in ("training:", "model:", "learning rate and weight decay:", "data:", "checkpoints and logs:"):
+        assert f"\n{title}\n" in text
+    assert re.search(r"--batch_size BATCH_SIZE\s+images per process and forward pass\s+\(default: 64\)", text)
+    assert all(group.title not in ("optional arguments",) for group in module.get_args_parser()._action_groups)
+
+
+def shared(**flags):
+    parser = ArgumentParser("")
+    add_shared_arguments(parser, epochs=100, warmup_epochs=20, blr=1e-3, min_lr=0.0, min_crop=0.2, data_sets="any")
+    return parser.parse_args([f"--{name}={value}" for name, value in flags.items()])
+
+
+def test_the_defaults_are_fine():
+    check_shared_arguments(shared(), ["convnextv2_base"])
+    check_shared_arguments(shared(lr=0.1, warmup_epochs=0, epochs=1, crop_pct=1, min_crop=1), ["convnextv2_base"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"model": "convnextv2_bas"}, r"--model convnextv2_bas: unknown \(did you mean convnextv2_base\?\)"),
+        ({"model": "zebra"}, "--model zebra: unknown; one of convnextv2_base, convnextv2_tiny"),
+        *[
+            ({name: value}, f"--{name} {value}: must be at least 1")
+            for value in (0, -3)
+            for name in (
+                "batch_size", "update_freq", "epochs", "input_size", "save_ckpt_freq", "save_ckpt_num", "world_size",
+            )
+        ],
+        *[
+            ({name: -1}, f"--{name} -1.*: must not be negative")
+            for name in ("num_workers", "warmup_epochs", "seed", "start_epoch", "min_lr", "weight_decay", "lr", "blr")
+        ],
+        ({"lr": "nan"}, "--lr nan: must not be negative"),
+        ({"epochs": 10}, "--warmup_epochs 20: must be less than --epochs 10"),
+        ({"epochs": 20}, "--warmup_epochs 20: must be less than --epochs 20"),
+        ({"min_crop": 0}, "--min_crop 0.0: must be above 0 and at most 1"),
+        ({"min_crop": 1.1}, "--min_crop 1.1"),
+        ({"crop_pct": 0}, "--crop_pct 0.0: must be above 0 and at most 1"),
+        ({"crop_pct": 1.2}, "--crop_pct 1.2"),
+        ({"resume": "nowhere.pth"}, "--resume nowhere.pth: no such file"),
+        ({"resume": "."}, "--resume .: no such file"),
+    ],
+)  # fmt: skip
+def test_shared_arguments_are_checked(flags, message):
+    with pytest.raises(UsageError, match=message) as refused:
+        check_shared_arguments(shared(**flags), ["convnextv2_base", "convnextv2_tiny"])
+    assert len(str(refused.value).splitlines()) == 1
+
+
+def test_effective_lr():
+    args = shared(batch_size=64, update_freq=2, blr=1.5e-4)
+    assert effective_lr(args, 1) == pytest.approx(1.5e-4 * 128 / 256)
+    assert effective_lr(args, 8) == pytest.approx(1.5e-4 * 1024 / 256)
+    args.lr = 0.25
+    assert effective_lr(args, 8) == 0.25
+    args.lr = 0.0
+    assert effective_lr(args, 8) == 0.0
+
+
+def test_prepare_output_dir(tmp_path, monkeypatch):
+    prepare_output_dir("")
+    prepare_output_dir(str(tmp_path / "a/b"))
+    prepare_output_dir(str(tmp_path / "a/b"))
+    assert not list((tmp_path / "a/b").iterdir())
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match=r"--output_dir .*file: cannot be written \(File exists\)"):
+        prepare_output_dir(str(tmp_path / "file"))
+    with pytest.raises(UsageError, match="cannot be written"):
+        prepare_output_dir(str(tmp_path / "file/below"))
+
+
+def test_devices(monkeypatch):
+    assert pick_device("cpu") == CPU
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    assert pick_device("auto") == CPU
+    with pytest.raises(UsageError, match=r"--device cuda: .*--device cpu or auto"):
+        pick_device("cuda")
+    with pytest.raises(UsageError, match=r"--device mps: .*--device cpu or auto"):
+        pick_device("mps")
+    with pytest.raises(UsageError, match="--device gpu: not a device"):
+        pick_device("gpu")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert pick_device("auto").type == "mps"
+
+
+@pytest.mark.parametrize(("is_first", "expected"), [(True, ["work", "barrier"]), (False, ["barrier", "work"])])
+def test_a_failing_first_process_does_not_hold_up_the_others(monkeypatch, is_first, expected):
+    events = []
+    monkeypatch.setattr(distributed, "is_main_process", lambda: is_first)
+    monkeypatch.setattr(distributed, "barrier", lambda: events.append("barrier"))
+
+    def download():
+        with distributed.main_process_first():
+            events.append("work")
+            raise OSError("no route to host")
+
+    with pytest.raises(OSError, match="no route"):
+        download()
+    assert events == expected
+
+
+# ---- errors
+
+
+def test_suggest():
+    assert suggest("adamv", ["sgd", "adamw", "lamb"]) == " (did you mean adamw?)"
+    assert suggest("zzz", ["sgd", "adamw"]) == ""
+    assert suggest("x", []) == ""
+
+
+def run_raising(error, capsys):
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as stopped:
+        run(main)
+    return stopped.value.code, capsys.readouterr().err
+
+
+def test_run(capsys, monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    done = []
+    run(lambda: done.append(1))
+    assert done == [1]
+    assert run_raising(UsageError("--lr -1: too low"), capsys) == (2, "error: --lr -1: too low\n")
+    worker = (
+        "Caught UsageError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n"
+        '  File "x.py", line 1, in f\n    raise UsageError\nutils.errors.UsageError: 100 unreadable images\n'
+    )
+    assert run_raising(UsageError(worker), capsys) == (2, "error: 100 unreadable images\n")
+    several = "--data_set hfds/x: timm could not open it: no such set\n\n  tried: a\n  and: b\n"
+    expected = "error: --data_set hfds/x: timm could not open it: no such set tried: a and: b\n"
+    assert run_raising(UsageError(several), capsys) == (2, expected)
+    monkeypatch.setenv("RANK", "3")
+    assert run_raising(UsageError("no"), capsys) == (2, "[rank 3] error: no\n")
+
+
+def test_run_tells_a_bad_loss_from_a_mistake(capsys, monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    assert run_raising(NonFiniteLoss("the loss became NaN"), capsys) == (1, "error: the loss became NaN\n")
+
+
+def test_run_hides_no_other_error():
+    with pytest.raises(ZeroDivisionError):
+        run(lambda: 1 / 0)

@@ -1,0 +1,73 @@
+"""The README's commands run, one after the other as a reader would type them, on a shrunk network and a few images."""
+
+import contextlib
+import io
+import re
+import shlex
+from pathlib import Path
+
+import main_finetune
+import main_pretrain
+from models.convnextv2 import SIZES
+from tests.small_runs import TINY, write_images
+from utils import shapes
+from utils.errors import run
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = "--epochs 1 --warmup_epochs 0 --warmup_steps 0 --batch_size 8 --update_freq 1 --num_workers 0 --device cpu"
+
+
+def readme_commands() -> list[str]:
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    return [part.strip() for block in blocks for line in block.splitlines() for part in line.split("&&")]
+
+
+def script_commands() -> list[list[str]]:
+    """Words of each command that runs an entry script, from the script's name on."""
+    found = []
+    for command in readme_commands():
+        words = shlex.split(command)
+        if main := [i for i, word in enumerate(words) if word.startswith("main_")]:
+            found.append(words[main[0] :])
+    return found
+
+
+def test_two_lines_do_everything():
+    install = [command for command in readme_commands() if command.startswith("pip install")]
+    assert len(install) == 2
+    for file in re.findall(r"-r (\S+)", " ".join(install)):
+        assert (ROOT / file).is_file()
+    assert "python -m pytest" in readme_commands()
+
+
+def test_commands_run_in_order(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    for name in SIZES:
+        monkeypatch.setitem(SIZES, name, TINY)
+    monkeypatch.setattr(shapes, "NUM_SAMPLES", {"train": 16, "val": 8})
+    for folder in ("images", "train", "imagenet/train"):
+        write_images(tmp_path / "data" / folder, "train", 16, size=32)
+    write_images(tmp_path / "data/val", "val", 8, size=32)
+    commands = script_commands()
+    assert len(commands) >= 7
+    for name, *flags in commands:
+        script = {"main_pretrain.py": main_pretrain, "main_finetune.py": main_finetune}[name]
+        flags = [re.sub(r"^/data/", "data/", re.sub(r"checkpoint-\d+", "checkpoint-0", word)) for word in flags]
+        small = SMALL if script is main_finetune else SMALL.replace("--warmup_steps 0", "")
+        if not any("demo" in word for word in flags):
+            small += " --input_size 64"
+        elif script is main_finetune:
+            small += " --finetune output/demo_pretrain/checkpoint-0.pth"
+        out = io.StringIO()
+        with contextlib.redirect_stdout(out):
+            run(lambda s=script, f=flags, e=small: s.main(s.get_args_parser().parse_args(f + e.split())))
+        assert "acc1" in out.getvalue() if script is main_finetune else "done: 1 epochs" in out.getvalue(), flags
+    assert (tmp_path / "output/demo_pretrain/reconstruction-0.png").is_file()
+
+
+def test_recipes_of_the_table_exist():
+    table = re.findall(r"`((?:pretrain|finetune)_\w+)`", (ROOT / "README.md").read_text())
+    assert {f"{name}.args" for name in table} == {
+        path.name for path in (ROOT / "recipes").glob("*.args") if "demo" not in path.name
+    }

@@ -1,0 +1,305 @@
+"""Resuming, keeping and evaluating checkpoints through the entry scripts."""
+
+import re
+import shutil
+
+import pytest
+import torch
+from PIL import Image
+from small_runs import STEPS, TINY, Scripts, killed_after, load, records, same, snapshot
+
+import datasets
+import main_finetune
+from models.convnextv2 import ConvNeXtV2
+
+FLAGS = {
+    "pretrain": ("--picture_freq", 0),
+    "finetune": (
+        *("--mixup", 0.8, "--cutmix", 1.0, "--drop_path", 0.3, "--layer_decay", 0.8, "--clip_grad", 1.0),
+        *("--model_ema", "--model_ema_decay", 0.9, "--model_ema_eval", "true", "--weight_decay_end", 0.1),
+    ),
+}
+STAGES = pytest.mark.parametrize("stage", ["pretrain", "finetune"])
+LAST = "checkpoint-2.pth"
+
+
+@pytest.fixture(scope="module")
+def scripts(tmp_path_factory):
+    return Scripts(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def whole(scripts, tmp_path_factory):
+    """Folders of uninterrupted runs of three epochs, by stage: to compare with, not to write to."""
+    folders = {stage: tmp_path_factory.mktemp(stage) for stage in FLAGS}
+    for stage, folder in folders.items():
+        result = getattr(scripts, stage)("--output_dir", folder, *FLAGS[stage])
+        assert result.code == 0, result.err
+    return folders
+
+
+def content(path):
+    """A checkpoint without its arguments, which hold the folder's name."""
+    return {key: value for key, value in load(path).items() if key != "args"}
+
+
+def accuracies(out):
+    """What the lines of an evaluation say, by their header."""
+    return {header: float(acc1) for header, acc1 in re.findall(r"^(eval.*): acc1 ([\d.]+)", out, re.M)}
+
+
+# ---- bit for bit
+
+
+@STAGES
+@pytest.mark.parametrize("steps", [STEPS, 2 * STEPS, STEPS + 3], ids=["1+2", "2+1", "in epoch 1"])
+def test_resume_is_bit_for_bit(stage, steps, scripts, whole, tmp_path):
+    run = getattr(scripts, stage)
+    with killed_after(steps):
+        run("--output_dir", tmp_path, *FLAGS[stage])
+    assert not (tmp_path / LAST).exists()
+    with open(tmp_path / "log.txt", "a") as file:
+        file.write('{"train_loss": 1.')  # what a kill while writing leaves
+    result = run("--output_dir", tmp_path, *FLAGS[stage])
+    assert f"resumed from {tmp_path}/checkpoint-{steps // STEPS - 1}.pth" in result.out
+    assert same(content(tmp_path / LAST), content(whole[stage] / LAST))
+    assert (tmp_path / "log.txt").read_text() == (whole[stage] / "log.txt").read_text()
+    assert [record["epoch"] for record in records(tmp_path)] == [0, 1, 2]
+    if stage == "finetune":
+        for name in ("checkpoint-best.pth", "checkpoint-best-ema.pth"):
+            assert same(content(tmp_path / name), content(whole[stage] / name))
+
+
+@STAGES
+def test_training_moves_the_weights(stage, whole):
+    """So that the comparisons above compare something."""
+    first, last = (load(whole[stage] / f"checkpoint-{epoch}.pth") for epoch in (0, 2))
+    assert not same(first["model"], last["model"])
+    assert not same(first["optimizer"]["state"], last["optimizer"]["state"])
+    assert stage == "pretrain" or not same(last["model_ema"], last["model"])
+
+
+@STAGES
+def test_a_truncated_newest_checkpoint_is_reported_and_skipped(stage, scripts, whole, tmp_path):
+    run = getattr(scripts, stage)
+    with killed_after(2 * STEPS):
+        run("--output_dir", tmp_path, *FLAGS[stage])
+    newest = tmp_path / "checkpoint-1.pth"
+    newest.write_bytes(newest.read_bytes()[: newest.stat().st_size // 2])
+    result = run("--output_dir", tmp_path, *FLAGS[stage])
+    assert re.search(rf"skipping {newest}: .*(truncated|damaged)", result.out)
+    assert f"resumed from {tmp_path}/checkpoint-0.pth, going on with epoch 1" in result.out
+    assert same(content(tmp_path / LAST), content(whole[stage] / LAST))
+    assert (tmp_path / "log.txt").read_text() == (whole[stage] / "log.txt").read_text()
+
+
+@STAGES
+def test_resume_of_a_named_file_into_another_folder(stage, scripts, whole, tmp_path):
+    flags = ("--resume", whole[stage] / "checkpoint-0.pth", "--output_dir", tmp_path)
+    result = getattr(scripts, stage)(*flags, *FLAGS[stage])
+    assert result.code == 0, result.err
+    assert same(content(tmp_path / LAST), content(whole[stage] / LAST))
+    assert records(tmp_path) == records(whole[stage])[1:]
+
+
+def test_resume_of_the_best_checkpoint(scripts, whole, tmp_path, monkeypatch):
+    scores = iter([60.0, 50.0, 40.0])
+    monkeypatch.setattr(main_finetune, "evaluate", lambda *_: {"acc1": next(scores)})
+    flags = ("--drop_path", 0.2, "--model_ema", "true")
+    assert scripts.finetune("--output_dir", tmp_path / "a", *flags).code == 0
+    best = tmp_path / "a" / "checkpoint-best.pth"
+    assert load(best)["epoch"] == 0
+    scores = iter([50.0, 40.0])
+    result = scripts.finetune("--output_dir", tmp_path / "b", "--resume", best, *flags)
+    assert "going on with epoch 1" in result.out
+    assert same(content(tmp_path / "b" / LAST), content(tmp_path / "a" / LAST))
+
+
+def test_best_accuracies_survive_a_resume(scripts, tmp_path, monkeypatch):
+    """Epochs 1 and 2 are worse than epoch 0, the average best in epoch 1; the run dies in epoch 1 and in epoch 2."""
+    table = {"eval": (50.0, 40.0, 30.0), "eval EMA": (20.0, 45.0, 45.0)}
+    calls = dict.fromkeys(table, 0)
+
+    def evaluate(model, loader, amp, header="eval"):
+        calls[header] += 1
+        return {"acc1": table[header][calls[header] - 1]}
+
+    monkeypatch.setattr(main_finetune, "evaluate", evaluate)
+    flags = ("--output_dir", tmp_path, "--model_ema", "--model_ema_eval")
+    for steps in (STEPS + 1, STEPS + 1):
+        with killed_after(steps):
+            scripts.finetune(*flags)
+    kept = (tmp_path / "checkpoint-best.pth").read_bytes()
+    result = scripts.finetune(*flags)
+    assert (tmp_path / "checkpoint-best.pth").read_bytes() == kept
+    best = {"acc1": 50.0, "epoch": 0, "acc1_ema": 45.0, "epoch_ema": 1}
+    assert load(tmp_path / LAST)["best"] == best
+    assert load(tmp_path / "checkpoint-best-ema.pth")["epoch"] == 1
+    assert "best acc1 50.00 in epoch 0 (EMA 45.00 in epoch 1)" in result.out.splitlines()[-1]
+
+
+def test_a_best_checkpoint_is_kept_even_at_zero_accuracy(scripts, tmp_path, monkeypatch):
+    monkeypatch.setattr(main_finetune, "evaluate", lambda *_: {"acc1": 0.0})
+    scripts.finetune("--output_dir", tmp_path, "--epochs", 2)
+    assert load(tmp_path / "checkpoint-best.pth")["epoch"] == 0
+
+
+# ---- what is resumed, and what is not
+
+
+@STAGES
+def test_without_an_output_dir_nothing_is_resumed(stage, scripts, whole, tmp_path, monkeypatch):
+    shutil.copy(whole[stage] / "checkpoint-0.pth", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    before = snapshot(tmp_path)
+    result = getattr(scripts, stage)(*FLAGS[stage], "--epochs", 2)
+    assert result.code == 0
+    assert "resumed" not in result.out
+    assert "epoch 0 [1/5]" in result.out
+    assert "nothing saved" in result.out.splitlines()[-1]
+    assert snapshot(tmp_path) == before
+
+
+def test_auto_resume_can_be_turned_off(scripts, tmp_path):
+    scripts.pretrain("--output_dir", tmp_path, "--epochs", 2)
+    result = scripts.pretrain("--output_dir", tmp_path, "--epochs", 2, "--auto_resume", "false")
+    assert "resumed" not in result.out
+    assert [record["epoch"] for record in records(tmp_path)] == [0, 1]
+
+
+@STAGES
+def test_a_finished_run_has_nothing_to_do(stage, scripts, whole):
+    before = snapshot(whole[stage])
+    result = getattr(scripts, stage)("--output_dir", whole[stage], *FLAGS[stage])
+    assert result.code == 0
+    assert "nothing to do" in result.out.splitlines()[-1]
+    assert snapshot(whole[stage]) == before
+
+
+def test_a_longer_run_goes_on_where_a_finished_one_ended(scripts, tmp_path):
+    scripts.pretrain("--output_dir", tmp_path, "--epochs", 2)
+    result = scripts.pretrain("--output_dir", tmp_path, "--epochs", 4)
+    assert "going on with epoch 2" in result.out
+    assert [record["epoch"] for record in records(tmp_path)] == [0, 1, 2, 3]
+
+
+def test_resume_after_finetune_does_not_read_the_pretrained_weights_again(scripts, whole, tmp_path):
+    start = shutil.copy(whole["pretrain"] / LAST, tmp_path / "start.pth")
+    flags = ("--finetune", start, "--output_dir", tmp_path / "out")
+    with killed_after(STEPS):
+        scripts.finetune(*flags)
+    result = scripts.finetune(*flags)
+    assert "resumed from" in result.out
+    assert "loaded:" not in result.out
+
+
+def test_resume_refuses_what_does_not_fit(scripts, whole, tmp_path):
+    before = snapshot(whole["finetune"])
+    checkpoint = whole["finetune"] / "checkpoint-0.pth"
+    for flags, message in (
+        (("--opt", "sgd"), "--opt sgd: .* trained with adamw"),
+        ((), "its optimizer does not fit"),  # it had layer-wise decay
+        (("--layer_decay", 0.8, "--stem_stride", 2), "checkpoint of another model"),
+    ):
+        result = scripts.finetune("--resume", checkpoint, "--output_dir", tmp_path, *flags)
+        assert result.code == 2
+        assert re.match(f"error: .*{message}", result.err)
+    result = scripts.finetune("--resume", whole["pretrain"] / LAST)
+    assert (result.code, result.err.count("\n")) == (2, 1)
+    no_average = tmp_path / "no_average.pth"
+    torch.save({**load(checkpoint), "model_ema": None}, no_average)
+    result = scripts.finetune("--resume", no_average, *FLAGS["finetune"])
+    assert result.err.startswith("error: --model_ema true")
+    assert snapshot(whole["finetune"]) == before
+
+
+# ---- what is kept
+
+
+@pytest.mark.parametrize(
+    ("flags", "kept"),
+    [
+        ((), [2, 3, 4]),
+        (("--save_ckpt_num", 1), [4]),
+        (("--save_ckpt_freq", 2), [1, 3, 4]),
+        (("--save_ckpt_freq", 10, "--save_ckpt_num", 2), [4]),
+        (("--save_ckpt", "false"), []),
+    ],
+)
+@STAGES
+def test_which_checkpoints_are_kept(stage, flags, kept, scripts, tmp_path):
+    result = getattr(scripts, stage)("--output_dir", tmp_path, "--epochs", 5, "--batch_size", 20, *flags)
+    assert result.code == 0, result.err
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-?.pth")) == [f"checkpoint-{i}.pth" for i in kept]
+    assert len(records(tmp_path)) == 5
+    assert (tmp_path / "checkpoint-best.pth").exists() == (stage == "finetune" and bool(kept))
+    assert not list(tmp_path.glob(".*")), "left-over files"
+
+
+# ---- evaluation alone
+
+
+def test_evaluation_alone_agrees_with_training(scripts, whole, tmp_path):
+    """Without the training folder; the best of output_dir, a named file, a dense state dict."""
+    out, val = whole["finetune"], tmp_path / "val"
+    shutil.copytree(scripts.val, val)
+    by_epoch = records(out)
+    best = load(out / "checkpoint-best.pth")["epoch"]
+    before = snapshot(out)
+    where = ("--data_path", tmp_path / "nowhere", "--eval_data_path", val, "--eval", "true")
+
+    result = scripts.finetune(*where, "--output_dir", out, "--model_ema_eval", "true")
+    assert result.code == 0, result.err
+    name = out / "checkpoint-best.pth"
+    assert accuracies(result.out) == {
+        f"eval {name}": pytest.approx(by_epoch[best]["test_acc1"], abs=0.006),
+        f"eval {name} (EMA)": pytest.approx(by_epoch[best]["test_acc1_ema"], abs=0.006),
+    }
+    torch.save(load(out / LAST)["model"], tmp_path / "weights.pth")
+    for flags in (("--resume", out / LAST), ("--finetune", out / LAST), ("--resume", tmp_path / "weights.pth")):
+        result = scripts.finetune(*where, *flags)
+        assert list(accuracies(result.out).values()) == [pytest.approx(by_epoch[2]["test_acc1"], abs=0.006)]
+        assert f"loss {by_epoch[2]['test_loss']:.4f}" in result.out
+        assert "(22 images)" in result.out
+    result = scripts.finetune(*where, "--resume", out / LAST, "--model_key", "model_ema")
+    assert list(accuracies(result.out).values()) == [pytest.approx(by_epoch[2]["test_acc1_ema"], abs=0.006)]
+    assert snapshot(out) == before
+
+
+def test_evaluation_takes_the_class_order_from_the_checkpoint(scripts, whole, tmp_path):
+    """The validation folder lacks class c1, so its own numbering would be wrong; and no training folder tells it."""
+    state = load(whole["finetune"] / LAST)
+    assert state["classes"] == ["c0", "c1", "c2", "c3"]
+    state["model"]["head.weight"] = torch.randn(4, TINY["dims"][-1], generator=torch.Generator().manual_seed(1))
+    torch.save(state, tmp_path / "varied.pth")
+    model = ConvNeXtV2(num_classes=4, **TINY, stem_stride=1).eval()
+    model.load_state_dict(state["model"])
+    shutil.copytree(scripts.val, tmp_path / "val")
+    shutil.rmtree(tmp_path / "val" / "c1")
+
+    args = main_finetune.get_args_parser().parse_args(["--input_size", "16"])
+    transform, hits, renumbered = datasets.build_transform(False, args), [], []
+    for path in sorted((tmp_path / "val").rglob("*.png")):
+        predicted = model(transform(Image.open(path))[None]).argmax().item()
+        hits.append(predicted == int(path.parent.name[1]))
+        renumbered.append(predicted == {"c0": 0, "c2": 1, "c3": 2}[path.parent.name])
+    assert sum(hits) != sum(renumbered)
+    result = scripts.finetune(
+        *("--eval", "--resume", tmp_path / "varied.pth", "--eval_data_path", tmp_path / "val"),
+        *("--data_path", tmp_path / "nowhere"),
+    )
+    assert list(accuracies(result.out).values()) == [pytest.approx(100 * sum(hits) / len(hits), abs=0.006)]
+
+
+def test_evaluation_needs_a_checkpoint(scripts, whole, tmp_path):
+    for flags, message in (
+        ((), "--eval true"),
+        (("--output_dir", tmp_path), "--eval true"),
+        (("--output_dir", whole["finetune"], "--auto_resume", "false"), "--eval true"),
+        (("--resume", whole["pretrain"] / LAST), "without a classifier's head"),
+        (("--resume", whole["finetune"] / LAST, "--stem_stride", 2), "another model"),
+    ):
+        result = scripts.finetune("--eval", "true", *flags)
+        assert result.code == 2
+        assert result.err.startswith("error: ")
+        assert message in result.err
