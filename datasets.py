@@ -30,6 +30,7 @@ from torchvision.transforms import InterpolationMode
 
 from utils.distributed import get_rank, get_world_size, main_process_first
 from utils.errors import UsageError, suggest
+from utils.interrupts import ignore_signals
 from utils.seeding import seed_all
 from utils.shapes import Shapes
 
@@ -460,12 +461,19 @@ class StepLoader:
 
     def __len__(self) -> int:
         """Optimizer steps per epoch."""
-        return self.sampler.steps if self.sampler else -(-len(self.loader) // self.update_freq)
+        return self.sampler.steps if self.sampler is not None else -(-len(self.loader) // self.update_freq)
+
+    @property
+    def global_batch(self) -> int:
+        """Samples of an optimizer step, over all processes."""
+        if self.sampler is not None:
+            return self.sampler.global_batch
+        return self.loader.batch_size * self.update_freq * get_world_size()
 
     def steps(self, epoch: int, start_step: int = 0) -> Iterator[list[Batch]]:
         """The batches of each optimizer step from start_step on; held in host memory for the length of their step."""
         if self.sampler is None:
-            yield from self._streamed_steps(epoch)
+            yield from itertools.islice(self._streamed_steps(epoch), start_step, None)  # a stream is read to there
             return
         self.sampler.set_epoch(epoch, start_step)
         loader = iter(self.loader)
@@ -492,6 +500,7 @@ def build_train_loader(dataset: Dataset, args, draw: Callable | None = None, mul
         "num_workers": args.num_workers,
         "pin_memory": args.pin_mem and torch.cuda.is_available(),
         "persistent_workers": args.num_workers > 0,
+        "worker_init_fn": ignore_signals,
     }
     if isinstance(dataset, IterableDataset):
         _tell_workers(dataset, args)
@@ -526,6 +535,7 @@ def build_eval_loader(dataset: Dataset, args, spread: bool) -> DataLoader:
         "batch_size": args.batch_size,
         "num_workers": args.num_workers,
         "pin_memory": args.pin_mem and torch.cuda.is_available(),
+        "worker_init_fn": ignore_signals,
     }
     if isinstance(dataset, IterableDataset):
         _tell_workers(dataset, args)

@@ -11,7 +11,8 @@ from timm.utils import ModelEmaV3
 from utils.amp import Amp
 from utils.distributed import accumulate, all_reduce_sum, get_rank
 from utils.lr_sched import Schedule
-from utils.metrics import Averages, EpochTracker, Progress, RunLog
+from utils.metrics import Averages, Progress
+from utils.run import Run
 from utils.seeding import seed_all
 
 log = logging.getLogger("fcmae")
@@ -19,7 +20,7 @@ log = logging.getLogger("fcmae")
 
 def train_one_epoch(
     model: torch.nn.Module, loader, criterion: Callable, optimizer: torch.optim.Optimizer, amp: Amp,
-    schedule: Schedule, run_log: RunLog, epoch: int, seed: int = 0, *, mixup: Mixup | None = None,
+    schedule: Schedule, run: Run, epoch: int, *, mixup: Mixup | None = None,
     ema: ModelEmaV3 | None = None,
 ) -> dict[str, float]:  # fmt: skip
     """Train for one epoch on a `datasets.StepLoader` whose samples are (image, label).
@@ -31,13 +32,15 @@ def train_one_epoch(
 
     Raises:
         NonFiniteLoss: at the first console line after the loss became NaN or infinite.
+        Interrupted: a signal came; the state after the last step is on disk.
     """
     model.train()
     names = ("loss",) if mixup else ("loss", "class_acc")
-    tracker = EpochTracker(names, epoch, len(loader), amp.device, run_log)
-    for step, batches in tracker(loader.steps(epoch)):
+    tracker = run.tracker(names, epoch, len(loader), amp.device)
+    lr = schedule.apply(optimizer, epoch + max(tracker.start_step - 1, 0) / len(loader))  # if no step is left to do
+    for step, batches in tracker(loader.steps(epoch, tracker.start_step)):
         lr = schedule.apply(optimizer, epoch + step / len(loader))
-        seed_all(seed, epoch, step, get_rank())
+        seed_all(run.seed, epoch, step, get_rank())
         for batch in batches:
             imgs, labels = (x.to(amp.device, non_blocking=True) for x in batch.data)
             if mixup:
@@ -53,6 +56,7 @@ def train_one_epoch(
         if ema:
             ema.update(getattr(model, "module", model))
         tracker.report(step, lr, grad_norm)
+        run.step_done(tracker, step)
     return tracker.summary() | {"lr": lr}
 
 

@@ -5,13 +5,13 @@ import torch
 from utils.amp import Amp
 from utils.distributed import accumulate, get_rank
 from utils.lr_sched import Schedule
-from utils.metrics import EpochTracker, RunLog
+from utils.run import Run
 from utils.seeding import seed_all
 
 
 def train_one_epoch(
-    model: torch.nn.Module, loader, optimizer: torch.optim.Optimizer, amp: Amp, schedule: Schedule, run_log: RunLog,
-    epoch: int, seed: int = 0,
+    model: torch.nn.Module, loader, optimizer: torch.optim.Optimizer, amp: Amp, schedule: Schedule, run: Run,
+    epoch: int,
 ) -> dict[str, float]:  # fmt: skip
     """Train for one epoch on a `datasets.StepLoader` whose samples are (image, label) or (image, label, mask).
 
@@ -22,12 +22,14 @@ def train_one_epoch(
 
     Raises:
         NonFiniteLoss: at the first console line after the loss became NaN or infinite.
+        Interrupted: a signal came; the state after the last step is on disk.
     """
     model.train()
-    tracker = EpochTracker(("loss",), epoch, len(loader), amp.device, run_log)
-    for step, batches in tracker(loader.steps(epoch)):
+    tracker = run.tracker(("loss",), epoch, len(loader), amp.device)
+    lr = schedule.apply(optimizer, epoch + max(tracker.start_step - 1, 0) / len(loader))  # if no step is left to do
+    for step, batches in tracker(loader.steps(epoch, tracker.start_step)):
         lr = schedule.apply(optimizer, epoch + step / len(loader))
-        seed_all(seed, epoch, step, get_rank())
+        seed_all(run.seed, epoch, step, get_rank())
         for batch in batches:
             imgs, _, *mask = batch.data
             imgs = imgs.to(amp.device, non_blocking=True)
@@ -38,4 +40,5 @@ def train_one_epoch(
             tracker.update(step, len(imgs), loss=loss)
         grad_norm = amp.step(optimizer, with_norm=tracker.due(step))
         tracker.report(step, lr, grad_norm)
+        run.step_done(tracker, step)
     return tracker.summary() | {"lr": lr}

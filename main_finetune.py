@@ -25,7 +25,7 @@ import datasets
 from engine_finetune import evaluate, train_one_epoch
 from models import convnextv2, weights
 from models.convnextv2 import SIZES, ConvNeXtV2, compile_blocks, layer_id, num_layer_ids
-from utils import checkpoint, distributed
+from utils import checkpoint, distributed, errors
 from utils.amp import Amp
 from utils.args import (
     ArgumentParser,
@@ -35,10 +35,12 @@ from utils.args import (
     effective_lr,
     prepare_output_dir,
 )
-from utils.errors import UsageError, run, suggest
+from utils.errors import UsageError, suggest
+from utils.interrupts import Interrupts
 from utils.lr_sched import Schedule
 from utils.metrics import RunLog, duration
 from utils.param_groups import param_groups
+from utils.run import Run
 
 log = logging.getLogger("fcmae")
 
@@ -299,18 +301,18 @@ def build_ema(model: ConvNeXtV2, args) -> ModelEmaV3 | None:
     return ModelEmaV3(model, decay=args.model_ema_decay, device="cpu" if args.model_ema_force_cpu else None)
 
 
-def restore(path: Path, state: dict, args, model, ema, optimizer, amp: Amp) -> tuple[int, dict]:
-    """Take up the run of a checkpoint: the epoch to go on with, and the best accuracies so far."""
+def restore(path: Path, state: dict, args, model, ema, optimizer, amp: Amp, global_batch: int):
+    """Take up the run of a checkpoint: the epoch to go on with, its part that is done, the best accuracies so far."""
     was = state.get("args", {}).get("opt", args.opt)
     if was.lower() != args.opt.lower():
         raise UsageError(f"--opt {args.opt}: {path} was trained with {was}, whose state does not fit")
     if ema and not state.get("model_ema"):
         raise UsageError(f"--model_ema true: {path} holds no moving average to continue")
-    start_epoch = checkpoint.load_training(path, state, model, optimizer, amp.scaler)
+    start_epoch, partial = checkpoint.load_training(path, state, model, optimizer, amp.scaler, global_batch)
     if ema:
         checkpoint.load_weights(ema.module, state["model_ema"], str(path))
     log.info("resumed from %s, going on with epoch %d", path, start_epoch)
-    return start_epoch, NO_BEST | state.get("best", {})
+    return start_epoch, partial, NO_BEST | state.get("best", {})
 
 
 def score(model: nn.Module, ema: ModelEmaV3 | None, loader: DataLoader, amp: Amp) -> dict[str, dict[str, float]]:
@@ -358,7 +360,7 @@ def evaluate_only(args, amp: Amp) -> None:
         evaluate(model, loader, amp, f"eval {path} (EMA)")
 
 
-def train(args, amp: Amp) -> None:
+def train(args, amp: Amp, interrupts: Interrupts, lock: checkpoint.OutputLock) -> None:
     """Fine-tune for all epochs that are still to be done, evaluating and saving after each."""
     loader, eval_loader, nb_classes, classes = build_loaders(args)
     found = checkpoint.find(args.resume, args.auto_resume, args.output_dir)
@@ -372,9 +374,9 @@ def train(args, amp: Amp) -> None:
     lr = effective_lr(args, distributed.get_world_size())
     optimizer = build_optimizer(model, args, lr)
     schedule = build_schedule(args, lr, len(loader))
-    start_epoch, best = args.start_epoch, NO_BEST
+    start_epoch, partial, best = args.start_epoch, None, NO_BEST
     if found:
-        start_epoch, best = restore(*found, args, model, ema, optimizer, amp)
+        start_epoch, partial, best = restore(*found, args, model, ema, optimizer, amp, loader.global_batch)
     if start_epoch >= args.epochs:
         log.info("nothing to do: all %d epochs are done; a larger --epochs goes on", args.epochs)
         return
@@ -388,21 +390,21 @@ def train(args, amp: Amp) -> None:
         args.model, n_parameters / 1e6, lr, start_epoch, args.epochs - 1, amp.device,
     )  # fmt: skip
 
-    def save(epoch: int, name: str = "") -> None:
-        if not (args.output_dir and args.save_ckpt and distributed.is_main_process()):
-            return
+    saves = bool(args.output_dir and args.save_ckpt)
+
+    def save(epoch: int, partial: dict | None = None, name: str = "") -> None:
         more = {"best": best, "classes": classes} | ({"model_ema": ema.module.state_dict()} if ema else {})
-        state = checkpoint.training_state(model, optimizer, amp.scaler, epoch, args, **more)
-        if name:
-            checkpoint.save(state, Path(args.output_dir) / name)
-        else:
-            checkpoint.save_numbered(state, args.output_dir, args.save_ckpt_num)
+        state = checkpoint.training_state(
+            model, optimizer, amp.scaler, epoch, args, partial, loader.global_batch, **more
+        )
+        checkpoint.save_numbered(state, args.output_dir, args.save_ckpt_num, name)
 
     run_log = RunLog(args.output_dir, args.log_dir, start_epoch)
+    run = Run(run_log, args.seed, partial, save if saves else None, args.save_ckpt_steps, interrupts, lock)
     begun, rates = time.perf_counter(), []
     for epoch in range(start_epoch, args.epochs):
         stats = train_one_epoch(
-            wrapped, loader, criterion, optimizer, amp, schedule, run_log, epoch, args.seed, mixup=mixup, ema=ema
+            wrapped, loader, criterion, optimizer, amp, schedule, run, epoch, mixup=mixup, ema=ema
         )
         rates.append(stats.pop("images_per_second"))
         record = {f"train_{k}": v for k, v in stats.items()}
@@ -413,11 +415,12 @@ def train(args, amp: Amp) -> None:
         improved = [suffix for suffix, test in scored.items() if test["acc1"] > best[f"acc1{suffix}"]]
         for suffix in improved:
             best = best | {f"acc1{suffix}": scored[suffix]["acc1"], f"epoch{suffix}": epoch}
-        for suffix in improved:
-            save(epoch, BEST_NAMES[suffix])
+        for suffix in improved if saves else ():
+            save(epoch, name=BEST_NAMES[suffix])
         run_log.epoch(record | {"epoch": epoch, "n_parameters": n_parameters})
-        if (epoch + 1) % args.save_ckpt_freq == 0 or epoch + 1 == args.epochs:
+        if saves and ((epoch + 1) % args.save_ckpt_freq == 0 or epoch + 1 == args.epochs):
             save(epoch)
+        run.epoch_done(epoch)
         spent = time.perf_counter() - begun
         left = spent / (epoch + 1 - start_epoch) * (args.epochs - epoch - 1)
         log.info("epoch %d: loss %.4f%s, run eta %s", epoch, stats["loss"], best_so_far(best), duration(left))
@@ -431,18 +434,15 @@ def train(args, amp: Amp) -> None:
 
 def main(args) -> None:
     check_args(args)
-    device = distributed.init_distributed(
-        args.device, args.world_size, args.local_rank, args.dist_on_itp, args.dist_url
-    )
-    distributed.setup_logging()
-    use_amp = device.type == "cuda" if args.use_amp is None else args.use_amp
-    amp = Amp(device, use_amp, getattr(torch, args.amp_dtype), args.clip_grad)
-    if args.eval:
-        evaluate_only(args, amp)
-    else:
+    with distributed.process_group(args) as device:
+        use_amp = device.type == "cuda" if args.use_amp is None else args.use_amp
+        amp = Amp(device, use_amp, getattr(torch, args.amp_dtype), args.clip_grad)
+        if args.eval:
+            evaluate_only(args, amp)
+            return
         prepare_output_dir(args.output_dir)
-        train(args, amp)
-    distributed.shutdown()
+        with checkpoint.OutputLock(args.output_dir) as lock, Interrupts() as interrupts:
+            train(args, amp, interrupts, lock)
 
 
 if __name__ == "__main__":
@@ -453,4 +453,4 @@ if __name__ == "__main__":
             "--finetune CKPT\n"
             "python main_finetune.py --help lists all arguments; recipes/ holds the published settings."
         )
-    run(lambda: main(get_args_parser().parse_args()))
+    errors.run(lambda: main(get_args_parser().parse_args()))

@@ -20,7 +20,7 @@ import datasets
 from engine_pretrain import train_one_epoch
 from models import fcmae
 from models.convnextv2 import SIZES, compile_blocks
-from utils import checkpoint, distributed
+from utils import checkpoint, distributed, errors
 from utils.amp import Amp
 from utils.args import (
     ArgumentParser,
@@ -30,10 +30,12 @@ from utils.args import (
     effective_lr,
     prepare_output_dir,
 )
-from utils.errors import UsageError, run
+from utils.errors import UsageError
+from utils.interrupts import Interrupts
 from utils.lr_sched import Schedule
 from utils.metrics import RunLog, duration
 from utils.param_groups import param_groups
+from utils.run import Run
 
 log = logging.getLogger("fcmae")
 
@@ -135,16 +137,9 @@ def build_loader(dataset: Dataset, args) -> datasets.StepLoader:
     return loader
 
 
-def main(args) -> None:
-    check_args(args)
-    device = distributed.init_distributed(
-        args.device, args.world_size, args.local_rank, args.dist_on_itp, args.dist_url
-    )
-    distributed.setup_logging()
-    prepare_output_dir(args.output_dir)
-    use_amp = device.type == "cuda" if args.use_amp is None else args.use_amp
-    amp = Amp(device, use_amp, getattr(torch, args.amp_dtype))
-
+def train(args, amp: Amp, interrupts: Interrupts, lock: checkpoint.OutputLock) -> None:
+    """Pre-train for all epochs that are still to be done, saving and drawing pictures on the way."""
+    device = amp.device
     dataset = datasets.build_pretrain_dataset(args)
     loader = build_loader(dataset, args)
     torch.manual_seed(args.seed)
@@ -155,13 +150,12 @@ def main(args) -> None:
         param_groups(model.named_parameters(), args.weight_decay), lr=lr, betas=(0.9, 0.95), fused=device.type != "mps"
     )
     schedule = Schedule(lr, args.min_lr, args.warmup_epochs, args.epochs)
-    start_epoch = args.start_epoch
+    start_epoch, partial = args.start_epoch, None
     if found := checkpoint.find(args.resume, args.auto_resume, args.output_dir):
-        start_epoch = checkpoint.load_training(*found, model, optimizer, amp.scaler)
+        start_epoch, partial = checkpoint.load_training(*found, model, optimizer, amp.scaler, loader.global_batch)
         log.info("resumed from %s, going on with epoch %d", found[0], start_epoch)
     if start_epoch >= args.epochs:
         log.info("nothing to do: all %d epochs are done; a larger --epochs goes on", args.epochs)
-        distributed.shutdown()
         return
     if args.compile:
         compile_blocks(model)
@@ -174,10 +168,16 @@ def main(args) -> None:
     picture_of = None
     if args.picture_freq and (args.output_dir or args.log_dir) and distributed.is_main_process():
         picture_of = picture_images(dataset, args)
+    def save(epoch: int, partial: dict | None = None) -> None:
+        state = checkpoint.training_state(model, optimizer, amp.scaler, epoch, args, partial, loader.global_batch)
+        checkpoint.save_numbered(state, args.output_dir, args.save_ckpt_num)
+
+    saves = bool(args.output_dir and args.save_ckpt)
     run_log = RunLog(args.output_dir, args.log_dir, start_epoch)
+    run = Run(run_log, args.seed, partial, save if saves else None, args.save_ckpt_steps, interrupts, lock)
     begun, rates = time.perf_counter(), []
     for epoch in range(start_epoch, args.epochs):
-        stats = train_one_epoch(wrapped, loader, optimizer, amp, schedule, run_log, epoch, args.seed)
+        stats = train_one_epoch(wrapped, loader, optimizer, amp, schedule, run, epoch)
         rates.append(stats.pop("images_per_second"))
         last = epoch + 1 == args.epochs
         run_log.epoch({**{f"train_{k}": v for k, v in stats.items()}, "epoch": epoch, "n_parameters": n_parameters})
@@ -186,9 +186,9 @@ def main(args) -> None:
             run_log.image("reconstruction", grid, epoch + 1)
             if args.output_dir:
                 save_image(grid, Path(args.output_dir) / f"reconstruction-{epoch}.png")
-        if args.output_dir and args.save_ckpt and ((epoch + 1) % args.save_ckpt_freq == 0 or last):
-            state = checkpoint.training_state(model, optimizer, amp.scaler, epoch, args)
-            checkpoint.save_numbered(state, args.output_dir, args.save_ckpt_num)
+        if saves and ((epoch + 1) % args.save_ckpt_freq == 0 or last):
+            save(epoch)
+        run.epoch_done(epoch)
         spent = time.perf_counter() - begun
         left = spent / (epoch + 1 - start_epoch) * (args.epochs - epoch - 1)
         log.info("epoch %d: loss %.4f, run eta %s", epoch, stats["loss"], duration(left))
@@ -198,7 +198,16 @@ def main(args) -> None:
         len(rates), duration(time.perf_counter() - begun), sum(rates) / len(rates), stats["loss"],
         f"checkpoints, log.txt and pictures in {args.output_dir}" if args.output_dir else "nothing saved",
     )  # fmt: skip
-    distributed.shutdown()
+
+
+def main(args) -> None:
+    check_args(args)
+    with distributed.process_group(args) as device:
+        use_amp = device.type == "cuda" if args.use_amp is None else args.use_amp
+        amp = Amp(device, use_amp, getattr(torch, args.amp_dtype))
+        prepare_output_dir(args.output_dir)
+        with checkpoint.OutputLock(args.output_dir) as lock, Interrupts() as interrupts:
+            train(args, amp, interrupts, lock)
 
 
 if __name__ == "__main__":
@@ -208,4 +217,4 @@ if __name__ == "__main__":
             "or on your own:  python main_pretrain.py --data_set image_folder --data_path FOLDER --output_dir DIR\n"
             "python main_pretrain.py --help lists all arguments; recipes/ holds the published settings."
         )
-    run(lambda: main(get_args_parser().parse_args()))
+    errors.run(lambda: main(get_args_parser().parse_args()))

@@ -8,9 +8,21 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.small_runs import Scripts
+
 ROOT = Path(__file__).resolve().parent.parent
 
 torch.set_num_threads(1)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--kills", type=int, default=30, help="how often test_faults.py kills its runs")
+    parser.addoption("--real_timeout", action="store_true", help="wait for a real SLURM time limit, two minutes")
+
+
+@pytest.fixture(scope="session")
+def scripts(tmp_path_factory) -> Scripts:
+    return Scripts(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture

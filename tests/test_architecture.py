@@ -76,7 +76,7 @@ def test_every_declared_flag_is_read(name):
     """Each flag is read as args.FLAG, or by a getattr of its name, somewhere in the code that is given `args`."""
     sys.path.insert(0, str(ROOT))
     parser = __import__(name).get_args_parser()
-    files = [ROOT / f"{name}.py", ROOT / "datasets.py", ROOT / "utils/args.py"]
+    files = [ROOT / file for file in (f"{name}.py", "datasets.py", "utils/args.py", "utils/distributed.py")]
     trees = [ast.parse(file.read_text()) for file in files]
     read = {node.attr for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
     read |= {  # getattr(args, "name", default)

@@ -2,6 +2,7 @@
 
 import errno
 import io
+import json
 import logging
 import os
 import pickle
@@ -11,6 +12,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from argparse import Namespace
 from pathlib import Path
 
@@ -267,7 +269,7 @@ def test_newest_good_one(tmp_path, logs):
     for name in ("checkpoint-best.pth", "checkpoint-best-ema.pth", "checkpoint-12.pth.bak", "my-checkpoint-13.pth"):
         checkpoint.save(state_of(50), tmp_path / name)
     (tmp_path / ".checkpoint-14.pth.tmp").write_bytes(b"PK")
-    assert [epoch for epoch, _ in checkpoint.numbered(tmp_path)] == [11, 10, 9, 8]
+    assert [epoch for epoch, *_ in checkpoint.numbered(tmp_path)] == [11, 10, 9, 8]
     for epoch in (11, 10):
         path = tmp_path / f"checkpoint-{epoch}.pth"
         path.write_bytes(path.read_bytes()[:-100])
@@ -319,7 +321,7 @@ def test_a_run_prunes_its_own(tmp_path):
     for epoch in range(6):
         checkpoint.save_numbered(state_of(epoch), tmp_path, keep=2)
         assert (tmp_path / f"checkpoint-{epoch}.pth").exists()
-    assert [epoch for epoch, _ in checkpoint.numbered(tmp_path)] == [22, 21, 20, 5, 4]
+    assert [epoch for epoch, *_ in checkpoint.numbered(tmp_path)] == [22, 21, 20, 5, 4]
 
 
 def test_only_the_first_process_writes(tmp_path, monkeypatch):
@@ -373,7 +375,7 @@ def test_training_goes_on_where_it_was(tmp_path):
     other, other_optimizer = trained(seed=1, lr=0.5)
     other_scaler = scaler()
     found = checkpoint.find("", True, str(tmp_path))
-    assert checkpoint.load_training(*found, other, other_optimizer, other_scaler) == 8
+    assert checkpoint.load_training(*found, other, other_optimizer, other_scaler) == (8, None)
     assert same(dict(other.state_dict()), dict(model.state_dict()))
     assert same(other_optimizer.state_dict()["state"], optimizer.state_dict()["state"])
     assert other_optimizer.param_groups[0]["lr"] == 0.1
@@ -421,3 +423,81 @@ def test_load_weights_says_what_does_not_fit():
         assert same(dict(model.state_dict()), own)
     checkpoint.load_weights(model, other, "x.pth")
     assert same(dict(model.state_dict()), other)
+
+
+def test_steps_of_an_epoch_are_numbered_and_pruned(tmp_path):
+    for epoch, step in [(3, None), (4, 10), (4, 20), (4, 30), (4, 9)]:
+        partial = step and {"step": step, "averages": []}
+        state = checkpoint.training_state(*training_parts(), epoch, Namespace(), partial, 16)
+        checkpoint.save_numbered(state, tmp_path, keep=1)
+        if step == 30:
+            assert names(tmp_path) == ["checkpoint-3.pth", "checkpoint-4-step20.pth", "checkpoint-4-step30.pth"]
+    # step 9 came from a run started again before the others, whose files are not its to delete
+    assert "checkpoint-4-step30.pth" in names(tmp_path)
+    path, state = checkpoint.newest(tmp_path)
+    assert path.name == "checkpoint-4-step30.pth"
+    assert checkpoint.load_training(path, state, *training_parts(), 16) == (4, {"step": 30, "averages": []})
+    # on twice the global batch, half the steps have seen as much
+    assert checkpoint.load_training(path, state, *training_parts(), 32) == (4, {"step": 15, "averages": []})
+    checkpoint.save_numbered(checkpoint.training_state(*training_parts(), 4, Namespace()), tmp_path, keep=1)
+    assert names(tmp_path) == ["checkpoint-4.pth"]
+
+
+def test_a_failed_save_is_reported_and_the_run_goes_on(tmp_path, monkeypatch, caplog):
+    checkpoint.save_numbered(checkpoint.training_state(*training_parts(), 0, Namespace()), tmp_path, 3)
+
+    def full(state, file):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    monkeypatch.setattr(checkpoint.log, "propagate", True)
+    checkpoint.save_numbered(checkpoint.training_state(*training_parts(), 1, Namespace()), tmp_path, 3)
+    assert "NOT saved" in caplog.text
+    assert "No space left" in caplog.text
+    assert names(tmp_path) == ["checkpoint-0.pth"]
+
+
+def training_parts():
+    model = torch.nn.Linear(2, 2)
+    return model, torch.optim.AdamW(model.parameters()), torch.amp.GradScaler("cpu", enabled=False)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path):
+    with pytest.raises(UsageError, match=rf"in use by process {os.getppid()} "):
+        other_owner(tmp_path, pid=os.getppid())
+    assert (tmp_path / ".lock").exists()
+    (tmp_path / ".lock").unlink()
+    with checkpoint.OutputLock(tmp_path):
+        assert (tmp_path / ".lock").exists()
+    assert not (tmp_path / ".lock").exists()
+
+
+def other_owner(folder, host=None, pid=1, job=None, age=0.0):
+    """Take the lock after somebody else left one behind."""
+    lock = checkpoint.OutputLock(folder)
+    started = checkpoint._started(pid) or "long ago"
+    owner = {"host": host or lock.owner["host"], "pid": pid, "started": started, "job": job}
+    lock.path.write_text(json.dumps(owner))
+    os.utime(lock.path, (time.time() - age,) * 2)
+    with lock:
+        assert json.loads(lock.path.read_text())["pid"] == os.getpid()
+
+
+def test_locks_of_the_dead_are_taken_over(tmp_path, monkeypatch):
+    child = os.fork()
+    if child == 0:
+        os._exit(0)
+    os.waitpid(child, 0)
+    other_owner(tmp_path, pid=child)  # it ran on this host and is gone
+    other_owner(tmp_path, host="elsewhere", age=checkpoint.OutputLock.STALE + 1)
+    with pytest.raises(UsageError, match=r"on elsewhere; .*remove"):
+        other_owner(tmp_path, host="elsewhere", age=10)
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    other_owner(tmp_path, host="elsewhere", job="17")  # this very job, before it was requeued
+    with pytest.raises(UsageError, match="in use"):
+        other_owner(tmp_path, host="elsewhere", job="18")

@@ -18,11 +18,6 @@ from utils.param_groups import decays
 
 
 @pytest.fixture(scope="module")
-def scripts(tmp_path_factory):
-    return Scripts(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(scope="module")
 def journey(scripts, tmp_path_factory):
     """Pre-training, fine-tuning from it, evaluation: the three results, and the two folders."""
     pre, fine = tmp_path_factory.mktemp("pre"), tmp_path_factory.mktemp("fine")

@@ -22,8 +22,9 @@ from models.fcmae import FCMAE
 from utils.amp import Amp
 from utils.errors import NonFiniteLoss
 from utils.lr_sched import Schedule
-from utils.metrics import RunLog
+from utils.metrics import EpochTracker, RunLog
 from utils.param_groups import param_groups
+from utils.run import Run
 from utils.shapes import Shapes
 
 CPU = torch.device("cpu")
@@ -87,7 +88,7 @@ def pretrain(model, loader, optimizer=None, amp=None, schedule=None, epochs=1):
     optimizer, schedule = optimizer or adamw(model), schedule or Schedule(1e-3, 0, 0, 3)
     run_log = RunLog("", None)
     return [
-        engine_pretrain.train_one_epoch(model, loader, optimizer, amp or precise(), schedule, run_log, epoch)
+        engine_pretrain.train_one_epoch(model, loader, optimizer, amp or precise(), schedule, Run(run_log), epoch)
         for epoch in range(epochs)
     ]
 
@@ -96,7 +97,7 @@ def finetune(model, loader, criterion=None, optimizer=None, amp=None, schedule=N
     optimizer, schedule = optimizer or adamw(model), schedule or Schedule(1e-3, 0, 0, 3)
     criterion, run_log = criterion or nn.CrossEntropyLoss(), RunLog("", None)
     return engine_finetune.train_one_epoch(
-        model, loader, criterion, optimizer, amp or precise(), schedule, run_log, epoch, **kwargs
+        model, loader, criterion, optimizer, amp or precise(), schedule, Run(run_log), epoch, **kwargs
     )
 
 
@@ -384,17 +385,16 @@ def test_a_non_finite_loss_in_pre_training():
 @pytest.mark.parametrize("stage", ["pretrain", "finetune"])
 def test_a_non_finite_loss_leaves_the_last_checkpoint(stage, tmp_path, monkeypatch):
     scripts, out = Scripts(tmp_path), tmp_path / "out"
-    module = engine_pretrain if stage == "pretrain" else engine_finetune
     backward, calls = Amp.backward, []
 
     def poisoned(self, loss):
         calls.append(1)
         if len(calls) == STEPS + 2:
-            monkeypatch.setattr(module.EpochTracker, "update", lambda self, step, n, **values: update(
+            monkeypatch.setattr(EpochTracker, "update", lambda self, step, n, **values: update(
                 self, step, n, **{name: value * math.nan for name, value in values.items()}))  # fmt: skip
         backward(self, loss)
 
-    update = module.EpochTracker.update
+    update = EpochTracker.update
     monkeypatch.setattr(Amp, "backward", poisoned)
     result = getattr(scripts, stage)("--output_dir", out)
     assert result.code == 1
@@ -464,7 +464,7 @@ READS = ("item", "tolist", "numpy", "cpu", "nonzero", "__bool__", "__float__", "
 @pytest.mark.parametrize("stage", ["pretrain", "finetune", "clipped", "mixup", "ema"])
 def test_the_device_is_read_only_where_a_line_is_due(stage, monkeypatch):
     """45 steps: lines are due at steps 0, 20, 40 and 44. What reads a tensor in between would stall an accelerator."""
-    model, at, reads = fcmae() if stage == "pretrain" else classifier(), [-1], []
+    model, at, reads = fcmae() if stage == "pretrain" else classifier(), [-2], []  # applied once before the first step
     apply = Schedule.apply
 
     def counted(*args):

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from PIL import Image
-from small_runs import STEPS, TINY, Scripts, killed_after, load, records, same, snapshot
+from small_runs import STEPS, TINY, killed_after, load, records, same, snapshot
 
 import datasets
 import main_finetune
@@ -21,11 +21,6 @@ FLAGS = {
 }
 STAGES = pytest.mark.parametrize("stage", ["pretrain", "finetune"])
 LAST = "checkpoint-2.pth"
-
-
-@pytest.fixture(scope="module")
-def scripts(tmp_path_factory):
-    return Scripts(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")

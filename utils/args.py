@@ -97,6 +97,7 @@ def add_shared_arguments(
     add_bool(group, "--auto_resume", True, "continue from the newest good checkpoint in --output_dir")
     add_bool(group, "--save_ckpt", True, "save checkpoints")
     group.add_argument("--save_ckpt_freq", type=int, default=1, help="epochs between checkpoints")
+    group.add_argument("--save_ckpt_steps", type=int, default=0, help="optimizer steps between checkpoints as well")
     group.add_argument("--save_ckpt_num", type=int, default=3, help="how many of the last checkpoints are kept")
 
     group = parser.add_argument_group("device and precision")
@@ -122,7 +123,8 @@ def check_shared_arguments(args: argparse.Namespace, models: list[str]) -> None:
     for name in ("batch_size", "update_freq", "epochs", "input_size", "save_ckpt_freq", "save_ckpt_num", "world_size"):
         if getattr(args, name) < 1:
             raise UsageError(f"--{name} {getattr(args, name)}: must be at least 1")
-    for name in ("num_workers", "warmup_epochs", "seed", "start_epoch", "min_lr", "weight_decay", "lr", "blr"):
+    amounts = "num_workers save_ckpt_steps warmup_epochs seed start_epoch min_lr weight_decay lr blr"
+    for name in amounts.split():
         value = getattr(args, name)
         if value is not None and not value >= 0:
             raise UsageError(f"--{name} {value}: must not be negative")

@@ -1,9 +1,12 @@
 """Checkpoints on disk: written aside and renamed, verified and read without running code, newest good one first."""
 
+import json
 import logging
 import math
 import os
 import re
+import socket
+import time
 import zipfile
 from argparse import Namespace
 from pathlib import Path, PosixPath
@@ -79,18 +82,21 @@ def read(path: str | os.PathLike) -> dict:
     return state
 
 
-def numbered(output_dir: str | os.PathLike) -> list[tuple[int, Path]]:
-    """The checkpoint-{epoch}.pth files of a folder as (epoch, path), newest first."""
+def numbered(output_dir: str | os.PathLike) -> list[tuple[int, float, Path]]:
+    """A folder's checkpoint-{epoch}.pth and checkpoint-{epoch}-step{step}.pth files, newest first.
+
+    Each as (epoch, optimizer steps done in it, path), the steps being infinite for a finished epoch.
+    """
     found = []
     for path in Path(output_dir).glob("checkpoint-*.pth"):
-        if match := re.fullmatch(r"checkpoint-(\d+)\.pth", path.name):
-            found.append((int(match[1]), path))
+        if match := re.fullmatch(r"checkpoint-(\d+)(?:-step(\d+))?\.pth", path.name):
+            found.append((int(match[1]), int(match[2]) if match[2] else math.inf, path))
     return sorted(found, reverse=True)
 
 
 def newest(output_dir: str | os.PathLike) -> tuple[Path, dict] | None:
     """The newest checkpoint of a folder that can be read whole; each that cannot is reported and left where it is."""
-    for _, path in numbered(output_dir):
+    for *_, path in numbered(output_dir):
         try:
             return path, read(path)
         except UsageError as error:
@@ -98,8 +104,13 @@ def newest(output_dir: str | os.PathLike) -> tuple[Path, dict] | None:
     return None
 
 
-def training_state(model, optimizer, scaler, epoch: int, args, **more) -> dict:
-    """What a training checkpoint holds: tensors and plain values only, readable without unpickling code."""
+def training_state(
+    model, optimizer, scaler, epoch: int, args, partial: dict | None = None, global_batch: int = 0, **more
+) -> dict:
+    """What a training checkpoint holds: tensors and plain values only, readable without unpickling code.
+
+    partial: of an epoch that is not over, what `EpochTracker.partial` returned; global_batch: samples of a step of it.
+    """
     simple = (bool, int, float, str, list, type(None))
     plain = {k: v if isinstance(v, simple) else str(v) for k, v in vars(args).items()}
     return {
@@ -108,15 +119,30 @@ def training_state(model, optimizer, scaler, epoch: int, args, **more) -> dict:
         "scaler": scaler.state_dict(),
         "epoch": epoch,
         "args": plain,
+        **({"step": partial["step"], "partial": partial, "global_batch": global_batch} if partial else {}),
         **more,
     }
 
 
-def save_numbered(state: dict, output_dir: str | os.PathLike, keep: int) -> None:
-    """Save checkpoint-{epoch}.pth, then prune the earlier ones to `keep` in all. Only the first process writes."""
-    if is_main_process():
-        save(state, Path(output_dir) / f"checkpoint-{state['epoch']}.pth")
-        prune(output_dir, keep, state["epoch"])
+def save_numbered(state: dict, output_dir: str | os.PathLike, keep: int, name: str = "") -> None:
+    """Save checkpoint-{epoch}.pth, or with a `step` in the state checkpoint-{epoch}-step{step}.pth, then prune.
+
+    A name, such as checkpoint-best.pth, is not a number: it is overwritten and never pruned.
+
+    Only the first process writes. A full disk or a folder that became read-only is reported, and training goes on: the
+    checkpoints already there are whole, and the next one may succeed.
+    """
+    if not is_main_process():
+        return
+    epoch, step = state["epoch"], state.get("step")
+    number = f"{epoch}" if step is None else f"{epoch}-step{step}"
+    path = Path(output_dir) / (name or f"checkpoint-{number}.pth")
+    try:
+        save(state, path)
+        if not name:
+            prune(output_dir, keep, epoch, math.inf if step is None else step)
+    except OSError as error:
+        log.error("%s was NOT saved (%s); earlier checkpoints are untouched, training goes on", path, error.strerror)
 
 
 def find(resume: str, auto_resume: bool, output_dir: str) -> tuple[Path, dict] | None:
@@ -140,8 +166,11 @@ def load_weights(model: torch.nn.Module, state_dict: dict, source: str) -> None:
     model.load_state_dict(state_dict)
 
 
-def load_training(path: Path, state: dict, model, optimizer, scaler) -> int:
-    """Restore model, optimizer and loss scaler from a training checkpoint; the epoch to go on with.
+def load_training(path: Path, state: dict, model, optimizer, scaler, global_batch: int = 0) -> tuple[int, dict | None]:
+    """Restore model, optimizer and loss scaler from a training checkpoint.
+
+    Returns:
+        the epoch to go on with, and, where that one was begun, what `EpochTracker` needs to go on inside it.
 
     Raises:
         UsageError: a file without training state, or of another model or optimizer.
@@ -159,13 +188,104 @@ def load_training(path: Path, state: dict, model, optimizer, scaler) -> int:
         raise UsageError(f"{path}: its optimizer does not fit --opt, it has no {', '.join(lost)}")
     if state.get("scaler"):
         scaler.load_state_dict(state["scaler"])
-    return state["epoch"] + 1
+    if "step" not in state:
+        return state["epoch"] + 1, None
+    partial = dict(state["partial"])
+    if global_batch and global_batch != state["global_batch"]:
+        partial["step"] = state["step"] * state["global_batch"] // global_batch
+        log.warning("%s: steps had %d samples, now %d", path, state["global_batch"], global_batch)
+    return state["epoch"], partial
 
 
-def prune(output_dir: str | os.PathLike, keep: int, epoch: float = math.inf) -> None:
-    """Delete all but the newest `keep` of the checkpoints up to `epoch`; call it once the newest is safely on disk.
+def prune(output_dir: str | os.PathLike, keep: int, epoch: float = math.inf, step: float = math.inf) -> None:
+    """Delete all but the newest `keep` finished epochs up to `epoch`, and all but the two newest of its steps.
 
-    Later ones are another run's, which this one was started again before the end of: they neither count nor go.
+    Call it once the newest is safely on disk. Files beyond (epoch, step) are another run's, which this one was started
+    again before the end of: they neither count nor go. A finished epoch needs its steps no more.
     """
-    for _, path in [found for found in numbered(output_dir) if found[0] <= epoch][max(keep, 1) :]:
+    found = [entry for entry in numbered(output_dir) if entry[:2] <= (epoch, step)]
+    finished = [path for _, steps, path in found if steps == math.inf]
+    inside = [path for _, steps, path in found if steps < math.inf]
+    for path in finished[max(keep, 1) :] + (inside if step == math.inf else inside[2:]):
         path.unlink(missing_ok=True)
+
+
+class OutputLock:
+    """Keeps two runs from writing into one output_dir; a context manager, held by the first process.
+
+    The lock names its owner's host, pid and SLURM job, and is touched while the run lives. It is taken over from one
+    that is gone: a dead process of this host, an earlier attempt of this SLURM job, or, on another host, one that has
+    not touched it for STALE seconds.
+
+    Raises:
+        UsageError: on entry, where the owner is alive.
+    """
+
+    STALE = 900.0
+
+    def __init__(self, output_dir: str):
+        self.path = Path(output_dir) / ".lock" if output_dir and is_main_process() else None
+        self.owner = {
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "started": _started(os.getpid()),
+            "job": os.environ.get("SLURM_JOB_ID"),
+        }
+        self._touched = time.monotonic()
+
+    def __enter__(self) -> "OutputLock":
+        if self.path is None:
+            return self
+        for _ in range(2):
+            try:
+                with open(self.path, "x") as file:
+                    json.dump(self.owner, file)
+                return self
+            except FileExistsError:
+                self._take_over()
+        raise UsageError(f"--output_dir {self.path.parent}: another run is starting in it at this moment")
+
+    def _take_over(self) -> None:
+        try:
+            text = self.path.read_text()
+            other = json.loads(text) if text else {}
+            age = time.time() - self.path.stat().st_mtime
+        except (FileNotFoundError, ValueError):
+            return
+        if other.get("host") == self.owner["host"]:
+            started = _started(other["pid"])
+            alive = started is not None and started == other["started"] and other["pid"] != os.getpid()
+        else:
+            same_job = self.owner["job"] is not None and other.get("job") == self.owner["job"]
+            alive = age < self.STALE and not same_job
+        if alive:
+            raise UsageError(
+                f"--output_dir {self.path.parent}: in use by process {other.get('pid')} on {other.get('host')}; "
+                f"give another folder, or remove {self.path} if that run is dead"
+            )
+        log.info("taking over %s from process %s on %s, which is gone", self.path, other.get("pid"), other.get("host"))
+        self.path.unlink(missing_ok=True)
+
+    def touch(self) -> None:
+        """Show that the run lives; at most once a minute it costs a system call."""
+        if self.path and time.monotonic() - self._touched > 60:
+            self._touched = time.monotonic()
+            self.path.touch()
+
+    def __exit__(self, *_) -> None:
+        if self.path:
+            self.path.unlink(missing_ok=True)
+
+
+def _started(pid: int) -> str | None:
+    """When a process of this host started, as the kernel has it, which tells a reused pid; None: no such process."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        if Path("/proc/self/stat").exists():
+            return None
+    try:  # no /proc: a signal 0 at least tells whether there is such a process
+        os.kill(pid, 0)
+        return "running"
+    except OSError:
+        return None

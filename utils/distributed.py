@@ -53,6 +53,15 @@ def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def all_gather(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """Every process's tensor, in the order of ranks."""
+    if not dist.is_initialized():
+        return [tensor]
+    gathered = [torch.empty_like(tensor) for _ in range(get_world_size())]
+    dist.all_gather(gathered, tensor)
+    return gathered
+
+
 def setup_logging() -> None:
     """Log to stdout: everything from the first process, warnings and worse, with their rank, from the others."""
     rank = get_rank()
@@ -141,6 +150,13 @@ def accumulate(model: nn.Module, last: bool) -> AbstractContextManager:
     return nullcontext() if last or not dist.is_initialized() else model.no_sync()
 
 
-def shutdown() -> None:
-    if dist.is_initialized():
-        dist.destroy_process_group()
+@contextmanager
+def process_group(args) -> Iterator[torch.device]:
+    """Around a run: joins the process group, sets up logging, yields this process's device, and leaves the group."""
+    device = init_distributed(args.device, args.world_size, args.local_rank, args.dist_on_itp, args.dist_url)
+    setup_logging()
+    try:
+        yield device
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()

@@ -30,9 +30,8 @@ def run(main: Callable[[], None]) -> None:
         return
     except (UsageError, NonFiniteLoss) as error:
         code = 2 if isinstance(error, UsageError) else 1
-        # a loader worker's error arrives as a traceback whose last line is the message
-        last = str(error).strip().splitlines()[-1]
-        message = f"error: {last.removeprefix(f'{UsageError.__module__}.UsageError: ')}"
+        # a loader worker's error arrives as a traceback that ends in the message; a library's may have several lines
+        message = "error: " + " ".join(str(error).split(f"{UsageError.__module__}.UsageError: ")[-1].split())
     except KeyboardInterrupt:
         code, message = 130, "interrupted; with --output_dir, the same command goes on from its last checkpoint"
     rank = os.environ.get("RANK", "0")

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
-from .distributed import all_reduce_sum, get_rank, get_world_size
+from .distributed import all_gather, all_reduce_sum, get_rank, get_world_size
 from .errors import NonFiniteLoss
 
 log = logging.getLogger("fcmae")
@@ -47,6 +47,19 @@ class Averages:
     def epoch(self) -> dict[str, float]:
         """Averages over all processes since the beginning."""
         return self._mean(all_reduce_sum(self._epoch + self._window))
+
+    def state(self) -> list[torch.Tensor]:
+        """Every process's sums, so that each goes on with its own and the last bit of the averages is the same."""
+        return [sums.cpu() for sums in all_gather(torch.stack([self._window, self._epoch]))]
+
+    def load_state(self, state: list[torch.Tensor]) -> None:
+        """Take up this process's sums; after a change of the number of processes, the first one takes them all."""
+        if len(state) == get_world_size():
+            mine = state[get_rank()]
+        else:
+            mine = sum(state) if get_rank() == 0 else torch.zeros_like(state[0])
+        self._window.copy_(mine[0])
+        self._epoch.copy_(mine[1])
 
     def _mean(self, sums: torch.Tensor) -> dict[str, float]:
         *sums, weight = sums.tolist()
@@ -138,11 +151,21 @@ class EpochTracker:
         tracker.report(step, lr, grad_norm)
     """
 
-    def __init__(self, names: tuple[str, ...], epoch: int, steps: int, device: torch.device, run_log: "RunLog"):
+    def __init__(
+        self, names: tuple[str, ...], epoch: int, steps: int, device: torch.device, run_log: "RunLog",
+        partial: dict | None = None,
+    ):  # fmt: skip
         self.epoch, self.steps, self.run_log = epoch, steps, run_log
+        self.start_step = partial["step"] if partial else 0
         self.averages, self.guard = Averages(names, device), LossGuard(device)
-        self.progress = Progress(f"epoch {epoch}", steps, device)
+        if partial:
+            self.averages.load_state(partial["averages"])
+        self.progress = Progress(f"epoch {epoch}", steps, device, self.start_step)
         self.due = self.progress.due
+
+    def partial(self, step: int) -> dict:
+        """What an EpochTracker of the same epoch needs to go on after `step` steps; all processes call it together."""
+        return {"step": step, "averages": self.averages.state()}
 
     def __call__(self, steps: Iterable) -> Iterator[tuple[int, object]]:
         return self.progress(steps)

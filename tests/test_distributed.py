@@ -1,0 +1,139 @@
+"""Several gloo processes: the same trajectory as one, exact evaluation, prompt failure, elastic restart, signals."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.small_runs import COMMON, Scripts, load, records, same
+from utils.interrupts import EXIT_CODE
+
+ROOT = Path(__file__).resolve().parent.parent
+GLOBAL_BATCH = 12
+
+
+def command(scripts: Scripts, name: str, processes: int, output_dir: Path, *flags, torchrun=()) -> list[str]:
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *torchrun]
+    data = ["--data_path", scripts.train]
+    if name == "main_finetune":
+        data += ["--eval_data_path", scripts.val]
+    words = [*run, ROOT / "tests/small_process.py", name, *COMMON.split(), *data, "--output_dir", output_dir, *flags]
+    return [str(word) for word in words]
+
+
+def environment(**more) -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TORCHELASTIC_ERROR_FILE": "", **more}
+
+
+def launch(scripts, name, processes, output_dir, *flags, torchrun=(), **more) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        command(scripts, name, processes, output_dir, *flags, torchrun=torchrun),
+        env=environment(**more), capture_output=True, text=True, timeout=240, cwd=ROOT,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def pretrained(scripts, tmp_path_factory):
+    """Two epochs of pre-training, 40 images in steps of 12 (the last of 4), spread in several ways."""
+    folders = {}
+    for processes, batch_size, update_freq, workers in [(1, 12, 1, 0), (2, 6, 1, 2), (3, 4, 1, 0), (3, 2, 2, 1)]:
+        folder = tmp_path_factory.mktemp("spread")
+        spread = ["--batch_size", batch_size, "--update_freq", update_freq, "--num_workers", workers]
+        # SGD-like comparison would hide nothing, but AdamW is what people run: its first steps amplify rounding most
+        done = launch(scripts, "main_pretrain", processes, folder, *spread, "--epochs", 2, "--picture_freq", 0)
+        assert done.returncode == 0, done.stderr[-3000:]
+        folders[processes, batch_size, update_freq] = folder
+    return folders
+
+
+def test_trajectory_does_not_depend_on_the_spread(pretrained):
+    (_, first), *others = pretrained.items()
+    whole, lines = load(first / "checkpoint-1.pth")["model"], records(first)
+    for spread, folder in others:
+        weights = load(folder / "checkpoint-1.pth")["model"]
+        for name, value in whole.items():
+            assert torch.allclose(weights[name], value, rtol=1e-4, atol=2e-5), (spread, name)
+        for line, other in zip(lines, records(folder), strict=True):
+            assert other["train_loss"] == pytest.approx(line["train_loss"], rel=1e-5)
+            assert other["train_lr"] == line["train_lr"]
+
+
+def test_training_moved_the_weights(pretrained, scripts, tmp_path):
+    """The comparison above would mean nothing if nothing had changed."""
+    assert scripts.pretrain("--output_dir", tmp_path, "--epochs", 2, "--lr", 0, "--batch_size", 12).code == 0
+    still = load(tmp_path / "checkpoint-1.pth")["model"]
+    moved = load(pretrained[1, 12, 1] / "checkpoint-1.pth")["model"]
+    assert max(float((moved[k] - still[k]).abs().max()) for k in still) > 1e-3
+
+
+def test_evaluation_counts_every_image_once(scripts, tmp_path):
+    """22 validation images, which 3 does not divide, nor 8 per batch; lr 0 keeps the weights the same."""
+    lines = []
+    for processes in (1, 2, 3):
+        folder = tmp_path / str(processes)
+        flags = ["--epochs", 1, "--warmup_epochs", 0, "--lr", 0, "--min_lr", 0, "--batch_size", 4]
+        done = launch(scripts, "main_finetune", processes, folder, *flags)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert "(22 images)" in done.stdout
+        lines.append(records(folder)[0])
+    for line in lines[1:]:
+        for key in ("test_acc1", "test_acc5", "test_loss"):
+            assert line[key] == pytest.approx(lines[0][key], rel=1e-6)
+
+
+def test_a_failing_rank_ends_the_job_with_its_own_message(scripts, tmp_path):
+    begun = time.monotonic()
+    done = launch(scripts, "main_pretrain", 2, tmp_path, FAIL_ON_RANK="1")
+    assert done.returncode not in (0, EXIT_CODE)
+    assert "rank failed on purpose" in done.stderr
+    assert time.monotonic() - begun < 90
+
+
+def test_a_mistake_is_one_line_on_every_rank(scripts, tmp_path):
+    done = launch(scripts, "main_pretrain", 2, tmp_path, "--mask_ratio", 2)
+    assert done.stderr.count("error: --mask_ratio 2.0") == 2
+    assert done.returncode != 0
+
+
+def test_elastic_restart(scripts, tmp_path):
+    """One worker is killed in its eighth step; torchrun starts the group again, which ends as if nothing had been."""
+    flags = ["--save_ckpt_steps", 1, "--picture_freq", 0, "--batch_size", 4]
+    calm = launch(scripts, "main_pretrain", 2, tmp_path / "calm", *flags)
+    assert calm.returncode == 0
+    killed = launch(
+        scripts, "main_pretrain", 2, tmp_path / "killed", *flags,
+        torchrun=["--max-restarts=1"], KILL_ONCE=str(tmp_path / "once"),
+    )  # fmt: skip
+    assert killed.returncode == 0, killed.stderr[-3000:]
+    assert (tmp_path / "once").exists()
+    assert "resumed from" in killed.stdout
+    a, b = (load(tmp_path / run / "checkpoint-2.pth") for run in ("calm", "killed"))
+    assert same(a["model"], b["model"])
+    assert same(a["optimizer"], b["optimizer"])
+    assert records(tmp_path / "calm") == records(tmp_path / "killed")
+
+
+def test_ranks_agree_on_the_step_at_which_a_signal_stops_them(scripts, tmp_path):
+    flags = ["--batch_size", 4, "--epochs", 40, "--picture_freq", 0]
+    process = subprocess.Popen(
+        command(scripts, "main_pretrain", 2, tmp_path / "stopped", *flags),
+        env=environment(), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    while not (tmp_path / "stopped/checkpoint-1.pth").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)  # torchrun hands it on to its workers
+    out, _ = process.communicate(timeout=90)
+    assert "stopped after step" in out
+    again = launch(scripts, "main_pretrain", 2, tmp_path / "stopped", *flags)
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert launch(scripts, "main_pretrain", 2, tmp_path / "calm", *flags).returncode == 0
+    a, b = (load(tmp_path / run / "checkpoint-39.pth") for run in ("calm", "stopped"))
+    assert same(a["model"], b["model"])
+    assert same(a["optimizer"], b["optimizer"])
+    assert records(tmp_path / "calm") == records(tmp_path / "stopped")

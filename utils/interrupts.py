@@ -1,0 +1,94 @@
+"""Stopping on a signal so that all processes stop after the same optimizer step."""
+
+import logging
+import os
+import signal
+import time
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+
+log = logging.getLogger("fcmae")
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: run the same command again
+
+
+class Interrupted(SystemExit):
+    """A run was stopped by a signal, its state is on disk. Leaves the interpreter with EXIT_CODE."""
+
+    def __init__(self):
+        super().__init__(EXIT_CODE)
+
+
+class Interrupts:
+    """Turns signals into a decision that all processes take at the same step boundary. A context manager.
+
+    A signal sets a flag of its process. At each step boundary the flags are added up over the processes, in the
+    background and on the CPU: the sum is read at the next boundary, so nobody waits and the device is not touched, and
+    every process reads the same sum at the same step. That costs one step of delay and some 50 microseconds a step.
+    """
+
+    def __init__(self):
+        self.received: int | None = None
+        self._previous: dict[int, object] = {}
+        self._sum = torch.zeros(1)
+        self._pending = None
+        self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+
+    def __enter__(self) -> "Interrupts":
+        for number in SIGNALS:
+            self._previous[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, _frame: FrameType | None) -> None:
+        self.received = number
+        log.warning("%s: stopping after this step", signal.Signals(number).name)
+
+    def agreed(self, now: bool = False) -> bool:
+        """Whether any process had received a signal by the last step boundary; all processes call it at each.
+
+        now: count what came since the last boundary too, at the price of waiting for all processes.
+        """
+        if self._group is None:
+            return self.received is not None
+        if now:
+            if self._pending is not None:
+                self._pending.wait()
+                self._pending = None
+            self._sum.fill_(float(self._sum.item() > 0 or self.received is not None))
+            dist.all_reduce(self._sum, group=self._group)
+            return self._sum.item() > 0
+        if self._pending is not None:
+            self._pending.wait()
+            if self._sum.item() > 0:
+                return True
+        self._sum.fill_(self.received is not None)
+        self._pending = dist.all_reduce(self._sum, group=self._group, async_op=True)
+        return False
+
+    def leave(self) -> None:
+        """Once everything is on disk: hand the signal to whoever handled it before, such as submitit, and exit.
+
+        submitit's handler requeues the job from rank 0. The other ranks wait for the end that this brings, because an
+        exit of theirs could take rank 0 down before it has asked for the requeue.
+        """
+        if self._group is not None:
+            dist.barrier(group=self._group)  # the first process has written the checkpoint before any of them ends
+        handler = self._previous.get(self.received or signal.SIGUSR2)
+        if "SUBMITIT_EXECUTOR" in os.environ and callable(handler):
+            handler(self.received or signal.SIGUSR2, None)
+            if dist.is_initialized() and dist.get_rank() > 0:
+                time.sleep(60)
+        raise Interrupted
+
+
+def ignore_signals(_worker_id: int = 0) -> None:
+    """For loader workers: a signal to the whole process group must not take them away from under the running step."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
