@@ -10,7 +10,7 @@ import main_finetune
 import main_pretrain
 from models.convnextv2 import SIZES
 from tests.small_runs import TINY, write_images
-from utils import shapes
+from utils import shapes, slurm
 from utils.errors import run
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -27,8 +27,8 @@ def script_commands() -> list[list[str]]:
     found = []
     for command in readme_commands():
         words = shlex.split(command)
-        if main := [i for i, word in enumerate(words) if word.startswith("main_")]:
-            found.append(words[main[0] :])
+        if script := [i for i, word in enumerate(words) if word.startswith(("main_", "submitit_"))]:
+            found.append(words[script[0] :])
     return found
 
 
@@ -40,7 +40,7 @@ def test_two_lines_do_everything():
     assert "python -m pytest" in readme_commands()
 
 
-def test_commands_run_in_order(tmp_path, monkeypatch):
+def test_commands_run_in_order(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     for name in SIZES:
@@ -50,13 +50,21 @@ def test_commands_run_in_order(tmp_path, monkeypatch):
         write_images(tmp_path / "data" / folder, "train", 16, size=32)
     write_images(tmp_path / "data/val", "val", 8, size=32)
     commands = script_commands()
-    assert len(commands) >= 7
+    assert len(commands) >= 9
     for name, *flags in commands:
+        if name.startswith("submitit_"):
+            monkeypatch.setattr("sys.argv", [name, *flags, "--dry_run", "true"])
+            slurm.launch(main_pretrain if "pretrain" in name else main_finetune)
+            assert "#SBATCH --nodes=" in capsys.readouterr().out
+            continue
         script = {"main_pretrain.py": main_pretrain, "main_finetune.py": main_finetune}[name]
         flags = [re.sub(r"^/data/", "data/", re.sub(r"checkpoint-\d+", "checkpoint-0", word)) for word in flags]
         small = SMALL if script is main_finetune else SMALL.replace("--warmup_steps 0", "")
         if not any("demo" in word for word in flags):
             small += " --input_size 64"
+            if "data/imagenet" in flags and script is main_finetune:  # which has not 1000 classes, nor such depths
+                small += " --data_set image_folder --data_path data/train --eval_data_path data/val"
+                small += " --layer_decay_type single"
         elif script is main_finetune:
             small += " --finetune output/demo_pretrain/checkpoint-0.pth"
         out = io.StringIO()
