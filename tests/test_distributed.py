@@ -20,8 +20,7 @@ GLOBAL_BATCH = 12
 def command(scripts: Scripts, name: str, processes: int, output_dir: Path, *flags, torchrun=()) -> list[str]:
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *torchrun]
     data = ["--data_path", scripts.train]
-    if name == "main_finetune":
-        data += ["--eval_data_path", scripts.val]
+    data += ["--eval_data_path", scripts.val] if name == "main_finetune" else ["--decoder_embed_dim", 16]
     words = [*run, ROOT / "tests/small_process.py", name, *COMMON.split(), *data, "--output_dir", output_dir, *flags]
     return [str(word) for word in words]
 

@@ -126,9 +126,12 @@ def init_distributed(
     if world_size > 1:
         if dist_url == "env://" and "MASTER_ADDR" not in os.environ:
             raise UsageError(f"{world_size} processes, but no MASTER_ADDR: use torchrun, or --dist_url tcp://HOST:PORT")
+        store, rank, world_size = next(dist.rendezvous(dist_url, rank, world_size))
+        # torchrun's restarted workers may find the store of the attempt before, with addresses of the dead
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         dist.init_process_group(
             backend="nccl" if picked.type == "cuda" else "gloo",
-            init_method=dist_url,
+            store=dist.PrefixStore(f"attempt {attempt}", store),
             rank=rank,
             world_size=world_size,
             timeout=timedelta(minutes=30),
