@@ -3,6 +3,7 @@
 import logging
 import os
 import signal
+import threading
 import time
 from types import FrameType
 
@@ -89,6 +90,19 @@ class Interrupts:
 
 
 def ignore_signals(_worker_id: int = 0) -> None:
-    """For loader workers: a signal to the whole process group must not take them away from under the running step."""
+    """For loader workers: a signal to the whole process group must not take them away from under the running step.
+
+    SIGTERM still ends a worker when it comes from its parent, which has no other way to end one at exit.
+    """
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS, where a worker then dies of any SIGTERM
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_obey_parent, args=(os.getppid(),), daemon=True).start()
+
+
+def _obey_parent(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
