@@ -418,9 +418,10 @@ def train(args, amp: Amp, interrupts: Interrupts, lock: checkpoint.OutputLock) -
         for suffix in improved if saves else ():
             save(epoch, name=BEST_NAMES[suffix])
         run_log.epoch(record | {"epoch": epoch, "n_parameters": n_parameters})
-        if saves and ((epoch + 1) % args.save_ckpt_freq == 0 or epoch + 1 == args.epochs):
+        due = (epoch + 1) % args.save_ckpt_freq == 0 or epoch + 1 == args.epochs
+        if saves and due:
             save(epoch)
-        run.epoch_done(epoch)
+        run.epoch_done(epoch, saved=due)
         spent = time.perf_counter() - begun
         left = spent / (epoch + 1 - start_epoch) * (args.epochs - epoch - 1)
         log.info("epoch %d: loss %.4f%s, run eta %s", epoch, stats["loss"], best_so_far(best), duration(left))

@@ -168,6 +168,7 @@ def train(args, amp: Amp, interrupts: Interrupts, lock: checkpoint.OutputLock) -
     picture_of = None
     if args.picture_freq and (args.output_dir or args.log_dir) and distributed.is_main_process():
         picture_of = picture_images(dataset, args)
+
     def save(epoch: int, partial: dict | None = None) -> None:
         state = checkpoint.training_state(model, optimizer, amp.scaler, epoch, args, partial, loader.global_batch)
         checkpoint.save_numbered(state, args.output_dir, args.save_ckpt_num)
@@ -186,9 +187,10 @@ def train(args, amp: Amp, interrupts: Interrupts, lock: checkpoint.OutputLock) -
             run_log.image("reconstruction", grid, epoch + 1)
             if args.output_dir:
                 save_image(grid, Path(args.output_dir) / f"reconstruction-{epoch}.png")
-        if saves and ((epoch + 1) % args.save_ckpt_freq == 0 or last):
+        due = (epoch + 1) % args.save_ckpt_freq == 0 or last
+        if saves and due:
             save(epoch)
-        run.epoch_done(epoch)
+        run.epoch_done(epoch, saved=due)
         spent = time.perf_counter() - begun
         left = spent / (epoch + 1 - start_epoch) * (args.epochs - epoch - 1)
         log.info("epoch %d: loss %.4f, run eta %s", epoch, stats["loss"], duration(left))

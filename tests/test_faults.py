@@ -165,3 +165,10 @@ def test_every_kind_of_moment_is_passed(undisturbed):
     expected = {"before a step", "after a step", "while writing a checkpoint", "before the rename", "after the rename"}
     expected |= {"while pruning", "after a line of log.txt"} | ({"in validation"} if script is main_finetune else set())
     assert set(passed) == expected
+
+
+def test_a_signal_in_validation_saves_an_epoch_that_was_not_due(scripts, tmp_path):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(main_finetune, "score", lambda *a: (os.kill(os.getpid(), signal.SIGTERM), {})[1])
+        assert scripts.finetune("--output_dir", tmp_path, "--save_ckpt_freq", 5).code == EXIT_CODE
+    assert [path.name for *_, path in checkpoint.numbered(tmp_path)] == ["checkpoint-0.pth"]

@@ -21,7 +21,7 @@ class Run:
         log: where curves and records go.
         seed: what everything random follows from.
         partial: of an epoch that a checkpoint had begun, to go on inside it.
-        save: writes a checkpoint of (epoch, what `EpochTracker.partial` returned); None: nothing is saved.
+        save: writes a checkpoint of (epoch, what `EpochTracker.partial` returned, or None); None: saves nothing.
         save_steps: optimizer steps between such checkpoints; 0: only where a signal asks for one.
         interrupts, lock: to look at, and to touch, between steps.
     """
@@ -29,7 +29,7 @@ class Run:
     log: RunLog
     seed: int = 0
     partial: dict | None = None
-    save: Callable[[int, dict], None] | None = None
+    save: Callable[[int, dict | None], None] | None = None
     save_steps: int = 0
     interrupts: Interrupts | None = None
     lock: OutputLock | None = None
@@ -51,8 +51,10 @@ class Run:
         if self.lock:
             self.lock.touch()
 
-    def epoch_done(self, epoch: int) -> None:
-        """After an epoch's checkpoint: leave if a signal came meanwhile, in an evaluation say."""
+    def epoch_done(self, epoch: int, saved: bool) -> None:
+        """After an epoch: leave if a signal came meanwhile, in an evaluation say, with the epoch on disk."""
         if self.interrupts is not None and self.interrupts.agreed(now=True):
+            if self.save and not saved:
+                self.save(epoch, None)
             log.warning("stopped after epoch %d; run the same command to go on", epoch)
             self.interrupts.leave()
