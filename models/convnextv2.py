@@ -7,7 +7,7 @@ from timm.layers import DropPath
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from .layers import GRN, PatchConv, depthwise
+from .layers import GRN, PatchConv, depthwise, grn_mlp
 from .visible import VisiblePatches
 
 # name: depths, dims                                                     parameters with 1000 classes
@@ -47,10 +47,13 @@ class Block(nn.Module):
     def pointwise(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """All but the depthwise convolution, whose output is y: what both layouts share, and torch.compile fuses."""
         y = self.norm(y)
-        y = self.pwconv1(y)
-        y = self.act(y)
-        y = self.grn(y)
-        y = self.pwconv2(y)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            y = grn_mlp(y, self.pwconv1, self.grn, self.pwconv2)  # the same four layers, see there
+        else:
+            y = self.pwconv1(y)
+            y = self.act(y)
+            y = self.grn(y)
+            y = self.pwconv2(y)
         return x + self.drop_path(y)
 
 

@@ -19,47 +19,134 @@ class GRN(nn.Module):
         self.beta = nn.Parameter(torch.zeros(1, 1, 1, dim))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return _GRNFunction.apply(x, self.gamma, self.beta, self.eps)
+        scale = _grn_scale(_spatial_norm(x, (1, 2)), self.gamma, self.eps)
+        return torch.addcmul(self.beta.to(x.dtype), x, scale.to(x.dtype))
 
 
-def _spatial_norm(x: torch.Tensor) -> torch.Tensor:
-    """L2 norm over a sample's positions, (N, A, B, C) -> (N, 1, 1, C), in float32 for half-precision features.
+def _spatial_norm(x: torch.Tensor, dim) -> torch.Tensor:
+    """L2 norm over a sample's positions, kept as axes of length 1; in float32 for half-precision features.
 
     A sum of squares over thousands of positions loses digits in bfloat16, which CPU autocast would pick.
     """
-    dtype = torch.float32 if x.dtype in (torch.bfloat16, torch.float16) else x.dtype
+    dtype = _statistics_dtype(x)
     if x.device.type == "cpu":  # there vector_norm over leading dimensions is about ten times slower than this
-        return x.to(dtype).square().sum(dim=(1, 2), keepdim=True).sqrt()
-    return torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=dtype)
+        # the smallest normal number keeps the gradient of a channel that is zero everywhere at 0
+        return (x.to(dtype).square().sum(dim=dim, keepdim=True) + torch.finfo(dtype).tiny).sqrt()
+    return torch.linalg.vector_norm(x, dim=dim, keepdim=True, dtype=dtype)
 
 
-class _GRNFunction(torch.autograd.Function):
-    """gamma * (x * N) + beta + x, as x times a scale per sample and channel, plus beta.
+def _statistics_dtype(x: torch.Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
 
-    The gradient is written out because autograd's takes some five more passes over x, the widest tensor of a block.
+
+def _grn_scale(norm: torch.Tensor, gamma: torch.Tensor, eps: float) -> torch.Tensor:
+    """gamma * (x * N) + beta + x is x * scale + beta: this scale, from the norms of a sample's channels."""
+    return 1 + gamma * (norm / (norm.mean(dim=-1, keepdim=True) + eps))
+
+
+def grn_mlp(x: torch.Tensor, fc1: nn.Linear, grn: GRN, fc2: nn.Linear) -> torch.Tensor:
+    """fc2(grn(gelu(fc1(x)))) in training, with a gradient written by hand: (N, A, B, C) -> (N, A, B, C).
+
+    The modules called one after the other compute the same, and are what torch.compile should see. Run eagerly, they
+    move the wide activations (4C) through memory some twenty times; see `_GRNMLP` for what is saved.
+    """
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        x = x.to(torch.get_autocast_dtype(device))
+    with torch.autocast(device, enabled=False):
+        y = _GRNMLP.apply(
+            x.flatten(1, 2), fc1.weight, fc1.bias, grn.gamma.flatten(), grn.beta.flatten(), fc2.weight, fc2.bias,
+            grn.eps,
+        )  # fmt: skip
+    return y.view(x.shape)
+
+
+class _GRNMLP(torch.autograd.Function):
+    """fc1 -> GELU -> GRN -> fc2 on (N, R, C), R positions per sample; keeps x and two tensors of width 4C.
+
+    - Samples are independent of each other, so on the CPU they are taken in pieces whose activations fit the cache.
+    - GRN scales each sample's channels. Where R is large against C it is cheaper to scale fc2's weight for each sample
+      (`fold`). The gradient of that scale then falls out of the gradient of the weight, and GRN costs no pass over the
+      activations but for its norm.
+    - GRN's output, for the gradient of fc2, is otherwise made again: one multiplication and addition.
     """
 
+    CACHE = 4 << 20  # bytes of one wide activation per piece and thread; with less, the matrix products slow down
+
     @staticmethod
-    def forward(ctx, x, gamma, beta, eps):
-        norm = _spatial_norm(x)  # (N, 1, 1, C)
-        mean = norm.mean(dim=-1, keepdim=True) + eps  # (N, 1, 1, 1)
-        scale = 1 + gamma * (norm / mean)
-        ctx.save_for_backward(x, gamma, norm, mean, scale)
-        ctx.beta_dtype = beta.dtype
-        return torch.addcmul(beta.to(x.dtype), x, scale.to(x.dtype))
+    def forward(ctx, x, w1, b1, gamma, beta, w2, b2, eps):
+        (n, r, c), hidden, dtype = x.shape, w1.shape[0], x.dtype
+        x = x.contiguous()
+        fold = r >= 2 * c
+        piece = n
+        if x.device.type == "cpu":
+            piece = max(1, _GRNMLP.CACHE * torch.get_num_threads() // (r * hidden * x.element_size()))
+        v1, v2, beta_cast = w1.to(dtype), w2.to(dtype), beta.to(dtype)
+        bias1, bias2 = b1.to(dtype), (b2 + w2 @ beta if fold else b2).to(dtype)
+        h, a, out = x.new_empty(n, r, hidden), x.new_empty(n, r, hidden), torch.empty_like(x)
+        norm = x.new_empty(n, 1, hidden, dtype=_statistics_dtype(x))
+        for i in range(0, n, piece):
+            rows = slice(i, i + piece)
+            torch.addmm(bias1, x[rows].view(-1, c), v1.t(), out=h[rows].view(-1, hidden))
+            y = torch.ops.aten.gelu.out(h[rows], out=a[rows])
+            norm[rows] = _spatial_norm(y, 1)
+            scale = _grn_scale(norm[rows], gamma, eps)
+            if fold:
+                torch.baddbmm(bias2, y, (w2 * scale).to(dtype).transpose(1, 2), out=out[rows])
+            else:
+                y = torch.addcmul(beta_cast, y, scale.to(dtype))
+                torch.addmm(bias2, y.view(-1, hidden), v2.t(), out=out[rows].view(-1, c))
+        ctx.save_for_backward(x, h, a, norm, w1, gamma, beta, w2)
+        ctx.eps, ctx.fold, ctx.piece = eps, fold, piece
+        return out
 
     @staticmethod
     def backward(ctx, grad):
-        x, gamma, norm, mean, scale = ctx.saved_tensors
-        grad_scale = (grad * x).sum(dim=(1, 2), keepdim=True, dtype=norm.dtype)
-        grad_gamma = (grad_scale * norm / mean).sum(dim=0, keepdim=True).to(gamma.dtype)
-        grad_beta = grad.sum(dim=(0, 1, 2), dtype=norm.dtype)[None, None, None].to(ctx.beta_dtype)
-        grad_ratio = grad_scale * gamma  # of norm / mean
-        through_mean = (grad_ratio * norm).mean(dim=-1, keepdim=True) / mean**2
-        # d norm / d x = x / norm; a channel that is zero everywhere has the subgradient 0
-        slope = torch.where(norm > 0, (grad_ratio / mean - through_mean) / norm, 0.0)
-        grad_x = torch.addcmul(grad * scale.to(x.dtype), x, slope.to(x.dtype))
-        return grad_x, grad_gamma, grad_beta, None
+        x, h, a, norm, w1, gamma, beta, w2 = ctx.saved_tensors
+        (n, _, c), hidden, dtype, statistics = x.shape, w1.shape[0], x.dtype, norm.dtype
+        grad = grad.contiguous()
+        v1, v2, beta_cast = w1.to(dtype), w2.to(dtype), beta.to(dtype)
+        mean = norm.mean(dim=-1, keepdim=True) + ctx.eps
+        scale = 1 + gamma * (norm / mean)
+        grad_scale, grad_x = torch.empty_like(norm), torch.empty_like(x)
+        grad_w1, grad_w2, grad_b1 = torch.zeros_like(w1), torch.zeros_like(w2), w1.new_zeros(hidden)
+        for i in range(0, n, ctx.piece):
+            rows = slice(i, i + ctx.piece)
+            g, y, s = grad[rows], a[rows], scale[rows]
+            if ctx.fold:
+                per_sample = torch.bmm(g.transpose(1, 2), y)  # (n, C, 4C)
+                grad_scale[rows] = (per_sample * w2).sum(dim=1, keepdim=True)
+                grad_w2 += (per_sample * s).sum(dim=0)
+                grad_y = torch.bmm(g, (w2 * s).to(dtype))
+            else:
+                g, s = g.view(-1, c), s.to(dtype)
+                _add_product(grad_w2, g.t(), torch.addcmul(beta_cast, y, s).view(-1, hidden))
+                grad_y = torch.mm(g, v2).view(y.shape)
+                grad_scale[rows] = (grad_y * y).sum(dim=1, keepdim=True, dtype=statistics)
+                grad_y *= s
+            # through the norm; d norm / d y = y / norm, and a channel that is zero everywhere has the subgradient 0
+            grad_ratio = grad_scale[rows] * gamma
+            through_mean = (grad_ratio * norm[rows]).mean(dim=-1, keepdim=True) / mean[rows] ** 2
+            slope = torch.where(norm[rows] > 0, (grad_ratio / mean[rows] - through_mean) / norm[rows], 0.0)
+            grad_y.addcmul_(y, slope.to(dtype))
+            grad_h = torch.ops.aten.gelu_backward(grad_y, h[rows]).view(-1, hidden)
+            _add_product(grad_w1, grad_h.t(), x[rows].view(-1, c))
+            grad_b1 += grad_h.sum(dim=0, dtype=statistics)
+            torch.mm(grad_h, v1, out=grad_x[rows].view(-1, c))
+        grad_gamma = (grad_scale * norm / mean).sum(dim=(0, 1))
+        grad_b2 = grad.sum(dim=(0, 1), dtype=statistics)
+        grad_beta = grad_b2 @ w2.to(statistics)  # beta is added at every position alike
+        if ctx.fold:
+            grad_w2.addr_(grad_b2, beta)
+        return grad_x, grad_w1, grad_b1, grad_gamma, grad_beta, grad_w2, grad_b2, None
+
+
+def _add_product(total: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> None:
+    """total += x @ y, where the factors may be of half precision and the total is not."""
+    if x.dtype == total.dtype:
+        total.addmm_(x, y)
+    else:
+        total += x @ y
 
 
 class PatchConv(nn.Conv2d):
