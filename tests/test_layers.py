@@ -1,4 +1,4 @@
-"""models/layers.py: the fused training form of fc1, GELU, GRN, fc2 equals the modules called one after the other."""
+"""models/layers.py: what is written by hand equals the modules it stands for, gradients included."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from torch import nn
 
 from models import layers
 from models.convnextv2 import Block
-from models.layers import GRN, grn_mlp
+from models.layers import GRN, depthwise, grn_mlp
 
 FOLDED, PLAIN = (3, 4, 5, 6), (3, 2, 3, 6)  # (N, A, B, C): 20 positions are at least 2 * C, 6 are not
 
@@ -125,3 +125,34 @@ def test_what_is_kept_for_backward():
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         grn_mlp(x, *parts)
     assert sum(kept.values()) / (4 * x.numel()) == pytest.approx(9, rel=0.05)
+
+
+@pytest.mark.parametrize(("height", "width"), [(7, 7), (1, 5), (9, 4)])
+@pytest.mark.parametrize("kernel_size", [7, 3])
+def test_depthwise_and_its_gradients_equal_the_library(height, width, kernel_size):
+    conv = nn.Conv2d(5, 5, kernel_size, padding=kernel_size // 2, groups=5).double()
+    x = torch.randn(3, height, width, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    for ours, theirs in zip(
+        results(depthwise, x, [conv]),
+        results(lambda x, conv: conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1), x, [conv]),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-12)
+
+
+def test_depthwise_under_autocast():
+    conv = nn.Conv2d(8, 8, 7, padding=3, groups=8)
+    x = torch.randn(2, 14, 14, 8, generator=torch.Generator().manual_seed(4))
+    low = results(depthwise, x, [conv], torch.bfloat16)
+    assert low[0].dtype == torch.bfloat16
+    assert low[2].dtype == torch.float32
+    for ours, exact in zip(low, results(depthwise, x.double(), [conv.double()]), strict=True):
+        assert (ours.double() - exact).norm() / exact.norm() < 1e-2
+
+
+def test_depthwise_of_a_frozen_kernel():
+    conv = nn.Conv2d(4, 4, 7, padding=3, groups=4).requires_grad_(False)
+    x = torch.randn(1, 8, 8, 4, requires_grad=True)
+    depthwise(x, conv).sum().backward()
+    assert x.grad.abs().sum() > 0
+    assert conv.weight.grad is None
