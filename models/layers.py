@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from . import kernels
+
 
 class GRN(nn.Module):
     """Global response normalisation over a sample's spatial positions (ConvNeXt V2, section 3).
@@ -171,39 +173,70 @@ class PatchConv(nn.Conv2d):
 def depthwise(x: torch.Tensor, conv: nn.Conv2d) -> torch.Tensor:
     """A stride-1 depthwise convolution on channels-last features: (N, H, W, C) -> (N, H, W, C)."""
     device = x.device.type
-    if device != "cpu" or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+    by_hand = device == "cpu" or (x.is_cuda and kernels.available(x))
+    if not by_hand or not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
     weight, bias = conv.weight, conv.bias
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         x, weight, bias = x.to(dtype), weight.to(dtype), bias.to(dtype)
     with torch.autocast(device, enabled=False):
-        return _DepthwiseOnCPU.apply(x, weight, bias)
+        form = "library"
+        if x.is_cuda:
+            forms = {
+                name: kernels.with_gradients(lambda x, w, b, name=name: _Depthwise.apply(x, w, b, name))
+                for name in ("library", "kernel")
+            }
+            form = kernels.choose(("maps", x.shape[1:], x.dtype, x.device), forms, x, weight, bias)
+        return _Depthwise.apply(x, weight, bias, form)
 
 
-class _DepthwiseOnCPU(torch.autograd.Function):
-    """The library's convolution with another gradient of the weight; see `correlate`."""
+class _Depthwise(torch.autograd.Function):
+    """The library's convolution, on the CPU with another gradient of the weight (see `correlate`), or Triton's."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias):
+    def forward(ctx, x, weight, bias, form):
         ctx.save_for_backward(x, weight)
-        y = F.conv2d(x.permute(0, 3, 1, 2), weight, bias, padding=weight.shape[-1] // 2, groups=x.shape[-1])
-        return y.permute(0, 2, 3, 1)
+        ctx.form = form
+        if form == "kernel":
+            return kernels.depthwise(x, weight, bias)
+        return _library_depthwise(x, weight, bias)
 
     @staticmethod
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
-        c, halo = x.shape[-1], weight.shape[-1] // 2
+        halo = weight.shape[-1] // 2
         grad_x = grad_weight = grad_bias = None
+        if ctx.form == "kernel":
+            if ctx.needs_input_grad[0]:
+                grad_x = kernels.depthwise(grad, weight, None, flip=True)
+            grads = kernels.depthwise_weight_grad(x, grad, kernel_size=weight.shape[-1])
+            return grad_x, *(g.to(weight.dtype) for g in grads), None
         if ctx.needs_input_grad[0]:
-            y = F.conv2d(grad.permute(0, 3, 1, 2), weight.flip(2, 3), padding=halo, groups=c)
-            grad_x = y.permute(0, 2, 3, 1)
+            grad_x = _library_depthwise(grad, weight.flip(2, 3), None)
         if ctx.needs_input_grad[1]:
-            padded = F.pad(x, (0, 0, halo, halo, halo, halo))
-            grad_weight = correlate(padded.permute(1, 2, 0, 3), grad.permute(1, 2, 0, 3))
+            if x.device.type == "cpu":
+                padded = F.pad(x, (0, 0, halo, halo, halo, halo))
+                grad_weight = correlate(padded.permute(1, 2, 0, 3), grad.permute(1, 2, 0, 3))
+            else:
+                grad_weight = library_weight_grad(x, grad, weight)
         if ctx.needs_input_grad[2]:
             grad_bias = grad.sum(dim=(0, 1, 2))
-        return grad_x, grad_weight, grad_bias
+        return grad_x, grad_weight, grad_bias, None
+
+
+def _library_depthwise(x, weight, bias):
+    padding, groups = weight.shape[-1] // 2, x.shape[-1]
+    return F.conv2d(x.permute(0, 3, 1, 2), weight, bias, padding=padding, groups=groups).permute(0, 2, 3, 1)
+
+
+def library_weight_grad(x: torch.Tensor, grad: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """The library's gradient of a depthwise weight (C, 1, k, k), from maps (N, H, W, C)."""
+    halo, c = weight.shape[-1] // 2, weight.shape[0]
+    x, grad = x.permute(0, 3, 1, 2), grad.permute(0, 3, 1, 2)
+    return torch.ops.aten.convolution_backward(
+        grad, x, weight, None, (1, 1), (halo, halo), (1, 1), False, (0, 0), c, (False, True, False)
+    )[1]
 
 
 def correlate(windows: torch.Tensor, grads: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .layers import correlate
+from . import kernels
+from .layers import correlate, library_weight_grad
 
 
 class VisiblePatches:
@@ -60,18 +61,27 @@ class VisiblePatches:
     def depthwise(self, x: torch.Tensor, conv: nn.Conv2d, form: str | None = None) -> torch.Tensor:
         """Submanifold depthwise convolution: (N, K, s*s, C) -> (N, K, s*s, C).
 
-        form: 'grid' scatters to the map, convolves and gathers; 'window' convolves each visible patch with its halo.
-        The default takes what was measured to be faster on the device.
+        form: 'grid' scatters to the map, convolves and gathers; 'window' convolves each visible patch with its halo;
+        'kernel' is Triton's. The default is what was measured to be faster: on CPUs by us, on a GPU in its first call.
         """
         side = int(x.shape[2] ** 0.5)
         weight, bias = conv.weight, conv.bias
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
             x, weight, bias = x.to(dtype), weight.to(dtype), bias.to(dtype)
-        if form is None:
-            form = "window" if x.device.type == "cpu" and side >= 4 else "grid"
         with torch.autocast(x.device.type, enabled=False):
-            return _Depthwise.apply(x, weight, bias, self, side, form)
+            return _Depthwise.apply(x, weight, bias, self, side, form or self._fastest_form(x, weight, bias, side))
+
+    def _fastest_form(self, x, weight, bias, side: int) -> str:
+        if x.device.type == "cpu":
+            return "window" if side >= 4 else "grid"
+        if not x.is_cuda or not kernels.available(x):
+            return "grid"
+        forms = {
+            form: kernels.with_gradients(lambda x, w, b, form=form: _Depthwise.apply(x, w, b, self, side, form))
+            for form in ("grid", "kernel")
+        }
+        return kernels.choose(("visible patches", side, x.shape[-1], x.dtype, x.device), forms, x, weight, bias)
 
     # ---- index tables -----------------------------------------------------------------------------------------------
 
@@ -89,6 +99,23 @@ class VisiblePatches:
             self._tables["rows", side] = ((first[:, None] + offset) * self.grid[1] + c[:, None]).flatten()
         return self._tables["rows", side]
 
+    def slots(self, side: int, halo: int) -> torch.Tensor:
+        """(N*K, T, T) int32: which visible patches lie around each, T = 2 * ceil(halo / s) + 1; -1 where there is none.
+
+        The middle one is the patch itself.
+        """
+        key = (f"slots with a halo of {halo}", side)
+        if key not in self._tables:
+            reach = -(-halo // side)  # neighbouring patches on each side that a halo touches
+            (h, w), device, total = self.grid, self.keep.device, self.keep.numel()
+            n, r, c = self._coordinates()
+            slot = torch.full((self.batch, h + 2 * reach, w + 2 * reach), -1, dtype=torch.int32, device=device)
+            slot[n, r + reach, c + reach] = torch.arange(total, dtype=torch.int32, device=device)
+            offset = torch.arange(2 * reach + 1, device=device)
+            rows, columns = (r[:, None] + offset)[:, :, None], (c[:, None] + offset)[:, None, :]
+            self._tables[key] = slot[n[:, None, None], rows, columns]
+        return self._tables[key]
+
     def windows(self, side: int, halo: int) -> torch.Tensor:
         """(N*K, s+2*halo, s+2*halo): for each position of a patch's window, its index among the visible positions.
 
@@ -96,16 +123,12 @@ class VisiblePatches:
         """
         key = (f"windows with a halo of {halo}", side)
         if key not in self._tables:
-            (h, w), device, total = self.grid, self.keep.device, self.keep.numel()
-            reach = -(-halo // side)  # neighbouring patches on each side that a halo touches
-            n, r, c = self._coordinates()
-            slot = torch.full((self.batch, h + 2 * reach, w + 2 * reach), total, device=device)
-            slot[n, r + reach, c + reach] = torch.arange(total, device=device)
-            offset = torch.arange(-halo, side + halo, device=device)
-            patch, inside = offset.div(side, rounding_mode="floor") + reach, offset % side
-            index = slot[n[:, None, None], (r[:, None] + patch)[:, :, None], (c[:, None] + patch)[:, None, :]]
-            index = index * side**2 + inside[:, None] * side + inside
-            self._tables[key] = index.clamp_(max=total * side**2)
+            slots = self.slots(side, halo)
+            offset = torch.arange(-halo, side + halo, device=slots.device)
+            patch, inside = offset.div(side, rounding_mode="floor") + slots.shape[1] // 2, offset % side
+            index = slots[:, patch[:, None], patch].long()
+            inside = inside[:, None] * side + inside
+            self._tables[key] = torch.where(index < 0, self.keep.numel() * side**2, index * side**2 + inside)
         return self._tables[key]
 
 
@@ -173,6 +196,10 @@ class _Depthwise(torch.autograd.Function):
         grad_x = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
             grad_x = _convolve(grad, weight.flip(2, 3), None, visible, side, form)
+        if form == "kernel":
+            slots = visible.slots(side, weight.shape[-1] // 2)
+            grads = kernels.depthwise_weight_grad(x, grad, slots, side, weight.shape[-1])
+            return grad_x, *(g.to(weight.dtype) for g in grads), None, None, None
         if ctx.needs_input_grad[1]:
             correlate = _weight_grad_window if x.device.type == "cpu" else _weight_grad_grid
             grad_weight = correlate(x, grad, weight, visible, side)
@@ -183,6 +210,8 @@ class _Depthwise(torch.autograd.Function):
 
 def _convolve(x, weight, bias, visible, side, form):
     c, halo = x.shape[-1], weight.shape[-1] // 2
+    if form == "kernel":
+        return kernels.depthwise(x, weight, bias, visible.slots(side, halo), side)
     if form == "grid":
         y = _scatter(x, visible, side).permute(0, 3, 1, 2)
         return _gather(F.conv2d(y, weight, bias, padding=halo, groups=c).permute(0, 2, 3, 1), visible, side)
@@ -207,8 +236,4 @@ def _weight_grad_window(x, grad, weight, visible, side):
 
 
 def _weight_grad_grid(x, grad, weight, visible, side):
-    x, grad = (_scatter(t, visible, side).permute(0, 3, 1, 2) for t in (x, grad))
-    halo, c = weight.shape[-1] // 2, weight.shape[0]
-    return torch.ops.aten.convolution_backward(
-        grad, x, weight, None, (1, 1), (halo, halo), (1, 1), False, (0, 0), c, (False, True, False)
-    )[1]
+    return library_weight_grad(_scatter(x, visible, side), _scatter(grad, visible, side), weight)

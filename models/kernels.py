@@ -1,0 +1,331 @@
+"""Triton kernels of the depthwise convolution: on visible patches and on channels-last maps, with their gradients.
+
+A library's convolution knows only maps, and so computes removed positions too. Here a program computes R output rows of
+BM columns for BLOCK_C channels. It walks the K columns of the kernel, and for each reads every input row once that its
+output rows need: one row read serves up to min(K, R) of them. A position that is removed or outside is not read. Sums
+are in float32, and an output's terms always come in the same order.
+
+Both layouts are the same kernel. A "lane" is one column of R rows: a column of a visible patch (R is the patch's side),
+or of a strip of R rows of a map; `_place` alone knows where its positions lie.
+
+The module imports without Triton; ask `available`.
+"""
+# ruff: noqa: RUF005 (Triton takes no unpacking inside a tuple)
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Hashable
+
+import torch
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # macOS, Windows, CPU-only wheels
+    triton = tl = None
+
+log = logging.getLogger("fcmae")
+_jit = triton.jit if triton is not None else lambda function: function
+
+
+def available(x: torch.Tensor) -> bool:
+    """Whether the kernels can run on x: its device and dtype, and a Triton that can compile them.
+
+    With TRITON_INTERPRET=1, which must be set before Triton is first imported, they also run on the CPU, slowly.
+    """
+    if triton is None or not hasattr(tl, "tuple") or x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return False
+    if not isinstance(_place, triton.JITFunction):  # the interpreter
+        return x.device.type == "cpu"
+    return x.is_cuda and torch.cuda.get_device_capability(x.device) >= ((8, 0) if x.dtype == torch.bfloat16 else (7, 0))
+
+
+def depthwise(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    slots: torch.Tensor | None = None,
+    side: int | None = None,
+    flip: bool = False,
+) -> torch.Tensor:
+    """Depthwise convolution with stride 1 and zero padding k // 2; output shaped and typed as x.
+
+    Args:
+        x: visible patches (N, K, s*s, C) with `slots` and `side`, or, without them, maps (N, H, W, C).
+        weight, bias: (C, 1, k, k) with odd k, and (C,) or None.
+        slots: (N*K, T, T) int32, T = 2 * reach + 1, reach = ceil((k // 2) / s): which of the N*K patches lies there,
+            -1 where it is removed or outside.
+        side: s.
+        flip: turn the kernel by 180 degrees, which makes the gradient of the input from that of the output.
+    """
+    c, k = weight.shape[0], weight.shape[-1]
+    x, y = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
+    taps = weight.reshape(c, k * k).t().contiguous()  # channels last, as everything else
+    layout, lanes, rows = _layout(x, slots, side, k)
+    # R accumulators of this many values per thread, up to 64 registers in all
+    block_c, lanes_per_program = _tile(c, values=8 if rows > 4 else 16)
+    grid = (triton.cdiv(lanes, lanes_per_program), triton.cdiv(c, block_c))
+    with _on(x):
+        _convolve[grid](
+            x, taps, taps if bias is None else bias, y, *layout, lanes,
+            C=c, K=k, R=rows, MAP=slots is None, FLIP=flip, BIAS=bias is not None,
+            BM=lanes_per_program, BLOCK_C=block_c, num_warps=_WARPS,
+        )  # fmt: skip
+    return y
+
+
+def depthwise_weight_grad(
+    x: torch.Tensor,
+    grad: torch.Tensor,
+    slots: torch.Tensor | None = None,
+    side: int | None = None,
+    kernel_size: int = 7,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of `depthwise`'s weight (C, 1, k, k) and bias (C,) in float32, from x and the output's gradient.
+
+    Each program writes the sum over its share of the positions, and a second pass adds the shares up: no atomics, so
+    equal inputs give equal bits.
+    """
+    c, k = x.shape[-1], kernel_size
+    x, grad = x.contiguous(), grad.contiguous()
+    layout, lanes, rows = _layout(x, slots, side, k)
+    block_c, lanes_per_step = _tile(c, values=8)  # k + 1 accumulators
+    steps = triton.cdiv(lanes, lanes_per_step)
+    columns = triton.cdiv(c, block_c)
+    shares = min(steps, max(1, _PROGRAMS // (k * columns)))
+    steps_per_share = triton.cdiv(steps, shares)
+    shares = triton.cdiv(steps, steps_per_share)
+    partial = x.new_empty(shares, k * k + 1, c, dtype=torch.float32)  # the taps' sums, then the bias's
+    with _on(x):
+        _correlate[(k, columns, shares)](
+            x, grad, partial, *layout, lanes, steps_per_share,
+            C=c, K=k, R=rows, MAP=slots is None, BM=lanes_per_step, BLOCK_C=block_c, num_warps=_WARPS,
+        )  # fmt: skip
+    total = partial.sum(dim=0)
+    return total[:-1].t().reshape(c, 1, k, k), total[-1]
+
+
+def choose(
+    key: Hashable,
+    candidates: dict[str, Callable[..., torch.Tensor | tuple[torch.Tensor, ...]]],
+    *inputs: torch.Tensor | None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> str:
+    """Name of the fastest of several functions that compute the same tensors, found on a key's first call and kept.
+
+    The first candidate is the reference. Another one counts only if it runs and agrees with the reference on random
+    tensors shaped and typed as `inputs` (None stays None); otherwise a warning says, once for each name, why it is left
+    out. Takes some 30 calls of each candidate. Draws from a generator of its own: no other random number changes.
+    """
+    if key in _chosen:
+        return _chosen[key]
+    device = next(x.device for x in inputs if x is not None)
+    generator = torch.Generator(device).manual_seed(0)
+    inputs = [x if x is None else torch.empty_like(x).normal_(generator=generator) for x in inputs]
+    seconds: dict[str, float] = {}
+    with torch.no_grad():
+        for name, function in candidates.items():
+            fault = None
+            try:
+                result = function(*inputs)
+            except Exception as error:
+                if not seconds:
+                    raise
+                fault = f"it fails with {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            if not seconds:
+                expected = result
+            elif fault is None and not _agree(result, expected):
+                fault = f"it disagrees with {next(iter(candidates))!r}"
+            if fault is None:
+                seconds[name] = _time(function, inputs, device, clock)
+            elif name not in _left_out:
+                _left_out.add(name)
+                log.warning("%r is left out for %s: %s", name, key, fault)
+    _chosen[key] = min(seconds, key=seconds.get)
+    log.debug("%s: %s", key, {name: f"{1e6 * value:.0f} us" for name, value in seconds.items()})
+    return _chosen[key]
+
+
+_chosen: dict[Hashable, str] = {}
+_left_out: set[str] = set()
+
+
+def with_gradients(function: Callable[..., torch.Tensor]) -> Callable[..., tuple[torch.Tensor, ...]]:
+    """The function with its gradients, for `choose`: what it returns, and the gradient of each input, for ones."""
+
+    def both(*inputs):
+        with torch.enable_grad():
+            inputs = [x.detach().requires_grad_() for x in inputs]
+            y = function(*inputs)
+            return y.detach(), *torch.autograd.grad(y, inputs, torch.ones_like(y))
+
+    return both
+
+
+def _agree(result, expected) -> bool:
+    """Equal up to rounding, element by element: one wrong patch among thousands shows. NaN never agrees."""
+    if isinstance(expected, tuple):
+        return all(map(_agree, result, expected))
+    tolerance = 3e-2 if expected.dtype in (torch.bfloat16, torch.float16) else 1e-2  # the reference may use TF32
+    result, expected = result.float(), expected.float()
+    return bool(((result - expected).abs() <= tolerance * (expected.abs() + expected.square().mean().sqrt())).all())
+
+
+def _time(function, inputs, device, clock, calls: int = 10) -> float:
+    """Seconds per call: the best of three rounds."""
+    rounds = []
+    for _ in range(3):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        start = clock()
+        for _ in range(calls):
+            function(*inputs)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        rounds.append((clock() - start) / calls)
+    return min(rounds)
+
+
+_WARPS = 4
+_PROGRAMS = 2048  # of the weight's gradient: several per multiprocessor of the largest devices
+
+
+def _tile(channels: int, values: int) -> tuple[int, int]:
+    """Channels and lanes of a program in which each thread holds `values` elements of a row."""
+    block_c = 64 if channels % 64 == 0 else 32
+    return block_c, 32 * _WARPS * values // block_c
+
+
+def _layout(x, slots, side, kernel_size):
+    """What `_place` needs to know (table, height, width), the number of lanes, and the rows R of a lane."""
+    if slots is not None:
+        reach = -(-(kernel_size // 2) // side)
+        expected = (x.shape[0] * x.shape[1], 2 * reach + 1, 2 * reach + 1)
+        if tuple(slots.shape) != expected or slots.dtype != torch.int32 or x.shape[2] != side * side:
+            raise ValueError(
+                f"slots is {slots.dtype} of shape {tuple(slots.shape)}; visible patches of shape {tuple(x.shape)} "
+                f"with side {side} and a kernel of {kernel_size} need torch.int32 of shape {expected}"
+            )
+        return (slots.contiguous(), side, side), expected[0] * side, side
+    n, h, w, _ = x.shape
+    strips = triton.cdiv(h, 8)
+    rows = triton.cdiv(h, strips)
+    return (x, h, w), n * triton.cdiv(h, rows) * w, rows
+
+
+def _on(x: torch.Tensor):
+    """Kernels are launched on the current device, which need not be x's."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+@_jit
+def _place(
+    slots_ptr, height, width, lanes, lane, dx, dy: tl.constexpr, K: tl.constexpr, R: tl.constexpr, MAP: tl.constexpr
+):
+    """The position dy rows below each lane's first row and dx columns to its right: its index, and whether it exists.
+
+    Where it does not exist the index means nothing.
+    """
+    live = lane < lanes
+    if MAP:
+        strips = (height + R - 1) // R
+        strip = lane // width
+        row = strip % strips * R + dy
+        column = lane % width + dx
+        index = ((strip // strips).to(tl.int64) * height + row) * width + column
+        exists = live & (row >= 0) & (row < height) & (column >= 0) & (column < width)
+    else:
+        reach: tl.constexpr = (K // 2 + R - 1) // R
+        size: tl.constexpr = 2 * reach + 1
+        down: tl.constexpr = dy + reach * R  # from the first row of the first patch in the table, as `right` is
+        right = lane % R + dx + reach * R
+        slot = tl.load(slots_ptr + lane // R * (size * size) + down // R * size + right // R, mask=live, other=-1)
+        index = slot.to(tl.int64) * (R * R) + down % R * R + right % R
+        exists = slot >= 0
+    return index, exists
+
+
+@_jit
+def _load(x_ptr, position, exists, channel, C: tl.constexpr):
+    """Rows of x (positions, C) in float32, zero where they do not exist: (BM, BLOCK_C)."""
+    mask = exists[:, None] & (channel < C)[None, :]
+    return tl.load(x_ptr + position[:, None] * C + channel[None, :], mask=mask, other=0.0).to(tl.float32)
+
+
+@_jit
+def _replace(values, i: tl.constexpr, value):
+    return values[:i] + (value,) + values[i + 1 :]
+
+
+@_jit
+def _convolve(
+    x_ptr, taps_ptr, bias_ptr, y_ptr, slots_ptr, height, width, lanes,
+    C: tl.constexpr, K: tl.constexpr, R: tl.constexpr, MAP: tl.constexpr, FLIP: tl.constexpr, BIAS: tl.constexpr,
+    BM: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """y[i] = bias + sum over taps (ky, kx) of x[i + (ky, kx) - K // 2] * taps[ky, kx], taps (K*K, C)."""
+    halo: tl.constexpr = K // 2
+    lane = tl.program_id(0) * BM + tl.arange(0, BM)
+    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    start = tl.zeros((BM, BLOCK_C), tl.float32)
+    if BIAS:
+        start += tl.load(bias_ptr + channel, mask=channel < C, other=0.0).to(tl.float32)[None, :]
+    sums = ()  # one per output row
+    for _ in tl.static_range(R):
+        sums = sums + (start,)
+    for kx in range(K):
+        taps = ()  # of this column
+        for ky in tl.static_range(K):
+            tap = ky * K + kx
+            if FLIP:
+                tap = K * K - 1 - tap
+            w = tl.load(taps_ptr + tap * C + channel, mask=channel < C, other=0.0).to(tl.float32)
+            taps = taps + (tl.broadcast_to(w[None, :], (BM, BLOCK_C)),)
+        for dy in tl.static_range(-halo, R + halo):
+            position, exists = _place(slots_ptr, height, width, lanes, lane, kx - halo, dy, K, R, MAP)
+            x = _load(x_ptr, position, exists, channel, C)
+            for r in tl.static_range(R):
+                if dy - r >= -halo and dy - r <= halo:
+                    sums = _replace(sums, r, tl.fma(x, taps[dy - r + halo], sums[r]))
+    for r in tl.static_range(R):
+        position, exists = _place(slots_ptr, height, width, lanes, lane, 0, r, K, R, MAP)
+        mask = exists[:, None] & (channel < C)[None, :]
+        tl.store(y_ptr + position[:, None] * C + channel[None, :], sums[r].to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@_jit
+def _correlate(
+    x_ptr, grad_ptr, partial_ptr, slots_ptr, height, width, lanes, steps,
+    C: tl.constexpr, K: tl.constexpr, R: tl.constexpr, MAP: tl.constexpr, BM: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """One column kx of the taps' gradient: sum of grad[i] * x[i + (ky, kx) - K // 2] over a share of the lanes."""
+    halo: tl.constexpr = K // 2
+    kx = tl.program_id(0)
+    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    share = tl.program_id(2)
+    sums = ()  # one per row of the kernel, and one for the bias
+    for _ in tl.static_range(K + 1):
+        sums = sums + (tl.zeros((BM, BLOCK_C), tl.float32),)
+    step = share * steps
+    while step < (share + 1) * steps:  # a range with such bounds trips some versions of the interpreter
+        lane = step * BM + tl.arange(0, BM)
+        rows = ()
+        for r in tl.static_range(R):
+            position, exists = _place(slots_ptr, height, width, lanes, lane, 0, r, K, R, MAP)
+            rows = rows + (_load(grad_ptr, position, exists, channel, C),)
+            sums = _replace(sums, K, sums[K] + rows[r])
+        for dy in tl.static_range(-halo, R + halo):
+            position, exists = _place(slots_ptr, height, width, lanes, lane, kx - halo, dy, K, R, MAP)
+            x = _load(x_ptr, position, exists, channel, C)
+            for r in tl.static_range(R):
+                if dy - r >= -halo and dy - r <= halo:
+                    sums = _replace(sums, dy - r + halo, tl.fma(x, rows[r], sums[dy - r + halo]))
+        step += 1
+    partial_ptr += share.to(tl.int64) * ((K * K + 1) * C) + channel
+    for ky in tl.static_range(K):
+        tl.store(partial_ptr + (ky * K + kx) * C, tl.sum(sums[ky], axis=0), mask=channel < C)
+    if kx == 0:
+        tl.store(partial_ptr + K * K * C, tl.sum(sums[K], axis=0), mask=channel < C)

@@ -1,0 +1,404 @@
+"""The Triton kernels against a dense float64 computation; compiled where there is a GPU, else in Triton's interpreter.
+
+Small integers in float32 make every sum exact, so results must be equal, whatever the order of summation.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from models import kernels, layers
+from models.visible import VisiblePatches
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+has_triton = pytest.mark.skipif(not hasattr(kernels.tl, "tuple"), reason="needs Triton 3.3")
+runs = pytest.mark.skipif(
+    not kernels.available(torch.empty(0, device=DEVICE if INTERPRETED or torch.cuda.is_available() else "cpu")),
+    reason="needs a GPU; without one test_in_the_interpreter runs it",
+)
+
+
+@has_triton
+@pytest.mark.skipif(INTERPRETED, reason="this is the interpreter")
+def test_in_the_interpreter():
+    """Triton reads the variable when it is first imported, which in this process may be long ago."""
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--noconftest", __file__]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    root = Path(__file__).resolve().parent.parent
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout
+    assert " passed" in done.stdout
+
+
+# ---- the independent form ---------------------------------------------------------------------------------------
+
+
+class Patches:
+    """Visible patches of some images, one by one: `keep` lists, per image, the (row, column) of each."""
+
+    def __init__(self, grid, *keep):
+        self.grid, self.images = grid, len(keep)
+        self.places = [(image, *place) for image, places in enumerate(keep) for place in sorted(places)]
+
+    def slots(self, side, halo):
+        reach = -(-halo // side)
+        size = 2 * reach + 1
+        table = torch.full((len(self.places), size, size), -1, dtype=torch.int32)
+        for p, (image, row, column) in enumerate(self.places):
+            for i in range(size):
+                for j in range(size):
+                    neighbour = (image, row + i - reach, column + j - reach)
+                    if neighbour in self.places:
+                        table[p, i, j] = self.places.index(neighbour)
+        return table
+
+    def to_map(self, x, side):
+        """(1, P, s*s, C) -> (N, C, h*s, w*s), zeros where nothing is visible."""
+        x = x.unflatten(2, (side, side)).permute(0, 1, 4, 2, 3)
+        y = x.new_zeros(self.images, x.shape[2], self.grid[0] * side, self.grid[1] * side)
+        for p, (image, row, column) in enumerate(self.places):
+            y[image, :, row * side : (row + 1) * side, column * side : (column + 1) * side] = x[0, p]
+        return y
+
+    def from_map(self, y, side):
+        cut = [
+            y[image, :, row * side : (row + 1) * side, column * side : (column + 1) * side].flatten(1).t()
+            for image, row, column in self.places
+        ]
+        return torch.stack(cut)[None]
+
+
+def all_of(h, w):
+    return [(row, column) for row in range(h) for column in range(w)]
+
+
+# all visible; one alone, in a corner; borders and holes. A wide grid where a kernel spans several small patches.
+LAYOUTS = {
+    8: Patches((2, 2), all_of(2, 2), [(1, 0)], [(0, 0), (1, 1)]),
+    4: Patches((2, 3), all_of(2, 3), [(1, 2)], [(0, 1), (0, 2), (1, 0)]),
+    2: Patches((3, 4), all_of(3, 4), [(1, 1)], [(0, 0), (0, 3), (2, 0), (2, 1), (1, 3)]),
+    1: Patches((4, 7), all_of(4, 7), [(3, 3)], [(0, 0), (0, 4), (1, 6), (2, 2), (3, 1), (3, 3)]),
+}
+
+
+def integers(*shape, seed, limit=4):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(-limit, limit + 1, shape, generator=generator).float()
+
+
+def fenced(x):
+    """x, on the device, between NaNs: what reads beyond it, and uses what it reads, gives NaN."""
+    fence = 1 << 16
+    buffer = torch.full((x.numel() + 2 * fence,), torch.nan, dtype=x.dtype, device=DEVICE)
+    inside = buffer[fence:-fence].view(x.shape)
+    return inside.copy_(x)
+
+
+def expected_results(x, weight, bias, grad):
+    """Output and gradients (x, weight, bias) on maps (N, C, H, W), in float64."""
+    x, weight, bias = (t.double().requires_grad_() for t in (x, weight, bias))
+    y = F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2, groups=weight.shape[0])
+    return y.detach(), *torch.autograd.grad(y, (x, weight, bias), grad.double())
+
+
+def compare(x, weight, bias, grad, expected, slots=None, side=None, **close):
+    """Both kernels, all four results, with the expected ones in the kernels' layout."""
+    k = weight.shape[-1]
+    slots = slots if slots is None else slots.to(DEVICE)
+    x, grad, weight, bias = fenced(x), fenced(grad), weight.to(DEVICE), bias.to(DEVICE)
+    results = (
+        kernels.depthwise(x, weight, bias, slots, side),
+        kernels.depthwise(grad, weight, None, slots, side, flip=True),
+        *kernels.depthwise_weight_grad(x, grad, slots, side, k),
+    )
+    dtypes = [x.dtype, x.dtype, torch.float32, torch.float32]
+    assert [result.dtype for result in results] == dtypes
+    for result, wanted in zip(results, expected, strict=True):
+        if close:
+            torch.testing.assert_close(result.cpu().double(), wanted, **close)
+        else:
+            assert torch.equal(result.cpu().double(), wanted)
+
+
+# ---- visible patches --------------------------------------------------------------------------------------------
+
+
+@runs
+@pytest.mark.parametrize("side", LAYOUTS)
+def test_visible_is_exact(side):
+    patches, c = LAYOUTS[side], 40 if side == 1 else 24  # one channel block and a part of one, or less than one
+    shape = (1, len(patches.places), side * side, c)
+    x, grad = integers(*shape, seed=0), integers(*shape, seed=1)
+    weight, bias = integers(c, 1, 7, 7, seed=2), integers(c, seed=3)
+    y, grad_x, grad_weight, grad_bias = expected_results(
+        patches.to_map(x, side), weight, bias, patches.to_map(grad, side)
+    )
+    # the bias reaches removed positions too; their gradient is zero there, so its sum is the visible ones'
+    expected = (patches.from_map(y, side), patches.from_map(grad_x, side), grad_weight, grad_bias)
+    compare(x, weight, bias, grad, expected, patches.slots(side, 3), side)
+
+
+@runs
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype):
+    """Sums are in float32: only the output is rounded, by up to one part in 2**8 or 2**11."""
+    patches, side, c = LAYOUTS[2], 2, 24
+    generator = torch.Generator().manual_seed(0)
+    shape = (1, len(patches.places), side * side, c)
+    x, grad = (torch.randn(shape, generator=generator).to(dtype) for _ in range(2))
+    weight, bias = (torch.randn(size, generator=generator).to(dtype) for size in ((c, 1, 7, 7), (c,)))
+    y, grad_x, grad_weight, grad_bias = expected_results(
+        patches.to_map(x, side), weight, bias, patches.to_map(grad, side)
+    )
+    expected = (patches.from_map(y, side), patches.from_map(grad_x, side), grad_weight, grad_bias)
+    rtol = 2.0**-8 if dtype == torch.bfloat16 else 2.0**-11
+    if INTERPRETED:  # it cuts bfloat16 off instead of rounding
+        rtol *= 2
+    compare(x, weight, bias, grad, expected, patches.slots(side, 3), side, rtol=rtol, atol=1e-4)
+
+
+@runs
+def test_equal_inputs_give_equal_weight_gradients():
+    patches, side = LAYOUTS[1], 1
+    x = torch.randn(2, 1, len(patches.places), 1, 32, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    first, second = (kernels.depthwise_weight_grad(*x, patches.slots(1, 3).to(DEVICE), side) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@runs
+@pytest.mark.parametrize("programs", [1, 2 * 7])
+def test_weight_gradient_of_long_shares(monkeypatch, programs):
+    """Several steps per program, the last one beyond the last patch."""
+    monkeypatch.setattr(kernels, "_PROGRAMS", programs)
+    x, grad = integers(1, 9, 12, 32, seed=0), integers(1, 9, 12, 32, seed=1)
+    nchw, nchw_grad = x.permute(0, 3, 1, 2), grad.permute(0, 3, 1, 2)
+    expected = expected_results(nchw, torch.zeros(32, 1, 3, 3), torch.zeros(32), nchw_grad)[2:]
+    results = kernels.depthwise_weight_grad(x.to(DEVICE), grad.to(DEVICE), kernel_size=3)
+    assert all(torch.equal(a.cpu().double(), b) for a, b in zip(results, expected, strict=True))
+
+
+@runs
+@pytest.mark.skipif(DEVICE != "cuda", reason="9 GB, and a fast device")
+def test_more_than_2_to_the_31_elements():
+    count, side, c = 2**31 // 4096 + 4, 8, 64
+    if torch.cuda.mem_get_info()[0] < 3 * 2 * count * side**2 * c:
+        pytest.skip("needs 13 GB of free memory")
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    x = torch.zeros(1, count, side**2, c, dtype=torch.bfloat16, device=DEVICE)
+    x[:, -4:].normal_(generator=generator)
+    weight, bias = torch.randn(c, 1, 7, 7, device=DEVICE), torch.zeros(c, device=DEVICE)
+    slots = torch.full((count, 3, 3), -1, dtype=torch.int32, device=DEVICE)
+    slots[:, 1, 1] = torch.arange(count, device=DEVICE)
+    few = torch.full((4, 3, 3), -1, dtype=torch.int32, device=DEVICE)
+    few[:, 1, 1] = torch.arange(4, device=DEVICE)
+    y = kernels.depthwise(x, weight, bias, slots, side)
+    assert torch.equal(y[:, -4:], kernels.depthwise(x[:, -4:], weight, bias, few, side))
+    assert not y[:, :-4].any()
+    result, wanted = (
+        kernels.depthwise_weight_grad(x, y, slots, side),
+        kernels.depthwise_weight_grad(x[:, -4:], y[:, -4:], few, side),
+    )
+    torch.testing.assert_close(result, wanted, rtol=1e-4, atol=1e-3)
+
+
+# ---- maps -------------------------------------------------------------------------------------------------------
+
+
+@runs
+@pytest.mark.parametrize(
+    ("n", "h", "w", "k"), [(1, 9, 5, 7), (2, 3, 11, 7), (2, 1, 1, 7), (1, 17, 3, 3)], ids=str
+)  # strips: two of 5 rows, the second with 4; less than a kernel; a single position; three of 6 rows
+def test_map_is_exact(n, h, w, k):
+    c = 40 if k == 3 else 24
+    x, grad = integers(n, c, h, w, seed=0), integers(n, c, h, w, seed=1)
+    weight, bias = integers(c, 1, k, k, seed=2), integers(c, seed=3)
+    y, grad_x, grad_weight, grad_bias = expected_results(x, weight, bias, grad)
+    x, y, grad, grad_x = (t.permute(0, 2, 3, 1) for t in (x, y, grad, grad_x))
+    compare(x, weight, bias, grad, (y, grad_x, grad_weight, grad_bias))
+
+
+@runs
+def test_inputs_that_are_not_contiguous():
+    x, weight = integers(2, 16, 3, 4, seed=0).to(DEVICE), integers(2, 16, 3, 3, seed=1).to(DEVICE)[1][:, None]
+    strided = x.permute(0, 2, 3, 1)
+    y = kernels.depthwise(strided, weight, None)
+    assert y.is_contiguous()
+    wanted = F.conv2d(x.cpu().double(), weight.cpu().double(), padding=1, groups=16)
+    assert torch.equal(y.cpu().double(), wanted.permute(0, 2, 3, 1))
+    results, others = (kernels.depthwise_weight_grad(t, t, kernel_size=3) for t in (strided, strided.contiguous()))
+    assert all(torch.equal(a, b) for a, b in zip(results, others, strict=True))
+
+
+# ---- compiling, without a GPU -----------------------------------------------------------------------------------
+
+
+@has_triton
+@pytest.mark.skipif(INTERPRETED, reason="needs the compiler")
+@pytest.mark.parametrize("rows", [2, 7])
+@pytest.mark.parametrize("kernel", ["_convolve", "_correlate"])
+def test_compiles(kernel, rows, monkeypatch, tmp_path):
+    """The compiler refuses things that the interpreter takes. Patches have 2 rows here, and strips of a map 7."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")
+    kernel = getattr(kernels, kernel)
+    fixed = {"C": 40, "K": 7, "R": rows, "MAP": rows == 7, "FLIP": True, "BIAS": True, "BM": 16, "BLOCK_C": 32}
+    fixed = {name: value for name, value in fixed.items() if name in kernel.arg_names}
+    pointers = {"slots_ptr": "*i32", "partial_ptr": "*fp32"}
+    types = {name: pointers.get(name, "*bf16" if name.endswith("_ptr") else "i32") for name in kernel.arg_names}
+    source = ASTSource(
+        fn=kernel,
+        signature={name: "constexpr" if name in fixed else types[name] for name in kernel.arg_names},
+        constexprs={(kernel.arg_names.index(name),): value for name, value in fixed.items()},
+    )
+    assert "cubin" in kernels.triton.compile(source, target=GPUTarget("cuda", 80, 32)).asm
+
+
+# ---- who may run, and what is chosen ----------------------------------------------------------------------------
+
+
+def test_available(monkeypatch):
+    assert not kernels.available(torch.zeros(1, dtype=torch.float64))
+    assert kernels.available(torch.zeros(1)) == (INTERPRETED and hasattr(kernels.tl, "tuple"))
+    monkeypatch.setattr(kernels, "triton", None)
+    assert not kernels.available(torch.zeros(1))
+
+
+@has_triton
+def test_a_table_that_does_not_fit():
+    x, weight = torch.zeros(1, 2, 4, 8), torch.zeros(8, 1, 7, 7)
+    for slots in (torch.zeros(2, 3, 3, dtype=torch.int32), torch.zeros(2, 5, 5)):
+        with pytest.raises(ValueError, match=r"need torch.int32 of shape \(2, 5, 5\)"):
+            kernels.depthwise(x, weight, None, slots, side=2)
+
+
+class FakeTime:
+    """A clock, and functions that double their input and take so many seconds by it."""
+
+    def __init__(self, monkeypatch):
+        self.now, self.calls = 0.0, 0
+        monkeypatch.setattr(kernels, "_chosen", {})
+        monkeypatch.setattr(kernels, "_left_out", set())
+
+    def clock(self):
+        return self.now
+
+    def takes(self, seconds, wrong=0.0):
+        def function(x, bias):
+            assert bias is None
+            self.now += seconds
+            self.calls += 1
+            y = 2 * x
+            y[0] += wrong
+            return y
+
+        return function
+
+
+def test_the_fastest_is_chosen_once(monkeypatch):
+    time, x = FakeTime(monkeypatch), torch.zeros(1000, dtype=torch.bfloat16)
+    candidates = {"slow": time.takes(3), "fast": time.takes(1), "middle": time.takes(2)}
+    state = torch.get_rng_state()
+    assert kernels.choose("key", candidates, x, None, clock=time.clock) == "fast"
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not x.any()
+    calls = time.calls
+    assert kernels.choose("key", candidates, x, None, clock=time.clock) == "fast"
+    assert time.calls == calls
+    candidates["slow"] = time.takes(0.5)
+    assert kernels.choose("another key", candidates, x, None, clock=time.clock) == "slow"
+
+
+@pytest.mark.parametrize("wrong", [0.2, torch.nan])
+def test_what_is_wrong_or_fails_is_left_out_with_one_warning(monkeypatch, caplog, wrong):
+    time, x = FakeTime(monkeypatch), torch.zeros(10000)
+
+    def fails(x, bias):
+        raise RuntimeError("no compiler\nhere")
+
+    candidates = {"right": time.takes(3), "wrong": time.takes(1, wrong), "broken": fails}
+    for key in ("first", "second"):
+        assert kernels.choose(key, candidates, x, None, clock=time.clock) == "right"
+    first, second = (record.getMessage() for record in caplog.records)
+    assert first == "'wrong' is left out for first: it disagrees with 'right'"
+    assert second == "'broken' is left out for first: it fails with RuntimeError: no compiler here"
+
+
+def test_a_reference_that_fails_is_an_error(monkeypatch):
+    time = FakeTime(monkeypatch)
+
+    def fails(x, bias):
+        raise RuntimeError("no memory")
+
+    with pytest.raises(RuntimeError, match="no memory"):
+        kernels.choose("key", {"reference": fails, "other": time.takes(1)}, torch.zeros(1), None, clock=time.clock)
+
+
+# ---- where the model calls them -------------------------------------------------------------------------------------
+
+
+@runs
+@pytest.mark.parametrize("side", [8, 2])
+def test_the_visible_form_equals_the_grid_form(side):
+    """Through autograd, as the encoder calls it."""
+    mask = torch.tensor([[0, 1, 1, 0, 0, 1], [1, 0, 1, 1, 0, 0]])
+    visible = VisiblePatches(mask, (2, 3), device=DEVICE)
+    conv = nn.Conv2d(40, 40, 7, padding=3, groups=40).to(DEVICE)
+    results = {}
+    for form in ("grid", "kernel"):
+        x = integers(2, 3, side * side, 40, seed=1).to(DEVICE).requires_grad_()
+        y = visible.depthwise(x, conv, form)
+        loss = (y * torch.linspace(-1, 1, y.numel(), device=DEVICE).view(y.shape)).sum()
+        results[form] = y, *torch.autograd.grad(loss, [x, conv.weight, conv.bias])
+    for kernel, grid in zip(results["kernel"], results["grid"], strict=True):
+        assert kernel.dtype == grid.dtype
+        torch.testing.assert_close(kernel, grid, rtol=1e-4, atol=1e-4)
+
+
+@runs
+def test_the_dense_form_equals_the_library():
+    conv = nn.Conv2d(40, 40, 7, padding=3, groups=40).to(DEVICE)
+    results = {}
+    for form in ("library", "kernel"):
+        x = integers(1, 9, 5, 40, seed=2).to(DEVICE).requires_grad_()
+        y = layers._Depthwise.apply(x, conv.weight, conv.bias, form)
+        loss = (y * torch.linspace(-1, 1, y.numel(), device=DEVICE).view(y.shape)).sum()
+        results[form] = y, *torch.autograd.grad(loss, [x, conv.weight, conv.bias])
+    for kernel, library in zip(results["kernel"], results["library"], strict=True):
+        torch.testing.assert_close(kernel, library, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(DEVICE != "cuda" or not torch.cuda.is_available(), reason="the choice is made on a GPU")
+def test_the_first_call_on_a_gpu_chooses():
+    conv = nn.Conv2d(64, 64, 7, padding=3, groups=64).cuda()
+    layers.depthwise(torch.randn(2, 14, 14, 64, device="cuda"), conv)
+    VisiblePatches(torch.zeros(2, 4), (2, 2), device="cuda").depthwise(torch.randn(2, 4, 16, 64, device="cuda"), conv)
+    assert {key[0] for key in kernels._chosen} >= {"maps", "visible patches"}
+
+
+def test_gradients_are_compared_and_timed_too():
+    """`choose` on functions with gradients: a wrong gradient, with a right output, is left out."""
+
+    class Wrong(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return 2 * x
+
+        @staticmethod
+        def backward(ctx, grad):
+            return 3 * grad
+
+    forms = {"right": kernels.with_gradients(lambda x: 2 * x), "wrong": kernels.with_gradients(Wrong.apply)}
+    ticks = iter(range(10**6))  # ever shorter ones: whatever comes last would be the fastest
+    assert kernels.choose("gradients", forms, torch.ones(8), clock=lambda: next(ticks) ** 0.5) == "right"
+    forms["wrong"] = forms["right"]
+    assert kernels.choose("both right", forms, torch.ones(8), clock=lambda: next(ticks) ** 0.5) == "wrong"
