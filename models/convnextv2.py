@@ -91,7 +91,7 @@ class Encoder(nn.Module):
         for i in range(3):
             norm = nn.LayerNorm(dims[i], eps=1e-6)
             self.downsample_layers.append(nn.Sequential(norm, PatchConv(dims[i], dims[i + 1], 2)))
-        rates = iter(torch.linspace(0, drop_path_rate, sum(depths), device="cpu").tolist())
+        rates = (drop_path_rate * i / max(sum(depths) - 1, 1) for i in range(sum(depths)))
         self.stages = nn.ModuleList(
             nn.ModuleList(Block(dim, next(rates)) for _ in range(depth))
             for depth, dim in zip(depths, dims, strict=True)
