@@ -4,11 +4,14 @@ Randomness: every sample is augmented under a seed of (seed, epoch, index), so a
 nor, for the data, on the number of processes.
 """
 
+import importlib
 import itertools
 import logging
 import os
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,25 +25,35 @@ from timm.data.constants import (
     IMAGENET_INCEPTION_MEAN,
     IMAGENET_INCEPTION_STD,
 )
+from timm.data.random_erasing import RandomErasing
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, default_collate
 from torchvision import transforms
 from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
-from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2.functional import center_crop, resize, to_pil_image
 
+from utils.crops import Box, crop, crop_batch, draw_box, draw_shift
 from utils.distributed import get_rank, get_world_size, main_process_first
 from utils.errors import UsageError, suggest
+from utils.files import ClassFolders, ImageFiles, ImageList, ImageTree, TimmFiles, class_names, open_tar
+from utils.images import BadImage, load_image, to_tensor
 from utils.interrupts import ignore_signals
-from utils.seeding import seed_all
+from utils.memory import CropsInMemory, InMemory, with_transform
+from utils.seeding import seed_cpu, seed_words
 from utils.shapes import Shapes
 
 log = logging.getLogger("fcmae")
 
 DATA_SETS = ("IMNET", "image_folder", "CIFAR", "CIFAR10", "shapes")
+MEAN_STD_HINT = "--mean and --std, which python tools/mean_std.py --data_path FOLDER --in_chans {} computes"
+AS_LOADED = torch.nn.Identity()
+AUTO_AUGMENT = "rand-m9-mstd0.5-inc1"
+SMALL = 32  # at this input size and below, a random resized crop of fine-tuning would leave nothing to see
 TIMM_SCHEMES = ("wds/", "hfds/", "hfids/", "tfds/", "torch/")
 DATA_SETS_HELP = (
-    "IMNET (data_path/train and /val as 1000 class folders), image_folder, CIFAR (CIFAR-100), CIFAR10, shapes (drawn, "
-    "nothing to download), or a name with a scheme that timm's create_dataset knows: wds/, hfds/, tfds/, torch/"
+    "IMNET (data_path/train and /val as 1000 class folders), image_folder (or a .tar of one), CIFAR (CIFAR-100), CIFAR10, "
+    "shapes (drawn, nothing to download), or a name with a scheme that timm's create_dataset knows: wds/, hfds/, tfds/, "
+    "torch/"
 )
 
 
@@ -48,69 +61,131 @@ DATA_SETS_HELP = (
 
 
 def mean_std(args) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Per-channel mean and standard deviation of the normalisation."""
-    if getattr(args, "imagenet_default_mean_and_std", True):
-        return IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-    return IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
+    """Mean and standard deviation of the normalisation, a number for each of the --in_chans channels.
+
+    Raises:
+        UsageError: neither flags nor a convention give them.
+    """
+    in_chans, flags = getattr(args, "in_chans", 3), [getattr(args, "mean", None), getattr(args, "std", None)]
+    if all(flags):
+        return tuple(flags[0]), tuple(flags[1])
+    if in_chans not in (1, 3):
+        raise UsageError(f"--in_chans {in_chans}: needs {MEAN_STD_HINT.format(in_chans)}")
+    of_imagenet = getattr(args, "imagenet_default_mean_and_std", True)
+    mean = IMAGENET_DEFAULT_MEAN if of_imagenet else IMAGENET_INCEPTION_MEAN
+    std = IMAGENET_DEFAULT_STD if of_imagenet else IMAGENET_INCEPTION_STD
+    return (mean, std) if in_chans == 3 else ((sum(mean) / 3,), (sum(std) / 3,))
+
+
+def picture_mean_std(args) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """What brings normalised images into 0..1 for pictures: with --mean and --std, two deviations to either side."""
+    return ((0.5,) * args.in_chans, (0.25,) * args.in_chans) if args.mean else mean_std(args)
 
 
 def build_pretrain_transform(args) -> Callable:
-    """Random resized crop, flip, normalisation: a PIL image -> (3, input_size, input_size)."""
-    return transforms.Compose(
-        [
-            _to_rgb,
-            transforms.RandomResizedCrop(
-                args.input_size, scale=(args.min_crop, 1.0), interpolation=InterpolationMode.BICUBIC
-            ),
-            transforms.RandomHorizontalFlip(),
-            transforms.ToTensor(),
-            transforms.Normalize(*mean_std(args)),
-        ]
-    )
+    """Random resized crop and flip: an image, PIL or (C, H, W) -> (C, input_size, input_size) of the same type.
+
+    Bytes go through workers and pinned memory as they are, `build_prepare` normalises them on the device.
+    """
+    return partial(_random_crop, in_chans=args.in_chans, draw=pretrain_draw(args), size=args.input_size)
 
 
-def build_transform(is_train: bool, args) -> Callable:
-    """The fine-tuning transform, or the evaluation transform: a PIL image -> (3, input_size, input_size).
+def pretrain_draw(args) -> Callable[[int, int], Box]:
+    """What draws the box of a pre-training crop from an image's height and width."""
+    return partial(draw_box, min_crop=args.min_crop)
+
+
+def build_transform(is_train: bool, args, eight_bit: bool = True) -> Callable:
+    """The fine-tuning or evaluation transform: an image, PIL or (C, H, W) -> normalised (C, input_size, input_size).
+
+    eight_bit: whether the images are. Training images that are not 8-bit RGB are cropped, flipped and erased alone.
 
     Raises:
-        UsageError: an auto-augment policy that timm does not know.
+        UsageError: an auto-augment policy that timm does not know, or that is not for such images.
     """
+    if is_train:
+        return _build_augmentation(args) if args.in_chans == 3 and eight_bit else _build_plain_augmentation(args)
+    size = args.input_size
+    crop_pct = args.crop_pct or (1.0 if size <= 32 else 224 / 256)
+    resized = [size, size] if size >= 384 else [int(size / crop_pct)]
+    in_chans = getattr(args, "in_chans", 3)
+    return partial(_centre_crop, in_chans=in_chans, resized=resized, size=size, normalise=_build_normalise(args))
+
+
+def _build_augmentation(args) -> Callable:
+    """timm's, for 8-bit RGB."""
     mean, std = mean_std(args)
     size = args.input_size
-    if is_train:
-        try:
-            transform = timm.data.create_transform(
-                input_size=size,
-                is_training=True,
-                color_jitter=args.color_jitter,
-                auto_augment=args.aa or None,
-                interpolation=args.train_interpolation,
-                # a clean half of the images, drawn anew each epoch, is half the chance of being erased
-                re_prob=args.reprob / 2 if args.resplit else args.reprob,
-                re_mode=args.remode,
-                re_count=args.recount,
-                scale=(args.min_crop, 1.0),
-                mean=mean,
-                std=std,
-            )
-        except (AssertionError, KeyError, ValueError) as error:
-            raise UsageError(f"--aa {args.aa}: no policy of timm's; one is rand-m9-mstd0.5-inc1") from error
-        _guard_posterize(transform)
-        if size <= 32:  # so small that a random resized crop would leave nothing to see
-            bicubic = transforms.Resize(size, InterpolationMode.BICUBIC)  # does nothing to images of that size
-            transform.transforms[0] = transforms.Compose([bicubic, transforms.RandomCrop(size, padding=4)])
-        transform.transforms.insert(0, _to_rgb)
-        return transform
-    if size >= 384:
-        resize = [transforms.Resize((size, size), InterpolationMode.BICUBIC)]
-    else:
-        crop_pct = args.crop_pct or (1.0 if size <= 32 else 224 / 256)
-        resize = [transforms.Resize(int(size / crop_pct), InterpolationMode.BICUBIC), transforms.CenterCrop(size)]
-    return transforms.Compose([_to_rgb, *resize, transforms.ToTensor(), transforms.Normalize(mean, std)])
+    try:
+        transform = timm.data.create_transform(
+            input_size=size,
+            is_training=True,
+            color_jitter=args.color_jitter,
+            auto_augment=args.aa or None,
+            interpolation=args.train_interpolation,
+            re_prob=_erased_share(args),
+            re_mode=args.remode,
+            re_count=args.recount,
+            scale=(args.min_crop, 1.0),
+            mean=mean,
+            std=std,
+        )
+    except (AssertionError, KeyError, ValueError) as error:
+        raise UsageError(f"--aa {args.aa}: no policy of timm's; one is {AUTO_AUGMENT}") from error
+    _guard_posterize(transform)
+    if size <= SMALL:
+        bicubic = transforms.Resize(size, InterpolationMode.BICUBIC)  # does nothing to images of that size
+        transform.transforms[0] = transforms.Compose([bicubic, transforms.RandomCrop(size, padding=4)])
+    transform.transforms.insert(0, _to_rgb)
+    return transform
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    """Some of torchvision's data sets are gray."""
+def _build_plain_augmentation(args) -> Callable:
+    for name in ("aa", "color_jitter", "train_interpolation"):
+        value = getattr(args, name)
+        if value and value not in (AUTO_AUGMENT, "bicubic"):
+            raise UsageError(f"--{name} {value}: is for 8-bit RGB images, which these are not; leave it out")
+    if args.aa:
+        log.info("--aa %s: is made for 8-bit RGB images, so it is off", args.aa)
+    erase = RandomErasing(_erased_share(args), mode=args.remode, max_count=args.recount, device="cpu")
+    size = args.input_size
+    resized = [size] if size <= SMALL else None
+    crop = partial(_random_crop, in_chans=args.in_chans, draw=finetune_draw(args), size=size, resized=resized)
+    return partial(_crop_and_erase, crop=crop, normalise=_build_normalise(args), erase=erase)
+
+
+def finetune_draw(args) -> Callable[[int, int], Box]:
+    """What draws the box of a fine-tuning crop from an image's height and width."""
+    return partial(draw_shift, size=args.input_size) if args.input_size <= SMALL else pretrain_draw(args)
+
+
+def _random_crop(image, in_chans: int, draw: Callable, size: int, resized: list[int] | None = None) -> torch.Tensor:
+    """resized: the short side, if another than the image's, that the crop is taken from."""
+    image = to_tensor(image, in_chans)
+    if resized:
+        image = resize(image, resized, InterpolationMode.BICUBIC, antialias=True)
+    return crop(image, draw(*image.shape[1:]), size)
+
+
+def _crop_and_erase(image, crop: Callable, normalise: Callable, erase: Callable) -> torch.Tensor:
+    return erase(normalise(crop(image)))
+
+
+def _centre_crop(image: Image.Image | torch.Tensor, in_chans: int, resized: list[int], size: int, normalise: Callable):
+    """resized: the short side, or height and width, that the centre is taken from."""
+    image = resize(to_tensor(image, in_chans), resized, InterpolationMode.BICUBIC, antialias=True)
+    return normalise(center_crop(image, [size, size]))
+
+
+def _erased_share(args) -> float:
+    """A clean half of the images, drawn anew each epoch, is half the chance of being erased."""
+    return args.reprob / 2 if args.resplit else args.reprob
+
+
+def _to_rgb(image: Image.Image | torch.Tensor) -> Image.Image:
+    """Tensors are uint8 RGB; some of torchvision's data sets are gray."""
+    if isinstance(image, torch.Tensor):
+        return to_pil_image(image)
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
@@ -127,84 +202,35 @@ def _guard_posterize(transform: Callable) -> None:
                 op.aug_fn = _posterize
 
 
-# ---- images on disk --------------------------------------------------------------------------------------------------
+def build_prepare(dataset: Dataset, args, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What turns a pre-training batch on the device into the model's input, float32 (N, C, input_size, input_size).
 
-
-class BadImage(Exception):
-    """An image file that cannot be decoded; the message names the file."""
-
-
-def load_image(path: str) -> Image.Image:
-    """Decode an image file as RGB. Raises BadImage for one that is truncated, damaged or no image."""
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except Exception as error:  # on damaged files, Pillow's decoders raise whatever they run into
-        raise BadImage(f"{path}: {str(error) or type(error).__name__}") from error
-
-
-class ClassFolders(ImageFolder):
-    """Images in one folder per class; labels follow the sorted folder names, or `classes` where given.
+    The batch is uint8 or float32 (N, C, input_size, input_size), to be normalised, or, with --in_memory device, what is
+    to be cut out of the data set's images, which this puts on the device.
 
     Raises:
-        UsageError: no such folder, no class folders, a class that has no images or is not among `classes`.
+        UsageError: the device has not enough memory for them.
     """
-
-    def __init__(self, root: str, flag: str, transform: Callable | None = None, classes: list[str] | None = None):
-        self.flag, self.given_classes = flag, classes
-        if not os.path.isdir(root):
-            raise UsageError(f"{flag} {root}: no such folder")
-        try:
-            super().__init__(root, transform, loader=load_image, allow_empty=classes is not None)
-        except FileNotFoundError as error:  # a class folder without images
-            raise UsageError(f"{flag} {root}: {str(error).splitlines()[0]}") from error
-        if not self.samples:
-            raise UsageError(f"{flag} {root}: its class folders hold no images ({', '.join(IMG_EXTENSIONS)})")
-
-    def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
-        found = class_names(directory, self.flag)
-        classes = found if self.given_classes is None else self.given_classes
-        unknown = sorted(set(found) - set(classes))
-        if unknown:
-            raise UsageError(
-                f"{self.flag} {directory}: class folder {unknown[0]!r} is not among the {len(classes)} training classes"
-                f"{suggest(unknown[0], classes)}"
-            )
-        return classes, {name: i for i, name in enumerate(classes)}
+    normalise = _build_normalise(args, device)
+    if not isinstance(dataset, CropsInMemory):
+        return normalise
+    return partial(_cut, images=dataset.on(device), size=args.input_size, normalise=normalise)
 
 
-def class_names(folder: str | Path, flag: str) -> list[str]:
-    """Sorted names of the class folders in a folder. Raises UsageError where there are none."""
-    if not os.path.isdir(folder):
-        raise UsageError(f"{flag} {folder}: no such folder")
-    names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
-    if not names:
-        raise UsageError(f"{flag} {folder}: holds no class folders; labelled images go to {folder}/CLASS/IMAGE")
-    return names
+def _cut(boxes: torch.Tensor, images: torch.Tensor, size: int, normalise: Callable) -> torch.Tensor:
+    return normalise(crop_batch(images, boxes, size))
 
 
-class ImageTree(Dataset):
-    """All images below a folder, however nested, without labels: (image, 0). Raises UsageError where there are none."""
+def _build_normalise(args, device: torch.device | str = "cpu") -> Callable[[torch.Tensor], torch.Tensor]:
+    mean, std = (torch.tensor(values, device=device).view(-1, 1, 1) for values in mean_std(args))
+    return partial(_normalise, mean=mean, std=std)
 
-    def __init__(self, root: str, flag: str, transform: Callable | None = None):
-        if not os.path.isdir(root):
-            raise UsageError(f"{flag} {root}: no such folder")
-        self.transform = transform
-        self.paths = sorted(
-            os.path.join(folder, name)
-            for folder, _, names in os.walk(root, followlinks=True)
-            for name in names
-            if name.lower().endswith(IMG_EXTENSIONS)
-        )
-        if not self.paths:
-            raise UsageError(f"{flag} {root}: holds no images ({', '.join(IMG_EXTENSIONS)})")
 
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: int):
-        image = load_image(self.paths[index])
-        return image if self.transform is None else self.transform(image), 0
+def _normalise(imgs: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
+    """uint8 or float32 (..., C, H, W) -> float32."""
+    imgs = imgs.contiguous()  # without workers, batches keep the strides of decoded images: results must not change
+    values = imgs.float().div_(255) if imgs.dtype == torch.uint8 else imgs.clone()
+    return values.sub_(mean).div_(std)
 
 
 # ---- data sets by name -----------------------------------------------------------------------------------------------
@@ -212,46 +238,49 @@ class ImageTree(Dataset):
 
 def build_pretrain_dataset(args) -> Dataset:
     """The images of --data_set and --data_path for pre-training; folders are read with or without class folders."""
-    transform = build_pretrain_transform(args)
-    if args.data_set == "IMNET":
-        root = os.path.join(_data_path(args), "train")
-        if not os.path.isdir(root):
-            raise UsageError(
-                f"--data_path {args.data_path}: has no folder 'train'; "
-                "for any folder of images give --data_set image_folder"
-            )
-        return ImageTree(root, "--data_path", transform)
-    if args.data_set == "image_folder":
-        return ImageTree(_data_path(args), "--data_path", transform)
-    return _named_dataset(True, args, transform)
+    if args.data_set not in ("IMNET", "image_folder"):
+        dataset = _named_dataset(True, args)
+    elif args.train_list:
+        dataset = ImageList(args.train_list, "--train_list", args.data_path, in_chans=args.in_chans)
+    else:
+        root = _data_path(args)
+        if args.data_set == "IMNET":
+            root = os.path.join(root, "train")
+            if not os.path.isdir(root):
+                raise UsageError(
+                    f"--data_path {args.data_path}: has no folder 'train'; "
+                    "for any folder of images give --data_set image_folder"
+                )
+        if root.endswith(".tar"):
+            dataset = open_tar(root, "--data_path", args.in_chans)
+        else:
+            dataset = ImageTree(root, "--data_path", None, args.in_chans, args.index_cache)
+    settle_depth(dataset, args)
+    dataset.transform = build_pretrain_transform(args)
+    return dataset
 
 
 def build_dataset(is_train: bool, args, classes: list[str] | None = None) -> tuple[Dataset, int]:
     """The labelled data set of --data_set with its transform, and its number of classes.
 
     Args:
-        classes: class names in the order of their labels, where known (from training, or from a checkpoint): class
-            folders of a validation set are numbered by them.
+        classes: class names in the order of their labels, where known (from training, or from a checkpoint): those of
+            validation files are numbered by them.
 
     Raises:
         UsageError: data that is missing, or that contradicts --nb_classes.
     """
-    transform = build_transform(is_train, args)
     if args.data_set in ("IMNET", "image_folder"):
-        root, flag = _class_root(is_train, args)
-        if not is_train and classes is None and args.data_path:
-            train_root, train_flag = _class_root(True, args)
-            if os.path.isdir(train_root):
-                classes = class_names(train_root, train_flag)
-        dataset = ClassFolders(root, flag, transform, classes)
+        dataset = labelled_files(is_train, args, classes)
         nb_classes = len(dataset.classes)
         if args.data_set == "IMNET" and nb_classes != 1000:
+            path = args.data_path if is_train else args.eval_data_path or args.data_path
             raise UsageError(
-                f"{flag} {root}: {nb_classes} class folders, --data_set IMNET has 1000; "
-                "for other data give --data_set image_folder"
+                f"{path}: {nb_classes} class folders, --data_set IMNET has 1000; for other data give "
+                "--data_set image_folder"
             )
     else:
-        dataset = _named_dataset(is_train, args, transform)
+        dataset = _named_dataset(is_train, args)
         nb_classes = _count_classes(dataset) or args.nb_classes
         if nb_classes is None:
             raise UsageError(f"--data_set {args.data_set}: does not tell its number of classes; give --nb_classes")
@@ -262,7 +291,53 @@ def build_dataset(is_train: bool, args, classes: list[str] | None = None) -> tup
             )
     if args.nb_classes is not None and args.nb_classes != nb_classes:
         raise UsageError(f"--nb_classes {args.nb_classes}: the data set {args.data_set} has {nb_classes} classes")
+    dataset.transform = build_transform(is_train, args, settle_depth(dataset, args))
     return dataset, nb_classes
+
+
+def labelled_files(is_train: bool, args, classes: list[str] | None = None) -> ImageFiles | TimmFiles:
+    """The files of --data_set IMNET or image_folder, without a transform; `classes` as for `build_dataset`."""
+    file, flag = (args.train_list, "--train_list") if is_train else (args.eval_list, "--eval_list")
+    if not is_train and classes is None and args.data_path:
+        if args.train_list:
+            classes = labelled_files(True, args).classes
+        elif os.path.isdir(_class_root(True, args)[0]):
+            classes = class_names(*_class_root(True, args))
+    if file:
+        root = args.data_path if is_train else args.eval_data_path or args.data_path
+        return ImageList(file, flag, root, classes or [], args.in_chans, args.nb_classes)
+    root, flag = _class_root(is_train, args)
+    if root.endswith(".tar"):
+        return open_tar(root, flag, args.in_chans, classes)
+    return ClassFolders(root, flag, None, classes, args.in_chans, args.index_cache)
+
+
+def settle_depth(dataset: Dataset, args) -> bool:
+    """Whether a data set's images are 8-bit, as its first readable one is; files are then all loaded alike.
+
+    Raises:
+        UsageError: an image that does not fit --in_chans; images that are not 8-bit without --mean and --std.
+    """
+    if isinstance(dataset, IterableDataset):
+        return True  # what cannot be read twice comes as Pillow images of 8 bits
+    plain, count = with_transform(dataset, partial(to_tensor, in_chans=args.in_chans)), min(len(dataset), 100)
+    for i in range(count):
+        try:
+            eight_bit = plain[i][0].dtype == torch.uint8
+            break
+        except BadImage as error:
+            reason = error
+        except UsageError as error:
+            name = "" if isinstance(dataset, (ImageFiles, TimmFiles)) else f"--data_set {args.data_set}: "
+            raise UsageError(f"{name}{error}") from error
+    else:
+        raise UsageError(f"--data_path {args.data_path}: its first {count} images are unreadable: {reason}")
+    if not eight_bit and not args.mean:
+        name = dataset.paths[i] if isinstance(dataset, ImageFiles) else f"--data_set {args.data_set}"
+        raise UsageError(f"{name}: not of 8 bits, which needs {MEAN_STD_HINT.format(args.in_chans)}")
+    if isinstance(dataset, (ImageFiles, TimmFiles)):
+        dataset.eight_bit = eight_bit
+    return eight_bit
 
 
 def _data_path(args) -> str:
@@ -282,14 +357,17 @@ def _class_root(is_train: bool, args) -> tuple[str, str]:
     return _data_path(args), "--data_path"
 
 
-def _named_dataset(is_train: bool, args, transform: Callable) -> Dataset:
+def _named_dataset(is_train: bool, args) -> Dataset:
+    for name in ("train_list", "eval_list"):
+        if getattr(args, name):
+            raise UsageError(f"--{name}: is for --data_set image_folder, not {args.data_set}")
     if args.data_set == "shapes":
-        return Shapes("train" if is_train else "val", size=args.input_size, transform=transform)
+        return Shapes("train" if is_train else "val", size=args.input_size)
     if args.data_set in ("CIFAR", "CIFAR10"):
         build = CIFAR10 if args.data_set == "CIFAR10" else CIFAR100
         try:
             with main_process_first():
-                return build(_data_path(args), train=is_train, transform=transform, download=True)
+                return build(_data_path(args), train=is_train, download=True)
         except (OSError, RuntimeError) as error:
             reason = f"{args.data_set} is not there and cannot be downloaded ({error})"
             raise UsageError(f"--data_path {args.data_path}: {reason}") from error
@@ -299,6 +377,8 @@ def _named_dataset(is_train: bool, args, transform: Callable) -> Dataset:
             f"one of {', '.join(DATA_SETS)}, or a timm name with a scheme ({' '.join(TIMM_SCHEMES)})"
         )
     root = None if is_train else getattr(args, "eval_data_path", None)
+    if args.data_set.startswith(("hfds/", "hfids/")):
+        _give_way(args.data_set)
     try:
         dataset = timm.data.create_dataset(
             args.data_set,
@@ -315,14 +395,76 @@ def _named_dataset(is_train: bool, args, transform: Callable) -> Dataset:
         raise UsageError(f"--data_set {args.data_set}: timm could not open it: {reason}") from error
     if isinstance(dataset, ImageFolder):
         dataset.loader = load_image
-    dataset.transform = transform
+    if isinstance(dataset, timm.data.ImageDataset):
+        return TimmFiles(dataset, f"--data_set {args.data_set}", args.in_chans)
     return dataset
+
+
+def _give_way(data_set: str) -> None:
+    """Let `import datasets` mean Hugging Face's package from now on: this module bears its name, and came first."""
+    own, path = sys.modules.pop("datasets"), sys.path
+    if hasattr(own, "load_dataset"):  # it does already
+        sys.modules["datasets"] = own
+        return
+    sys.path = [entry for entry in path if Path(entry).resolve() != Path(__file__).resolve().parent]
+    try:
+        importlib.import_module("datasets")
+    except ImportError as error:
+        sys.modules["datasets"] = own
+        raise UsageError(f"--data_set {data_set}: needs Hugging Face's package: pip install datasets") from error
+    finally:
+        sys.path = path
 
 
 def _count_classes(dataset: Dataset) -> int | None:
     reader = getattr(dataset, "reader", None)
     classes = getattr(dataset, "classes", None) or getattr(reader, "class_to_idx", None)
     return len(classes) if classes else None
+
+
+# ---- data sets in memory ---------------------------------------------------------------------------------------------
+
+
+def in_memory(dataset: Dataset, args, draw: Callable[[int, int], Box] | None = None) -> Dataset:
+    """The data set as --in_memory has it: itself, its decoded images, or the boxes that the device is to cut of them.
+
+    draw: what draws a box for the device from an image's height and width; without, images stay on the host.
+
+    Raises:
+        UsageError: a stream, more images than fit, or, for the device, of several sizes.
+    """
+    if args.in_memory == "no":
+        return dataset
+    if isinstance(dataset, IterableDataset):
+        raise UsageError(f"--in_memory {args.in_memory}: --data_set {args.data_set} is a stream; give --in_memory no")
+    held = InMemory(dataset, args.in_chans, args.num_workers)
+    return held if draw is None or args.in_memory == "host" else CropsInMemory(held, draw)
+
+
+def finetune_in_memory(dataset: Dataset, args, device: torch.device) -> tuple[Dataset, Callable]:
+    """`in_memory` for fine-tuning, and the loader's `prepare` for it.
+
+    Raises:
+        UsageError: as `in_memory`; augmentations that the device does not do.
+    """
+    if args.in_memory != "device":
+        return in_memory(dataset, args), AS_LOADED
+    for name, off in (("aa", "''"), ("color_jitter", 0), ("reprob", 0)):
+        if getattr(args, name):
+            raise UsageError(
+                f"--in_memory device: crops and flips alone, which --{name} {getattr(args, name)} is not; "
+                f"give --{name} {off}, or --in_memory host"
+            )
+    if args.train_interpolation != "bicubic":
+        raise UsageError("--in_memory device: resizes bicubically; give --train_interpolation bicubic")
+    dataset = in_memory(dataset, args, finetune_draw(args))
+    side = min(dataset.shape[1:])
+    if args.input_size <= SMALL and side != args.input_size:
+        raise UsageError(
+            f"--input_size {args.input_size}: with --in_memory device, either above {SMALL} or the images' short side, "
+            f"which is {side}; or give --in_memory host"
+        )
+    return dataset, build_prepare(dataset, args, device)
 
 
 # ---- samples and steps -----------------------------------------------------------------------------------------------
@@ -332,7 +474,7 @@ class TrainSamples(Dataset):
     """A data set read by (epoch, index), each sample under its own seed; unreadable images are reported and replaced.
 
     Args:
-        draw: called under the sample's seed; what it returns (a mask, in pre-training) is appended to the sample.
+        draw: called under a seed of the sample's own; what it returns (a mask, in pre-training) is appended to it.
     """
 
     RETRIES = 100
@@ -344,17 +486,35 @@ class TrainSamples(Dataset):
         return len(self.dataset)
 
     def __getitem__(self, key: tuple[int, int]):
-        epoch, index = key
-        seed_all(self.seed, epoch, index)
+        return self.__getitems__([key])[0]
+
+    def __getitems__(self, keys: list[tuple[int, int]]) -> list[tuple]:
+        """What a DataLoader asks for: the samples of a batch.
+
+        Seeds and masks come first, together: one by one, between images, they find the processor's caches cold, and
+        cost several times as much.
+        """
+        words = [seed_words(self.seed, *key) for key in keys]
+        drawn = [self._drawn(seed) for *_, seed in words]
+        samples = []
+        for (_, index), seeds in zip(keys, words, strict=True):
+            seed_cpu(seeds)
+            samples.append(self._readable(index))
+        return [(*sample, *more) for sample, more in zip(samples, drawn, strict=True)]
+
+    def _drawn(self, seed: int) -> tuple:
+        if not self.draw:
+            return ()
+        torch.default_generator.manual_seed(seed)
+        return (self.draw(),)
+
+    def _readable(self, index: int) -> tuple:
         for attempt in range(self.RETRIES):
             try:
-                sample = self.dataset[(index + attempt) % len(self.dataset)]
-                break
+                return self.dataset[(index + attempt) % len(self.dataset)]
             except BadImage as error:
                 log.warning("unreadable image, the next one takes its place: %s", error)
-        else:
-            raise UsageError(f"{self.RETRIES} unreadable images in a row from index {index} on; see the warnings above")
-        return (*sample, self.draw()) if self.draw else sample
+        raise UsageError(f"{self.RETRIES} unreadable images in a row from index {index} on; see the warnings above")
 
 
 class EvalSamples(Dataset):
@@ -454,10 +614,13 @@ class Batch:
 
 
 class StepLoader:
-    """A training loader by optimizer steps."""
+    """A training loader by optimizer steps.
 
-    def __init__(self, loader: DataLoader, sampler: StepSampler | None, update_freq: int):
-        self.loader, self.sampler, self.update_freq = loader, sampler, update_freq
+    prepare: what turns a batch's images, once on the device, into the model's input (N, C, H, W).
+    """
+
+    def __init__(self, loader: DataLoader, sampler: StepSampler | None, update_freq: int, prepare: Callable):
+        self.loader, self.sampler, self.update_freq, self.prepare = loader, sampler, update_freq, prepare
 
     def __len__(self) -> int:
         """Optimizer steps per epoch."""
@@ -490,8 +653,10 @@ class StepLoader:
             yield [Batch(data, 1 / len(window), i == len(window) - 1) for i, data in enumerate(window)]
 
 
-def build_train_loader(dataset: Dataset, args, draw: Callable | None = None, multiple: int = 1) -> StepLoader:
-    """The loader of this process's share of every optimizer step.
+def build_train_loader(
+    dataset: Dataset, args, draw: Callable | None = None, multiple: int = 1, prepare: Callable = AS_LOADED
+) -> StepLoader:
+    """The loader of this process's share of every optimizer step; see `TrainSamples`, `StepSampler`, `StepLoader`.
 
     Raises:
         UsageError: fewer images than one optimizer step takes.
@@ -510,7 +675,7 @@ def build_train_loader(dataset: Dataset, args, draw: Callable | None = None, mul
                 f"--batch_size {args.batch_size}: the training set has {len(dataset)} images per process, or does not "
                 "tell how many it has"
             )
-        return StepLoader(loader, None, args.update_freq)
+        return StepLoader(loader, None, args.update_freq, prepare)
     sampler = StepSampler(
         len(dataset), args.batch_size, args.update_freq, get_rank(), get_world_size(), args.seed, multiple
     )
@@ -520,7 +685,7 @@ def build_train_loader(dataset: Dataset, args, draw: Callable | None = None, mul
             f"processes), the training set has {len(dataset)}; give a smaller --batch_size"
         )
     loader = DataLoader(TrainSamples(dataset, args.seed, draw), batch_sampler=sampler, **common)
-    return StepLoader(loader, sampler, args.update_freq)
+    return StepLoader(loader, sampler, args.update_freq, prepare)
 
 
 def _tell_workers(dataset: IterableDataset, args) -> None:

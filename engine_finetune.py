@@ -9,7 +9,7 @@ from timm.data import Mixup
 from timm.utils import ModelEmaV3
 
 from utils.amp import Amp
-from utils.distributed import accumulate, all_reduce_sum, get_rank
+from utils.distributed import accumulate, all_reduce_sum, get_rank, get_world_size
 from utils.lr_sched import Schedule
 from utils.metrics import Averages, Progress
 from utils.run import Run
@@ -43,6 +43,7 @@ def train_one_epoch(
         seed_all(run.seed, epoch, step, get_rank())
         for batch in batches:
             imgs, labels = (x.to(amp.device, non_blocking=True) for x in batch.data)
+            imgs = loader.prepare(imgs)
             if mixup:
                 imgs, labels = mixup(imgs, labels)
             with accumulate(model, batch.last):
@@ -57,7 +58,17 @@ def train_one_epoch(
             ema.update(getattr(model, "module", model))
         tracker.report(step, lr, grad_norm)
         run.step_done(tracker, step)
+    share_buffers(model)
     return tracker.summary() | {"lr": lr}
+
+
+def share_buffers(model: torch.nn.Module) -> None:
+    """Give all processes the first one's buffers, batch norm's statistics, as DistributedDataParallel does each step.
+
+    Without, each would be evaluated with the statistics of its own last batch, and none as the checkpoint is.
+    """
+    for buffer in model.buffers():
+        all_reduce_sum(buffer.mul_(get_rank() == 0))
 
 
 def top_k(logits: torch.Tensor, labels: torch.Tensor, k: int) -> torch.Tensor:
@@ -68,7 +79,7 @@ def top_k(logits: torch.Tensor, labels: torch.Tensor, k: int) -> torch.Tensor:
 
 @torch.inference_mode()
 def evaluate(model: torch.nn.Module, loader, amp: Amp, header: str = "eval") -> dict[str, float]:
-    """acc1, acc5 (percent) and cross entropy of a classifier over all processes' images, each counted once.
+    """acc1, acc5 (percent) and cross entropy of a classifier over all images, each counted once.
 
     The model is not wrapped for distribution here: processes have different numbers of batches.
     """
@@ -91,7 +102,9 @@ def evaluate(model: torch.nn.Module, loader, amp: Amp, header: str = "eval") -> 
             progress.line(step)
     model.train(was_training)
     stats = averages.epoch()
-    seen = all_reduce_sum(seen.to(amp.device)).item()
+    # a sampler that steps over no image of another process gives every process all of them
+    copies = get_world_size() // getattr(loader.sampler, "step", get_world_size())
+    seen = all_reduce_sum(seen.to(amp.device)).item() // copies
     log.info(
         "%s: acc1 %.2f  acc5 %.2f  loss %.4f  (%d images)", header, stats["acc1"], stats["acc5"], stats["loss"], seen
     )

@@ -32,7 +32,7 @@ def train_one_epoch(
         seed_all(run.seed, epoch, step, get_rank())
         for batch in batches:
             imgs, _, *mask = batch.data
-            imgs = imgs.to(amp.device, non_blocking=True)
+            imgs = loader.prepare(imgs.to(amp.device, non_blocking=True))
             with accumulate(model, batch.last):
                 with amp.autocast():
                     loss, _, _ = model(imgs, mask=mask[0] if mask else None)  # the mask stays on the CPU, see FCMAE

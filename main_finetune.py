@@ -2,14 +2,15 @@
 
 python main_finetune.py @recipes/demo_finetune.args
 python main_finetune.py @recipes/finetune_base.args --finetune base.pth --data_path /data/imagenet --output_dir out/ft
+python main_finetune.py @recipes/linear_probe.args --finetune base.pth --data_path /data/imagenet --output_dir out/lp
 python main_finetune.py --eval true --resume out/ft/checkpoint-best.pth --data_path /data/imagenet
 """
 
+import argparse
 import copy
 import logging
 import sys
 import time
-from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -25,6 +26,8 @@ import datasets
 from engine_finetune import evaluate, train_one_epoch
 from models import convnextv2, weights
 from models.convnextv2 import SIZES, ConvNeXtV2, compile_blocks, layer_id, num_layer_ids
+from models.linear_probe import LinearProbe, fold_batch_norm
+from models.weights import fold
 from utils import checkpoint, distributed, errors
 from utils.amp import Amp
 from utils.args import (
@@ -33,13 +36,14 @@ from utils.args import (
     add_shared_arguments,
     check_shared_arguments,
     effective_lr,
-    prepare_output_dir,
+    prepared_output_dir,
 )
 from utils.errors import UsageError, suggest
 from utils.interrupts import Interrupts
 from utils.lr_sched import Schedule
-from utils.metrics import RunLog, duration
+from utils.metrics import duration
 from utils.param_groups import param_groups
+from utils.record import open_log, record_end
 from utils.run import Run
 
 log = logging.getLogger("fcmae")
@@ -49,8 +53,18 @@ BEST_NAMES = {"": "checkpoint-best.pth", "_ema": "checkpoint-best-ema.pth"}
 NO_BEST = {"acc1": -1.0, "epoch": -1, "acc1_ema": -1.0, "epoch_ema": -1}
 
 
+class FinetuneParser(ArgumentParser):
+    """With --linear_probe true, training images are cropped and flipped alone unless flags ask for more."""
+
+    def parse_args(self, args=None, namespace=None) -> argparse.Namespace:
+        parsed = super().parse_args(args, namespace)
+        if parsed.linear_probe:  # what the namespace already holds stands in for the defaults
+            parsed = super().parse_args(args, argparse.Namespace(aa="", reprob=0.0, smoothing=0.0))
+        return parsed
+
+
 def get_args_parser() -> ArgumentParser:
-    parser = ArgumentParser("Fine-tuning and evaluation of ConvNeXt V2. @FILE reads arguments from a file (recipes/).")
+    parser = FinetuneParser("Fine-tuning and evaluation of ConvNeXt V2. @FILE reads arguments from a file (recipes/).")
     add_shared_arguments(
         parser, epochs=100, warmup_epochs=20, blr=5e-4, min_lr=1e-6, min_crop=0.08, data_sets=datasets.DATA_SETS_HELP
     )
@@ -58,6 +72,7 @@ def get_args_parser() -> ArgumentParser:
     group.add_argument("--finetune", default="", help="checkpoint whose encoder to start from; the head is new")
     group.add_argument("--model_key", default=MODEL_KEY, help="where a checkpoint holds its weights, by preference")
     group.add_argument("--model_prefix", default="", help="take only the weights under this prefix, without it")
+    add_bool(group, "--stem_average", False, "average the checkpoint's stem over its channels where --in_chans differs")
     group.add_argument("--head_init_scale", type=float, default=0.001, help="factor on a fresh head's weights")
     group.add_argument("--drop_path", type=float, default=0.0, help="stochastic depth of the last block")
     group.add_argument("--layer_decay", type=float, default=1.0, help="learning-rate factor per layer below the head")
@@ -65,6 +80,8 @@ def get_args_parser() -> ArgumentParser:
         "--layer_decay_type", choices=("single", "group"), default="single",
         help="count blocks one by one, or, for depths 3,3,27,3, in groups",
     )  # fmt: skip
+    linear_help = "freeze the encoder and train a linear head; then --aa '' --reprob 0 --smoothing 0 unless given"
+    add_bool(group, "--linear_probe", False, linear_help)
     group = parser.add_argument_group("optimizer")
     group.add_argument("--opt", default="adamw", help="any optimizer of timm's factory")
     group.add_argument("--opt_eps", type=float, default=1e-8, help="the optimizer's epsilon")
@@ -100,6 +117,7 @@ def get_args_parser() -> ArgumentParser:
     group.add_argument("--eval_data_path", default=None, help="folder of the validation class folders")
     add_bool(group, "--imagenet_default_mean_and_std", True, "normalise as ImageNet models do; false: as Inception")
     add_bool(group, "--eval", False, "only evaluate --resume, or --finetune with its head")
+    group.add_argument("--eval_freq", type=int, default=1, help="epochs between evaluations; the last always has one")
     add_bool(group, "--dist_eval", True, "spread the evaluation over the processes")
     add_bool(group, "--disable_eval", False, "train without evaluating")
     return parser
@@ -108,6 +126,7 @@ def get_args_parser() -> ArgumentParser:
 def check_args(args) -> None:
     """Refuse impossible arguments before anything is built. Raises UsageError."""
     check_shared_arguments(args, list(SIZES))
+    datasets.mean_std(args)
     depths = SIZES[args.model]["depths"]
     if args.input_size < 8 * args.stem_stride:
         raise UsageError(f"--input_size {args.input_size}: must be at least {8 * args.stem_stride} (8 * stem_stride)")
@@ -128,6 +147,10 @@ def check_args(args) -> None:
         raise UsageError(f"--layer_decay {args.layer_decay}: must be above 0 and at most 1")
     if mixes(args) and args.batch_size % 2:
         raise UsageError(f"--batch_size {args.batch_size}: must be even, Mixup and CutMix pair the images of a batch")
+    if args.eval_freq < 1:
+        raise UsageError(f"--eval_freq {args.eval_freq}: must be at least 1")
+    if args.linear_probe:
+        check_linear_probe(args)
     if args.clip_grad is not None and args.clip_grad <= 0:
         raise UsageError(f"--clip_grad {args.clip_grad}: must be above 0")
     if args.finetune and not Path(args.finetune).is_file():
@@ -138,6 +161,18 @@ def check_args(args) -> None:
         raise UsageError("--eval true and --disable_eval true leave nothing to do")
     if args.model_ema_eval and not args.model_ema and not args.eval:
         raise UsageError("--model_ema_eval true: there is no average without --model_ema true")
+
+
+def check_linear_probe(args) -> None:
+    """Refuse what only the training of a whole network can use. Raises UsageError."""
+    for name, without in (("layer_decay", 1), ("drop_path", 0), ("grad_checkpointing", False), ("model_ema", False)):
+        if getattr(args, name) != without:
+            raise UsageError(
+                f"--{name} {getattr(args, name)} and --linear_probe true: the encoder is frozen, one linear layer is "
+                f"trained; leave out --{name}"
+            )
+    if args.batch_size % 2:
+        raise UsageError(f"--batch_size {args.batch_size}: must be even, batch norm needs two images in every batch")
 
 
 def unwrap(content: dict, path: str | Path, model_key: str = MODEL_KEY, model_prefix: str = "") -> dict:
@@ -151,63 +186,36 @@ def unwrap(content: dict, path: str | Path, model_key: str = MODEL_KEY, model_pr
     if not model_prefix:
         return state
     if not any(name.startswith(model_prefix) for name in state):
-        raise UsageError(f"--model_prefix {model_prefix}: no name in {path} begins so, such as {next(iter(state))}")
+        found = ", ".join(fold(state, state))
+        raise UsageError(f"--model_prefix {model_prefix}: no name in {path} begins so; it has {found}")
     return {name.removeprefix(model_prefix): v for name, v in state.items() if name.startswith(model_prefix)}
 
 
-def to_backbone(state: dict, path: str | Path) -> dict[str, torch.Tensor]:
-    """A state dict of any layout that `models.weights` knows by this project's names; UsageError for others."""
-    try:
-        return weights.to_backbone(state)
-    except ValueError as error:
-        raise UsageError(f"{path}: {error}") from error
-
-
-def fold(names: Iterable[str], among: Iterable[str], prefix: str = "") -> Iterator[str]:
-    """Names for reading: a module of which all of `among` is listed is written once, as `module.*`."""
-    names, among = list(names), list(among)
-    for child in dict.fromkeys(name.removeprefix(prefix).split(".")[0] for name in names):
-        path = prefix + child
-        listed, below = ([n for n in keys if n.startswith(f"{path}.")] for keys in (names, among))
-        if not listed:
-            yield path
-        elif set(listed) >= set(below):
-            yield f"{path}.*"
-        else:
-            yield from fold(listed, below, f"{path}.")
-
-
-def load_pretrained(model: ConvNeXtV2, path: str | Path, model_key: str = MODEL_KEY, model_prefix: str = "") -> None:
+def load_pretrained(
+    model: ConvNeXtV2, path: str | Path, model_key: str = MODEL_KEY, model_prefix: str = "", stem_average: bool = False
+) -> None:
     """Load an encoder into a classifier and give it a new head; say which keys were loaded, dropped and missing.
 
     Raises:
         UsageError: the file's backbone is of another size, or incomplete.
     """
-    source, own = unwrap(checkpoint.read(path), path, model_key, model_prefix), model.state_dict()
-    state = to_backbone(source, path)
-    decoder = [name for name in weights.to_fcmae(source) if not name.startswith("encoder.")]
-    head = [name for name in state if name.startswith("head.") and own[name].shape != state[name].shape]
-    kept = {name: v for name, v in state.items() if name not in head}
-    missing = [name for name in own if name not in kept]
-    misfits = [name for name in kept if name not in own or own[name].shape != kept[name].shape]
-    misfits += [name for name in missing if name.startswith(("downsample_layers.", "stages."))]
-    if misfits:
-        try:
-            size = weights.infer_size(state)
-        except ValueError as error:
-            raise UsageError(f"--finetune {path}: {error}") from error
-        raise UsageError(
-            f"--finetune {path}: not for this --model or --stem_stride; it has depths {size.depths}, dims {size.dims}, "
-            f"{size.in_chans} channels and stem stride {size.stem_stride} ({misfits[0]} does not fit)"
-        )
-    model.load_state_dict(kept, strict=False)
-    log.info("--finetune %s: %d of %d tensors", path, len(kept), len(own))
-    log.info("  loaded: %s", ", ".join(fold(kept, own)))
-    log.info("  dropped: %s", ", ".join(fold(decoder + head, [*decoder, *state])) or "none")
-    log.info("  missing, so fresh: %s", ", ".join(fold(missing, own)) or "none")
-    nn.init.trunc_normal_(model.head.weight, std=2e-5)
-    nn.init.zeros_(model.head.bias)
-    log.info("  re-initialised: head.* (%d classes)", model.num_classes)
+    state = unwrap(checkpoint.read(path), path, model_key, model_prefix)
+    try:
+        report = weights.load(model, state, stem_average)
+    except weights.Misfit as error:
+        hint = f"; give --in_chans {error.size.in_chans} or --stem_average true"
+        hint = hint if error.size.in_chans != model.in_chans else ""
+        raise UsageError(f"--finetune {path}: not for this --model or --stem_stride; {error}{hint}") from error
+    except ValueError as error:
+        raise UsageError(f"--finetune {path}: {error}") from error
+    if isinstance(model, LinearProbe):
+        model.head.reset()
+    else:
+        nn.init.trunc_normal_(model.head.weight, std=2e-5)
+        nn.init.zeros_(model.head.bias)
+    log.info("--finetune %s: %d of %d tensors", path, len(report.loaded), len(model.state_dict()))
+    for label, names in report.rows(f"head.* ({model.num_classes} classes)").items():
+        log.info("  %s: %s", label, names)
 
 
 def build_optimizer(model: ConvNeXtV2, args, lr: float) -> torch.optim.Optimizer:
@@ -219,6 +227,9 @@ def build_optimizer(model: ConvNeXtV2, args, lr: float) -> torch.optim.Optimizer
             "num_layer_ids": num_layer_ids(model.depths, args.layer_decay_type),
         }
     groups = param_groups(model.named_parameters(), args.weight_decay, args.layer_decay, **ids)
+    if args.opt.lower().endswith(("lars", "larc")):
+        for group in groups:  # matrices alone, as in MAE, and those without weight decay too, which timm leaves out
+            group["always_adapt"] = group["decays"]
     options = {"eps": args.opt_eps}  # timm leaves out what an optimizer does not have
     if args.opt_betas:
         options["betas"] = tuple(args.opt_betas)
@@ -259,7 +270,10 @@ def build_criterion(args, mixup: Mixup | None) -> nn.Module:
 
 
 def build_model(args, nb_classes: int) -> ConvNeXtV2:
+    if args.linear_probe and not args.eval:  # evaluated, a probe is an ordinary classifier
+        return LinearProbe(nb_classes, in_chans=args.in_chans, stem_stride=args.stem_stride, **SIZES[args.model])
     model = getattr(convnextv2, args.model)(
+        in_chans=args.in_chans,
         num_classes=nb_classes,
         drop_path_rate=args.drop_path,
         head_init_scale=args.head_init_scale,
@@ -269,14 +283,17 @@ def build_model(args, nb_classes: int) -> ConvNeXtV2:
     return model
 
 
-def build_loaders(args) -> tuple[datasets.StepLoader, DataLoader | None, int, list[str] | None]:
+def build_loaders(args, device: torch.device) -> tuple[datasets.StepLoader, DataLoader | None, int, list[str] | None]:
     """The training loader, the evaluation loader unless --disable_eval, the number of classes and their names."""
     dataset, nb_classes = datasets.build_dataset(True, args)
     classes = getattr(dataset, "classes", None)
-    loader = datasets.build_train_loader(dataset, args, multiple=2 if mixes(args) else 1)
+    dataset, prepare = datasets.finetune_in_memory(dataset, args, device)
+    multiple = 2 if mixes(args) or args.linear_probe else 1
+    loader = datasets.build_train_loader(dataset, args, multiple=multiple, prepare=prepare)
     eval_loader = None
     if not args.disable_eval:
         eval_dataset, _ = datasets.build_dataset(False, args, classes)
+        eval_dataset = datasets.in_memory(eval_dataset, args)
         eval_loader = datasets.build_eval_loader(eval_dataset, args, spread=args.dist_eval)
     log.info(
         "%d images of %d classes, %d per optimizer step, %d steps per epoch",
@@ -343,31 +360,36 @@ def evaluate_only(args, amp: Amp) -> None:
     if not path:
         raise UsageError("--eval true: needs a checkpoint; give --resume FILE, or the --output_dir of a run")
     content = checkpoint.read(path)
-    state = to_backbone(unwrap(content, path, args.model_key, args.model_prefix), path)
+    try:
+        state = weights.to_backbone(unwrap(content, path, args.model_key, args.model_prefix))
+    except ValueError as error:
+        raise UsageError(f"{path}: {error}") from error
+    state = fold_batch_norm(state)
     if "head.weight" not in state:
         raise UsageError(f"--eval true: {path} holds an encoder without a classifier's head; fine-tune it first")
-    dataset, nb_classes = datasets.build_dataset(False, args, content.get("classes"))
-    loader = datasets.build_eval_loader(dataset, args, spread=args.dist_eval)
-    model = build_model(args, nb_classes).to(amp.device)
-    checkpoint.load_weights(model, state, str(path))
-    if args.compile:
-        compile_blocks(model)
-    evaluate(model, loader, amp, f"eval {path}")
+    scored = {f"eval {path}": state}
     if args.model_ema_eval:
         if not content.get("model_ema"):
             raise UsageError(f"--model_ema_eval true: {path} holds no moving average")
-        checkpoint.load_weights(model, content["model_ema"], str(path))
-        evaluate(model, loader, amp, f"eval {path} (EMA)")
+        scored[f"eval {path} (EMA)"] = content["model_ema"]
+    dataset, nb_classes = datasets.build_dataset(False, args, content.get("classes"))
+    loader = datasets.build_eval_loader(dataset, args, spread=args.dist_eval)
+    model = build_model(args, nb_classes).to(amp.device)
+    if args.compile:
+        compile_blocks(model)
+    for header, state_dict in scored.items():
+        checkpoint.load_weights(model, state_dict, str(path))
+        evaluate(model, loader, amp, header)
 
 
 def train(args, amp: Amp, interrupts: Interrupts, lock: checkpoint.OutputLock) -> None:
     """Fine-tune for all epochs that are still to be done, evaluating and saving after each."""
-    loader, eval_loader, nb_classes, classes = build_loaders(args)
+    loader, eval_loader, nb_classes, classes = build_loaders(args, amp.device)
     found = checkpoint.find(args.resume, args.auto_resume, args.output_dir)
     torch.manual_seed(args.seed)
     model = build_model(args, nb_classes)
     if args.finetune and not found:
-        load_pretrained(model, args.finetune, args.model_key, args.model_prefix)
+        load_pretrained(model, args.finetune, args.model_key, args.model_prefix, args.stem_average)
     model.to(amp.device)
     n_parameters = sum(p.numel() for p in model.parameters())
     ema = build_ema(model, args)
@@ -385,6 +407,8 @@ def train(args, amp: Amp, interrupts: Interrupts, lock: checkpoint.OutputLock) -
     if args.compile:
         compile_blocks(model)
     wrapped = distributed.data_parallel(model)
+    if args.linear_probe and not args.finetune and not found:
+        log.warning("--linear_probe true without --finetune: the frozen encoder is a random one")
     log.info(
         "%s: %.2f M parameters, lr %.3g, epochs %d to %d on %s",
         args.model, n_parameters / 1e6, lr, start_epoch, args.epochs - 1, amp.device,
@@ -399,7 +423,8 @@ def train(args, amp: Amp, interrupts: Interrupts, lock: checkpoint.OutputLock) -
         )
         checkpoint.save_numbered(state, args.output_dir, args.save_ckpt_num, name)
 
-    run_log = RunLog(args.output_dir, args.log_dir, start_epoch)
+    share = partial["step"] / len(loader) if partial else 0.0
+    run_log = open_log(args, amp.device, found, start_epoch, share)
     run = Run(run_log, args.seed, partial, save if saves else None, args.save_ckpt_steps, interrupts, lock)
     begun, rates = time.perf_counter(), []
     for epoch in range(start_epoch, args.epochs):
@@ -407,8 +432,10 @@ def train(args, amp: Amp, interrupts: Interrupts, lock: checkpoint.OutputLock) -
             wrapped, loader, criterion, optimizer, amp, schedule, run, epoch, mixup=mixup, ema=ema
         )
         rates.append(stats.pop("images_per_second"))
+        last = epoch + 1 == args.epochs
         record = {f"train_{k}": v for k, v in stats.items()}
-        scored = score(model, ema if args.model_ema_eval else None, eval_loader, amp) if eval_loader else {}
+        evaluates = eval_loader is not None and ((epoch + 1) % args.eval_freq == 0 or last)
+        scored = score(model, ema if args.model_ema_eval else None, eval_loader, amp) if evaluates else {}
         for suffix, test in scored.items():
             record |= {f"test_{k}{suffix}": v for k, v in test.items()}
             run_log.scalars(epoch + 1, **{f"test/{k}{suffix}": v for k, v in test.items()})
@@ -417,8 +444,9 @@ def train(args, amp: Amp, interrupts: Interrupts, lock: checkpoint.OutputLock) -
             best = best | {f"acc1{suffix}": scored[suffix]["acc1"], f"epoch{suffix}": epoch}
         for suffix in improved if saves else ():
             save(epoch, name=BEST_NAMES[suffix])
-        run_log.epoch(record | {"epoch": epoch, "n_parameters": n_parameters})
-        due = (epoch + 1) % args.save_ckpt_freq == 0 or epoch + 1 == args.epochs
+        record |= {"epoch": epoch, "n_parameters": n_parameters}
+        run_log.epoch(record)
+        due = (epoch + 1) % args.save_ckpt_freq == 0 or last
         if saves and due:
             save(epoch)
         run.epoch_done(epoch, saved=due)
@@ -426,6 +454,8 @@ def train(args, amp: Amp, interrupts: Interrupts, lock: checkpoint.OutputLock) -
         left = spent / (epoch + 1 - start_epoch) * (args.epochs - epoch - 1)
         log.info("epoch %d: loss %.4f%s, run eta %s", epoch, stats["loss"], best_so_far(best), duration(left))
     run_log.close()
+    known = {f"best_{k}": v for k, v in best.items() if v >= 0}
+    record_end(args.output_dir, time.perf_counter() - begun, record | known)
     log.info(
         "done: %d epochs in %s, %.0f img/s, loss %.4f%s; %s",
         len(rates), duration(time.perf_counter() - begun), sum(rates) / len(rates), stats["loss"], best_so_far(best),
@@ -441,8 +471,8 @@ def main(args) -> None:
         if args.eval:
             evaluate_only(args, amp)
             return
-        prepare_output_dir(args.output_dir)
-        with checkpoint.OutputLock(args.output_dir) as lock, Interrupts() as interrupts:
+        lock = checkpoint.OutputLock(args.output_dir)
+        with prepared_output_dir(args.output_dir), lock, Interrupts() as interrupts:
             train(args, amp, interrupts, lock)
 
 

@@ -1,17 +1,58 @@
-"""Checkpoints of other code bases as ours: pure functions from state dict to state dict, no file is read here.
+"""Checkpoints of other code bases as ours, and ours as theirs: functions of state dicts, no file is read here.
 
-A checkpoint goes through two steps, `unwrap` and then `to_backbone` (a classifier or a feature extractor) or
-`to_fcmae` (continued pre-training). Both work by tables: a layout is a line in LAYOUTS, an odd shape a line in SHAPES.
+A checkpoint goes through `unwrap` and then `load`, into a `ConvNeXtV2` or an `FCMAE`. What `load` does with the names
+is also there by itself: `to_backbone` and `to_fcmae` read any layout, `to_timm` and `to_huggingface` write two of them.
+All work by tables: a layout is a line in LAYOUTS, an odd shape a line in SHAPES.
 """
 
+import itertools
 import math
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+# How a parameter's name begins there and here, # for a number: read from left to right, written from right to left,
+# every row in turn, so none may turn a name into one that a later row would take.
+TIMM = (
+    ("stem.#.", "downsample_layers.0.#."),
+    ("stages.#.downsample.#.", "downsample_layers.#.#."),
+    ("stages.#.blocks.#.conv_dw.", "stages.#.#.dwconv."),
+    ("stages.#.blocks.#.norm.", "stages.#.#.norm."),
+    ("stages.#.blocks.#.mlp.fc1.", "stages.#.#.pwconv1."),
+    ("stages.#.blocks.#.mlp.grn.weight", "stages.#.#.grn.gamma"),
+    ("stages.#.blocks.#.mlp.grn.bias", "stages.#.#.grn.beta"),
+    ("stages.#.blocks.#.mlp.fc2.", "stages.#.#.pwconv2."),
+    ("head.fc.", "head."),
+    ("head.norm.", "norm."),
+)
+HUGGINGFACE = (
+    ("embeddings.patch_embeddings.", "downsample_layers.0.0."),
+    ("embeddings.layernorm.", "downsample_layers.0.1."),
+    ("encoder.stages.#.downsampling_layer.#.", "downsample_layers.#.#."),
+    ("encoder.stages.#.layers.#.dwconv.", "stages.#.#.dwconv."),
+    ("encoder.stages.#.layers.#.layernorm.", "stages.#.#.norm."),
+    ("encoder.stages.#.layers.#.pwconv1.", "stages.#.#.pwconv1."),
+    ("encoder.stages.#.layers.#.grn.weight", "stages.#.#.grn.gamma"),
+    ("encoder.stages.#.layers.#.grn.bias", "stages.#.#.grn.beta"),
+    ("encoder.stages.#.layers.#.pwconv2.", "stages.#.#.pwconv2."),
+    ("layernorm.", "norm."),
+    ("classifier.", "head."),
+)
+
+
+def _renamings(rows: Iterable[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
+    """Rows of (beginning, its replacement), # for a number, as regular expressions and what to put for them."""
+    rules = []
+    for old, new in rows:
+        group = itertools.count(1)
+        pattern = r"(\d+)".join(re.escape(part) for part in old.split("#"))
+        rules.append((f"^{pattern}", re.sub("#", lambda _, group=group: rf"\{next(group)}", new)))
+    return tuple(rules)
+
 
 # layout -> (a name that only this layout has, its renamings to backbone names, applied in order).
 # Each signature is in every block of a ConvNeXt V2 and in no ConvNeXt V1. The first layout that matches is taken:
@@ -26,29 +67,16 @@ LAYOUTS = {
         (r"^encoder\.", ""),
     )),
     "backbone": (r"^stages\.\d+\.\d+\.grn\.gamma$", ()),
-    "timm": (r"^stages[._]\d+\.blocks\.\d+\.mlp\.grn\.weight$", (  # stages_0: features_only models
-        (r"^stem[._](\d+)\.", r"downsample_layers.0.\1."),
-        (r"^stages[._](\d+)\.downsample\.", r"downsample_layers.\1."),
-        (r"^stages[._](\d+)\.blocks\.", r"stages.\1."),
-        (r"\.conv_dw\.", ".dwconv."),
-        (r"\.mlp\.fc(\d)\.", r".pwconv\1."),
-        (r"\.mlp\.grn\.weight$", ".grn.gamma"),
-        (r"\.mlp\.grn\.bias$", ".grn.beta"),
-        (r"^head\.norm\.", "norm."),
-        (r"^head\.fc\.", "head."),
+    "timm": (r"^stages[._]\d+\.blocks\.\d+\.mlp\.grn\.weight$", (
+        (r"^(stem|stages)_(\d+)\.", r"\1.\2."),  # of features_only models
+        *_renamings(TIMM),
     )),
     "huggingface": (r"^(convnextv2\.)?encoder\.stages\.\d+\.layers\.\d+\.grn\.weight$", (
         (r"^convnextv2\.", ""),
-        (r"^embeddings\.patch_embeddings\.", "downsample_layers.0.0."),
-        (r"^embeddings\.layernorm\.", "downsample_layers.0.1."),
-        (r"^encoder\.stages\.(\d+)\.downsampling_layer\.", r"downsample_layers.\1."),
-        (r"^encoder\.stages\.(\d+)\.layers\.", r"stages.\1."),
-        (r"\blayernorm\.", "norm."),
-        (r"\.grn\.weight$", ".grn.gamma"),
-        (r"\.grn\.bias$", ".grn.beta"),
-        (r"^classifier\.", "head."),
+        *_renamings(HUGGINGFACE),
     )),
 }  # fmt: skip
+TO_TIMM, TO_HUGGINGFACE = (_renamings((ours, theirs) for theirs, ours in rows) for rows in (TIMM, HUGGINGFACE))
 
 
 def _dense_kernel(kernel: Tensor) -> Tensor:
@@ -77,6 +105,56 @@ class Size(NamedTuple):
     in_chans: int
     stem_stride: int
     num_classes: int | None
+
+
+class Misfit(ValueError):
+    """The backbone is whole, and of another size than the model's: `size` is the checkpoint's."""
+
+    def __init__(self, size: Size, own: Size):
+        theirs, ours = (
+            f"depths {s.depths}, dims {s.dims}, {s.in_chans} channels and stem stride {s.stem_stride}"
+            for s in (size, own)
+        )
+        super().__init__(f"it has {theirs}, the model has {ours}")
+        self.size = size
+
+
+class Report(NamedTuple):
+    """What `load` did, by the names of the model's parameters."""
+
+    layout: str
+    averaged: int  # channels that the stem of the checkpoint was averaged over; 0: it fits
+    loaded: list[str]
+    dropped: list[str]  # the checkpoint's, without a place in the model
+    fresh: list[str]  # the model's, which stay as they were initialised
+
+    def rows(self, reinitialised: str = "") -> dict[str, str]:
+        """What to show a person, by its label; a module of which all parameters are listed is written once.
+
+        reinitialised: what the caller made anew after loading.
+        """
+        own, source = self.loaded + self.fresh, self.loaded + self.dropped
+        return {
+            "loaded": ", ".join(fold(self.loaded, own)),
+            "dropped": ", ".join(fold(self.dropped, source)) or "none",
+            "missing, so fresh": ", ".join(fold(self.fresh, own)) or "none",
+            **({"re-initialised": reinitialised} if reinitialised else {}),
+            "layout": self.layout + (f", its stem averaged over {self.averaged} channels" if self.averaged else ""),
+        }
+
+
+def fold(names: Iterable[str], among: Iterable[str], prefix: str = "") -> Iterator[str]:
+    """Names for reading: a module of which all of `among` is listed is written once, as `module.*`."""
+    names, among = list(names), list(among)
+    for child in dict.fromkeys(name.removeprefix(prefix).split(".")[0] for name in names):
+        path = prefix + child
+        listed, below = ([n for n in keys if n.startswith(f"{path}.")] for keys in (names, among))
+        if not listed:
+            yield path
+        elif set(listed) >= set(below):
+            yield f"{path}.*"
+        else:
+            yield from fold(listed, below, f"{path}.")
 
 
 def _some(names) -> str:
@@ -124,10 +202,14 @@ def _convert(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     converted = {}
     for name, value in state_dict.items():
         reshape = next((f for pattern, f in SHAPES if re.search(pattern, name)), None)
-        for pattern, replacement in renames:
-            name = re.sub(pattern, replacement, name)
-        converted[name] = reshape(value) if reshape else value
+        converted[_rename(name, renames)] = reshape(value) if reshape else value
     return converted
+
+
+def _rename(name: str, rules: Iterable[tuple[str, str]]) -> str:
+    for pattern, replacement in rules:
+        name = re.sub(pattern, replacement, name)
+    return name
 
 
 def to_backbone(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -151,7 +233,7 @@ def to_fcmae(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def infer_size(state_dict: Mapping[str, Tensor]) -> Size:
-    """The sizes of the model that a backbone state dict was made by, read from its shapes; for error messages.
+    """The sizes of the model that a backbone state dict was made by, read from its shapes.
 
     num_classes is None without a head. Raises ValueError when the stem or all blocks are missing.
     """
@@ -165,3 +247,85 @@ def infer_size(state_dict: Mapping[str, Tensor]) -> Size:
     depths, dims = tuple(len(stage) for stage in blocks), tuple(stage[0] for stage in blocks)
     stem, head = state_dict["downsample_layers.0.0.weight"], state_dict.get("head.weight")
     return Size(depths, dims, stem.shape[1], stem.shape[-1], None if head is None else len(head))
+
+
+def load(model: nn.Module, state_dict: Mapping[str, Tensor], stem_average: bool = False) -> Report:
+    """Load a state dict of any layout into a `ConvNeXtV2` or an `FCMAE`, and tell what was done.
+
+    The encoder must be there whole. The final norm, the head and FCMAE's decoder are each taken where the state dict
+    has one that fits, and stay as they are where it has not; the model's initialisation is the caller's business.
+
+    Args:
+        stem_average: give a stem of another number of channels the model's, see `average_stem`.
+
+    Raises:
+        ValueError: an unknown layout, an incomplete encoder, or (`Misfit`) one of another size; nothing is loaded then.
+    """
+    own = model.state_dict()
+    prefix = "encoder." if any(name.startswith("encoder.") for name in own) else ""
+    source = {f"{prefix}{n}" if re.match(ENCODER, n) else n: v for n, v in _convert(state_dict).items()}
+    stem, averaged = f"{prefix}downsample_layers.0.0.weight", 0
+    if stem_average and stem in source and source[stem].shape[1] != own[stem].shape[1]:
+        averaged = source[stem].shape[1]
+        source[stem] = average_stem(source[stem], own[stem].shape[1])
+    loaded = {}
+    for part in (prefix + ENCODER, r"norm\.", r"head\.", DECODER):
+        found = {name: v for name, v in source.items() if re.match(part, name)}
+        ours, theirs = ({n: v.shape for n, v in state.items() if re.match(part, n)} for state in (own, found))
+        if ours == theirs:
+            loaded |= found
+        elif part == prefix + ENCODER:
+            size, needed = infer_size(to_backbone(source)), infer_size(to_backbone(own))
+            if size[:4] != needed[:4]:
+                raise Misfit(size, needed)
+            wrong = [name for name in ours | theirs if ours.get(name) != theirs.get(name)]
+            raise ValueError(f"not a whole backbone: missing, unknown or of another shape are {_some(wrong)}")
+    model.load_state_dict(loaded, strict=False)
+    dropped, fresh = ([name for name in names if name not in loaded] for names in (source, own))
+    return Report(layout(state_dict), averaged, [name for name in own if name in loaded], dropped, fresh)
+
+
+def average_stem(weight: Tensor, in_chans: int) -> Tensor:
+    """A stem's weight for another number of channels: (out, C, k, k) -> (out, in_chans, k, k).
+
+    Every channel gets the mean over C times C / in_chans, so that an image whose channels are all the same, such as a
+    grey one, gives the features that it gave.
+    """
+    return (weight.sum(dim=1, keepdim=True) / in_chans).repeat(1, in_chans, 1, 1)
+
+
+def to_timm(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A backbone of any layout by the names and shapes of timm's convnextv2_* models; the inverse of `to_backbone`.
+
+    timm writes the linears of its sizes below tiny, told here by their first width, as 1x1 convolutions (`conv_mlp`).
+    Values may share memory with the source. Raises ValueError for an unknown layout.
+    """
+    state = to_backbone(state_dict)
+    conv_mlp = timm_has_conv_mlp(infer_size(state).dims)
+    converted = {}
+    for name, value in state.items():
+        if ".grn." in name:
+            value = value.flatten()
+        elif conv_mlp and re.search(r"\.pwconv\d\.weight$", name):
+            value = value[..., None, None]
+        converted[_rename(name, TO_TIMM)] = value
+    return converted
+
+
+def timm_has_conv_mlp(dims: tuple[int, ...]) -> bool:
+    """Whether timm's model of these widths writes its linears as 1x1 convolutions; with other widths, a convention."""
+    return dims[0] < 96
+
+
+def to_huggingface(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A backbone of any layout by the names and shapes of transformers; the inverse of `to_backbone`.
+
+    With a head those of ConvNextV2ForImageClassification, without one those of ConvNextV2Model. Values may share memory
+    with the source. Raises ValueError for an unknown layout.
+    """
+    state = to_backbone(state_dict)
+    prefix = "convnextv2." if "head.weight" in state else ""
+    return {
+        (prefix if not name.startswith("head.") else "") + _rename(name, TO_HUGGINGFACE): value
+        for name, value in state.items()
+    }

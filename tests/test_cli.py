@@ -45,7 +45,7 @@ def test_pretraining_leaves_its_files(journey):
     (result, _, _), out, _ = journey
     assert {path.name.split(".tfevents")[0].split("events")[0] or "events" for path in out.iterdir()} == {
         "checkpoint-0.pth", "checkpoint-1.pth", "checkpoint-2.pth", "log.txt", "reconstruction-1.png",
-        "reconstruction-2.png", "events",
+        "reconstruction-2.png", "run.json", "events",
     }  # fmt: skip
     model = fcmae.FCMAE(**TINY, decoder_embed_dim=16, patch_size=8)
     for epoch, record in enumerate(records(out)):
@@ -452,7 +452,7 @@ def check_mistake(run, flags, message, broken, out):
     assert "Traceback" not in result.out
     after = snapshot(out)
     assert {name: after.get(name) for name in before} == before
-    assert all(name.startswith("events.") for name in after.keys() - before.keys())
+    assert all(name.startswith(("events.", "run.json")) for name in after.keys() - before.keys())
 
 
 @pytest.fixture

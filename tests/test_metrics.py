@@ -1,5 +1,6 @@
 """utils: averages, the loss guard, console lines, log.txt and TensorBoard, mixed precision, command line, errors."""
 
+import gc
 import json
 import logging
 import math
@@ -22,7 +23,7 @@ from utils.args import (
     add_shared_arguments,
     check_shared_arguments,
     effective_lr,
-    prepare_output_dir,
+    prepared_output_dir,
 )
 from utils.distributed import pick_device
 from utils.errors import NonFiniteLoss, UsageError, run, suggest
@@ -216,7 +217,37 @@ def test_a_resume_hides_the_curves_beyond(tmp_path):
         for epoch in (start_epoch + 0.5, start_epoch + 1.0, start_epoch + 1.5):
             run_log.scalars(epoch, loss=value)
         run_log.close()
-    assert scalars(tmp_path, "loss") == [(500, 1.0), (1500, 2.0), (2000, 2.0), (2500, 2.0)]
+    # what belongs to the epoch before the resume stays, at 1000
+    assert scalars(tmp_path, "loss") == [(500, 1.0), (1000, 1.0), (1500, 2.0), (2000, 2.0), (2500, 2.0)]
+
+
+def test_a_start_over_hides_all_curves(tmp_path):
+    for value in (1.0, 2.0):
+        run_log = RunLog(str(tmp_path), None)
+        run_log.scalars(0.0001, loss=value)
+        run_log.close()
+    assert scalars(tmp_path, "loss") == [(0, 2.0)]
+
+
+def test_a_resume_inside_an_epoch_keeps_its_first_part(tmp_path):
+    for share, value in ((0.0, 1.0), (0.25, 2.0)):
+        run_log = RunLog(str(tmp_path), None, 3, share)
+        for x in (3.125, 3.25, 3.375, 4.0):
+            if x > 3 + share:
+                run_log.scalars(x, loss=value)
+        run_log.close()
+    assert scalars(tmp_path, "loss") == [(3125, 1.0), (3250, 1.0), (3375, 2.0), (4000, 2.0)]
+
+
+def test_curves_survive_an_exception(tmp_path):
+    """They are on disk, without a close, once nothing refers to the log any more, or at the interpreter's end."""
+    run_log = RunLog(str(tmp_path), None)
+    assert run_log.close_board.atexit
+    run_log.scalars(1.0, loss=1.0)
+    run_log.scalars(2.0, loss=2.0)
+    del run_log
+    gc.collect()
+    assert scalars(tmp_path, "loss") == [(1000, 1.0), (2000, 2.0)]
 
 
 def test_no_folder_no_file(tmp_path, monkeypatch):
@@ -502,16 +533,17 @@ def test_effective_lr():
     assert effective_lr(args, 8) == 0.0
 
 
-def test_prepare_output_dir(tmp_path, monkeypatch):
-    prepare_output_dir("")
-    prepare_output_dir(str(tmp_path / "a/b"))
-    prepare_output_dir(str(tmp_path / "a/b"))
-    assert not list((tmp_path / "a/b").iterdir())
+def test_prepared_output_dir(tmp_path):
+    """What becomes of a folder that stays empty is in test_record.py."""
+    for _ in range(2):
+        with prepared_output_dir(str(tmp_path / "a/b")):
+            (tmp_path / "a/b/log.txt").touch()
+    assert [path.name for path in (tmp_path / "a/b").iterdir()] == ["log.txt"]
     (tmp_path / "file").touch()
-    with pytest.raises(UsageError, match=r"--output_dir .*file: cannot be written \(File exists\)"):
-        prepare_output_dir(str(tmp_path / "file"))
-    with pytest.raises(UsageError, match="cannot be written"):
-        prepare_output_dir(str(tmp_path / "file/below"))
+    for name, reason in (("file", "File exists"), ("file/below", "Not a directory")):
+        refused = rf"--output_dir .*{name}: cannot be written \({reason}\)"
+        with pytest.raises(UsageError, match=refused), prepared_output_dir(str(tmp_path / name)):
+            pass
 
 
 def test_devices(monkeypatch):

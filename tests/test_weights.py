@@ -1,4 +1,4 @@
-"""models/weights.py: every layout, against the reference's golden outputs and against timm's own forward."""
+"""models/weights.py: every layout in and out, against the reference's golden outputs and timm's own models."""
 
 import json
 import re
@@ -9,9 +9,25 @@ import numpy as np
 import pytest
 import timm
 import torch
+from safetensors.torch import save_file
+from small_runs import TINY
+from small_runs import load as load_file
 
-from models.convnextv2 import convnextv2_atto, convnextv2_tiny
-from models.weights import infer_size, layout, to_backbone, to_fcmae, unwrap
+from models import convnextv2
+from models.convnextv2 import SIZES, ConvNeXtV2, convnextv2_atto, convnextv2_tiny
+from models.fcmae import FCMAE
+from models.weights import (
+    Misfit,
+    average_stem,
+    infer_size,
+    layout,
+    load,
+    to_backbone,
+    to_fcmae,
+    to_huggingface,
+    to_timm,
+    unwrap,
+)
 
 GOLDEN = Path(__file__).parent / "golden"
 fill_dense = runpy.run_path(str(GOLDEN / "fill.py"))["fill_dense"]
@@ -136,31 +152,62 @@ def test_timm_without_head_and_features_only():
     assert_same(to_fcmae(features.state_dict()), to_fcmae(backbone))
 
 
+@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize("headless", [False, True])
+def test_to_timm_has_the_names_and_shapes_of_timm(name, headless):
+    classes = 0 if headless else 1000
+    with torch.device("meta"):
+        ours = getattr(convnextv2, name)(num_classes=classes).state_dict()
+        try:
+            theirs = timm.create_model(name, num_classes=classes).state_dict()
+        except (NotImplementedError, RuntimeError):
+            pytest.skip("this timm computes while it builds a model")
+    assert shapes_of(to_timm(ours)) == shapes_of(theirs)
+    assert shapes_of(to_backbone(to_timm(ours))) == shapes_of(ours)
+
+
+@pytest.mark.parametrize("factory", [convnextv2_atto, convnextv2_tiny])
+def test_to_timm_round_trips(factory):
+    ours = randomised(factory(num_classes=7)).state_dict()
+    assert_same(to_backbone(to_timm(ours)), ours)
+    theirs = randomised(timm.create_model(factory.__name__, num_classes=7)).state_dict()
+    assert_same(to_timm(theirs), theirs)
+
+
 # ---- Hugging Face
 
-TO_HUGGINGFACE = (
-    (r"^downsample_layers\.0\.0\.", "embeddings.patch_embeddings."),
-    (r"^downsample_layers\.0\.1\.", "embeddings.layernorm."),
-    (r"^downsample_layers\.(\d)\.", r"encoder.stages.\1.downsampling_layer."),
-    (r"^stages\.(\d)\.", r"encoder.stages.\1.layers."),
-    (r"\bnorm\.", "layernorm."),
-    (r"\.gamma$", ".weight"),
-    (r"\.beta$", ".bias"),
-    (r"^head\.", "classifier."),
-)
+TO_HUGGINGFACE = {
+    "downsample_layers.0.0.weight": "embeddings.patch_embeddings.weight",
+    "downsample_layers.0.1.bias": "embeddings.layernorm.bias",
+    "downsample_layers.2.0.weight": "encoder.stages.2.downsampling_layer.0.weight",
+    "downsample_layers.2.1.bias": "encoder.stages.2.downsampling_layer.1.bias",
+    "stages.2.5.dwconv.weight": "encoder.stages.2.layers.5.dwconv.weight",
+    "stages.2.5.norm.weight": "encoder.stages.2.layers.5.layernorm.weight",
+    "stages.2.5.pwconv1.bias": "encoder.stages.2.layers.5.pwconv1.bias",
+    "stages.2.5.grn.gamma": "encoder.stages.2.layers.5.grn.weight",
+    "stages.2.5.grn.beta": "encoder.stages.2.layers.5.grn.bias",
+    "stages.2.5.pwconv2.weight": "encoder.stages.2.layers.5.pwconv2.weight",
+    "norm.weight": "layernorm.weight",
+    "head.weight": "classifier.weight",
+}
 
 
-@pytest.mark.parametrize("prefix", ["convnextv2.", ""])
-def test_huggingface(dense, prefix):
-    theirs = {}
-    for name, value in dense.items():
-        for ours, their in TO_HUGGINGFACE:
-            name = re.sub(ours, their, name)
-        theirs[name if name.startswith("classifier.") else prefix + name] = value
-    theirs["hidden_states_norms.stage4.weight"] = torch.ones(320)  # of their backbone class; no part of ours
-    assert f"{prefix}encoder.stages.2.layers.5.grn.weight" in theirs
+def test_to_huggingface(dense):
+    theirs = to_huggingface(dense)
     assert layout(theirs) == "huggingface"
+    assert len(theirs) == len(dense)
+    for our_name, their_name in TO_HUGGINGFACE.items():
+        prefix = "" if our_name.startswith("head.") else "convnextv2."
+        assert torch.equal(theirs[prefix + their_name], dense[our_name])
     assert_same(to_backbone(theirs), dense)
+
+
+def test_to_huggingface_without_a_head(dense):
+    encoder = {name: value for name, value in dense.items() if not name.startswith("head.")}
+    theirs = to_huggingface(encoder)
+    assert all(torch.equal(theirs[name], encoder[ours]) for ours, name in TO_HUGGINGFACE.items() if ours in encoder)
+    theirs["hidden_states_norms.stage4.weight"] = torch.ones(320)  # of their backbone class; no part of ours
+    assert_same(to_backbone(theirs), encoder)
 
 
 # ---- wrappers, recognition, sizes
@@ -215,3 +262,310 @@ def test_infer_size(sparse, dense):
     assert infer_size(dict(reversed(to_backbone(sparse).items()))) == ((2, 2, 6, 2), (40, 80, 160, 320), 3, 4, None)
     with pytest.raises(ValueError, match="not the state dict of a backbone"):
         infer_size(sparse)
+
+
+# ---- into a model
+
+
+def randomised(model):
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, mean=float(parameter.ndim == 1), std=0.1)
+    return model
+
+
+def classifier(seed_values=True, **kwargs):
+    model = ConvNeXtV2(**{**TINY, "stem_stride": 1, "num_classes": 4, **kwargs})
+    return randomised(model) if seed_values else model
+
+
+def autoencoder(**kwargs):
+    return randomised(FCMAE(**{**TINY, "patch_size": 8, "decoder_embed_dim": 16, **kwargs}))
+
+
+def names_below(state_dict, *prefixes):
+    return [name for name in state_dict if name.startswith(prefixes)]
+
+
+DENSE = {  # a classifier's weights as different people's files have them
+    "ours": lambda s: s,
+    "compiled": lambda s: {"model": {f"_orig_mod.{name}": v for name, v in s.items()}},
+    "average": lambda s: {"model_ema": {f"module.{name}": v for name, v in s.items()}},
+    "with encoder prefix": lambda s: {"model": {re.sub(r"^(?=down|stages)", "encoder.", name): s[name] for name in s}},
+    "timm": to_timm,
+    "timm features_only": lambda s: {re.sub(r"^(stem|stages)\.", r"\1_", n): v for n, v in to_timm(s).items()},
+    "huggingface": to_huggingface,
+}
+
+
+@pytest.mark.parametrize("kind", DENSE)
+def test_every_layout_gives_the_golden_outputs(kind, dense):
+    model, golden = convnextv2_atto().eval(), np.load(GOLDEN / "dense_atto.npz")
+    report = load(model, unwrap(DENSE[kind](dense)))
+    assert (report.loaded, report.dropped, report.fresh) == (list(model.state_dict()), [], [])
+    x = torch.from_numpy(np.random.RandomState(0).standard_normal((2, 3, 224, 224)).astype(np.float32))
+    with torch.inference_mode():
+        np.testing.assert_allclose(model(x), golden["logits"], rtol=0, atol=1e-5)
+
+
+def test_the_references_sparse_file_gives_the_golden_features(sparse):
+    model, golden = convnextv2_atto().eval(), np.load(GOLDEN / "remap_dense_forward.npz")
+    report = load(model, unwrap({"model": sparse}))
+    assert report.layout == "reference_sparse"
+    assert report.fresh == names_below(model.state_dict(), "norm.", "head.")
+    assert report.dropped == names_below(to_fcmae(sparse), "mask_token", "proj.", "decoder.", "pred.")
+    x = torch.from_numpy(np.random.RandomState(0).standard_normal((2, 3, 224, 224)).astype(np.float32))
+    with torch.inference_mode():
+        pooled = model.forward_stages(x)[-1].mean((2, 3))
+    np.testing.assert_allclose(pooled, golden["pooled"], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("classes", [4, 10, 0])
+def test_a_head_is_taken_where_it_fits(classes):
+    source, model = classifier(num_classes=classes), classifier(False)
+    before = model.head.weight.clone()
+    report = load(model, source.state_dict())
+    head = ["head.weight", "head.bias"]
+    assert report.dropped == (head if classes == 10 else [])
+    assert report.fresh == ([] if classes == 4 else head)
+    assert torch.equal(model.head.weight, source.head.weight if classes == 4 else before)
+    assert torch.equal(model.norm.weight, source.norm.weight)
+
+
+def test_an_encoder_alone_leaves_the_norm_fresh():
+    source, model = autoencoder(), classifier(False, num_classes=0)
+    report = load(model, source.state_dict())
+    assert report.fresh == ["norm.weight", "norm.bias"]
+    assert set(report.loaded) == set(model.state_dict()) - set(report.fresh)
+    assert_same({n: model.state_dict()[n] for n in report.loaded}, to_backbone(source.state_dict()))
+    assert report.rows() == {
+        "loaded": "downsample_layers.*, stages.*",
+        "dropped": "mask_token, proj.*, decoder.*, pred.*",
+        "missing, so fresh": "norm.*",
+        "layout": "fcmae",
+    }
+
+
+@pytest.mark.parametrize("change", [{}, {"decoder_embed_dim": 8}, {"decoder_depth": 2}, {"decoder_depth": 0}])
+def test_a_decoder_is_taken_whole_or_not_at_all(change):
+    source, model = autoencoder(**change).state_dict(), FCMAE(**TINY, patch_size=8, decoder_embed_dim=16)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    report = load(model, source)
+    decoder, theirs = (names_below(s, "mask_token", "proj.", "decoder.", "pred.") for s in (before, source))
+    assert report.fresh == (decoder if change else [])
+    assert report.dropped == (theirs if change else [])
+    expected = {name: before[name] if change and name in decoder else source[name] for name in before}
+    assert_same(model.state_dict(), expected)
+
+
+@pytest.mark.parametrize("kind", [*DENSE, "sparse"])
+def test_every_layout_into_an_autoencoder(kind, dense, sparse):
+    model = FCMAE(**SIZES["convnextv2_atto"])
+    source = sparse if kind == "sparse" else unwrap(DENSE[kind](dense))
+    report = load(model, source)
+    assert_same({n: v for n, v in model.state_dict().items() if n in report.loaded}, {
+        name: v for name, v in to_fcmae(source).items() if name in report.loaded
+    })  # fmt: skip
+    encoder = names_below(model.state_dict(), "encoder.")
+    if kind == "sparse":
+        assert report.loaded == list(model.state_dict())
+        assert (report.dropped, report.fresh) == ([], [])
+    else:
+        assert report.loaded == encoder
+        assert sorted(report.dropped) == ["head.bias", "head.weight", "norm.bias", "norm.weight"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"depths": (1, 1, 1, 1)}, r"depths \(1, 1, 1, 1\), .* the model has depths \(1, 1, 2, 1\)"),
+        ({"depths": (1, 1, 3, 1)}, r"depths \(1, 1, 3, 1\)"),
+        ({"dims": (8, 8, 16, 24)}, r"dims \(8, 8, 16, 24\)"),
+        ({"in_chans": 1}, "1 channels and stem stride 1, the model has .* 3 channels"),
+        ({"stem_stride": 2}, "stem stride 2"),
+    ],
+)
+@pytest.mark.parametrize("target", [classifier, autoencoder])
+def test_another_size_is_refused_and_changes_nothing(change, message, target):
+    model = target()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    source = {name: value + 1 for name, value in classifier(**change).state_dict().items()}
+    with pytest.raises(Misfit, match=message) as caught:
+        load(model, source)
+    assert caught.value.size == infer_size(source)
+    assert_same(model.state_dict(), before)
+
+
+@pytest.mark.parametrize("name", ["stages.2.1.grn.gamma", "downsample_layers.3.1.weight", "stages.0.0.dwconv.bias"])
+@pytest.mark.parametrize("damage", ["missing", "cut"])
+def test_an_incomplete_backbone_is_refused(name, damage):
+    model, source = classifier(), classifier().state_dict()
+    value = source.pop(name)
+    if damage == "cut":
+        source[name] = value[..., :-1]
+    with pytest.raises(ValueError, match=f"not a whole backbone: .* {name}$"):
+        load(model, source)
+
+
+def test_averaging_the_stem():
+    """A grey image gives the same features; everything else is the file's, to the last bit."""
+    for source_chans, chans in ((3, 1), (3, 4), (1, 3), (4, 3)):
+        source = classifier(in_chans=source_chans).eval().double()
+        model = classifier(False, in_chans=chans).eval().double()
+        with pytest.raises(Misfit):
+            load(model, source.state_dict())
+        report = load(model, source.state_dict(), stem_average=True)
+        assert (report.averaged, report.fresh, report.dropped) == (source_chans, [], [])
+        assert report.rows()["layout"] == f"backbone, its stem averaged over {source_chans} channels"
+        grey = torch.rand(2, 1, 16, 16, dtype=torch.float64)
+        with torch.inference_mode():
+            torch.testing.assert_close(
+                model(grey.expand(-1, chans, -1, -1)), source(grey.expand(-1, source_chans, -1, -1)),
+                rtol=0, atol=1e-12,
+            )  # fmt: skip
+        stem = "downsample_layers.0.0.weight"
+        assert model.state_dict()[stem].std(dim=1, correction=0).max() == 0
+        source, model = source.state_dict(), model.state_dict()
+        assert_same({n: v for n, v in model.items() if n != stem}, {n: v for n, v in source.items() if n != stem})
+    weight = torch.arange(24.0).view(2, 3, 2, 2)
+    assert torch.equal(average_stem(weight, 1), weight.sum(dim=1, keepdim=True))
+
+
+def test_a_stem_that_fits_is_not_averaged():
+    source, model = classifier().state_dict(), classifier(False)
+    assert load(model, source, stem_average=True).averaged == 0
+    assert_same(model.state_dict(), source)
+
+
+# ---- main_pretrain.py --initial_checkpoint, main_finetune.py --finetune
+
+STILL = ("--warmup_epochs", 0, "--lr", 0, "--min_lr", 0)  # training that changes no weight
+FILES = {  # a classifier as a file: its ending, the layout that is recognised, what is in it
+    "dense": (".pth", "backbone", lambda s: {"model": s, "epoch": 3}),
+    "compiled": (".pt", "backbone", lambda s: {"state_dict": {f"module._orig_mod.{name}": s[name] for name in s}}),
+    "timm": (".safetensors", "timm", to_timm),
+    "timm fcmae": (".bin", "timm", lambda s: {n: v for n, v in to_timm(s).items() if not n.startswith("head.fc.")}),
+    "huggingface": (".safetensors", "huggingface", to_huggingface),
+}
+
+
+def write(state_dict, path):
+    if path.suffix == ".safetensors":
+        save_file(state_dict, path)
+    else:
+        torch.save(state_dict, path)
+    return path
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_pretraining_starts_from_a_classifier_of_any_layout(kind, scripts, tmp_path):
+    """With a learning rate of 0 the encoder that the first epoch saves is the file's, to the last bit."""
+    ending, name, wrap = FILES[kind]
+    source = classifier().state_dict()
+    path = write(wrap(source), tmp_path / f"source{ending}")
+    flags = (*STILL, "--epochs", 1, "--picture_freq", 0, "--output_dir", tmp_path / "out")
+    result = scripts.pretrain("--initial_checkpoint", path, *flags)
+    assert result.code == 0, result.err
+    saved = load_file(tmp_path / "out" / "checkpoint-0.pth")["model"]
+    assert_same({n: v for n, v in saved.items() if n.startswith("encoder.")}, to_fcmae(source))
+    lines = result.out.splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("--initial_checkpoint"))
+    dropped = "norm.*" if kind == "timm fcmae" else "norm.*, head.*"
+    if ending == ".safetensors":  # which sorts
+        dropped = "head.*, norm.*"
+    assert lines[start : start + 5] == [
+        f"--initial_checkpoint {path}: {len(to_fcmae(source))} of {len(saved)} tensors",
+        "  loaded: encoder.*",
+        f"  dropped: {dropped}",
+        "  missing, so fresh: mask_token, proj.*, decoder.*, pred.*",
+        f"  layout: {name}",
+    ]
+
+
+def test_pretraining_takes_a_decoder_that_fits_and_a_resume_comes_first(scripts, tmp_path):
+    source, other = autoencoder(), autoencoder()
+    torch.nn.init.zeros_(other.mask_token)
+    paths = [write({"model": m.state_dict()}, tmp_path / f"{i}.pth") for i, m in enumerate((source, other))]
+    flags = (*STILL, "--picture_freq", 0, "--output_dir", tmp_path / "out")
+    for epochs, path in enumerate(paths, 1):
+        result = scripts.pretrain("--initial_checkpoint", path, "--epochs", epochs, *flags)
+        assert result.code == 0, result.err
+        assert_same(load_file(tmp_path / "out" / f"checkpoint-{epochs - 1}.pth")["model"], source.state_dict())
+        assert ("--initial_checkpoint" in result.out) == (epochs == 1)
+
+
+def test_finetuning_loads_timm_and_hugging_face_files(scripts, tmp_path):
+    source = classifier(num_classes=9).state_dict()
+    for kind, convert in (("timm", to_timm), ("huggingface", to_huggingface)):
+        path = write(convert(source), tmp_path / f"{kind}.safetensors")
+        flags = ("--epochs", 1, *STILL, "--output_dir", tmp_path / kind)
+        result = scripts.finetune("--finetune", path, *flags)
+        assert result.code == 0, result.err
+        saved = load_file(tmp_path / kind / "checkpoint-0.pth")["model"]
+        heads = {"head.weight", "head.bias"}
+        assert_same(*({n: v for n, v in state.items() if n not in heads} for state in (saved, source)))
+        assert f"  layout: {kind}\n" in result.out
+        assert "  dropped: head.*\n" in result.out
+
+
+class Payload:
+    """Runs when it is unpickled by a reader that lets it."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_bad_checkpoints_end_in_one_line(scripts, tmp_path):
+    states = {
+        "wide": classifier(dims=(8, 8, 16, 24)).state_dict(),
+        "grey": classifier(in_chans=1).state_dict(),
+        "part": {n: v for n, v in classifier().state_dict().items() if n != "stages.2.1.grn.gamma"},
+        "resnet": timm.create_model("resnet10t").state_dict(),
+        "convnext": timm.create_model("convnext_atto").state_dict(),
+        "code": {"model": classifier().state_dict(), "extra": Payload(tmp_path / "ran")},
+    }
+    for name, state in states.items():
+        torch.save(state, tmp_path / f"{name}.pth")
+    save_file(states["grey"], tmp_path / "grey.safetensors")
+    for ending in (".pth", ".safetensors"):
+        whole = (tmp_path / f"grey{ending}").read_bytes()
+        (tmp_path / f"half{ending}").write_bytes(whole[: len(whole) // 2])
+    messages = {
+        "wide.pth": r"not for this --model or --stem_stride; it has .*dims \(8, 8, 16, 24\)",
+        "grey.pth": "not for this --model .* it has .* 1 channels .*; give --in_chans 1 or --stem_average true",
+        "part.pth": "not a whole backbone: .*stages.2.1.grn.gamma",
+        "resnet.pth": "not a ConvNeXt V2",
+        "convnext.pth": "not a ConvNeXt V2",
+        "code.pth": "not a checkpoint of tensors and plain values",
+        "half.pth": "cannot be read, truncated or damaged",
+        "half.safetensors": "cannot be read, truncated or damaged",
+        "absent.pth": "no such file",
+    }
+    for run, flag in ((scripts.pretrain, "--initial_checkpoint"), (scripts.finetune, "--finetune")):
+        for name, message in messages.items():
+            result = run(flag, tmp_path / name)
+            assert result.code == 2, name
+            assert re.fullmatch(f"error: .*{name}: {message}.*\n", result.err), result.err
+    assert not (tmp_path / "ran").exists()
+    result = scripts.pretrain("--initial_checkpoint", tmp_path / "grey.pth", "--resume", tmp_path / "grey.pth")
+    assert result.code == 2
+    assert "--initial_checkpoint and --resume: give one" in result.err
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
+def test_stem_average(stage, scripts, tmp_path):
+    source = classifier().state_dict()
+    path = write(source, tmp_path / "rgb.pth")
+    flags = ("--in_chans", 1, "--initial_checkpoint" if stage == "pretrain" else "--finetune", path)
+    flags += (*STILL, "--epochs", 1, "--output_dir", tmp_path / "out")
+    result = getattr(scripts, stage)(*flags)
+    assert result.code == 2
+    assert result.err.endswith("; give --in_chans 3 or --stem_average true\n")
+    result = getattr(scripts, stage)(*flags, "--stem_average", "true")
+    assert result.code == 0, result.err
+    assert "  layout: backbone, its stem averaged over 3 channels\n" in result.out
+    stem = to_backbone(load_file(tmp_path / "out" / "checkpoint-0.pth")["model"])["downsample_layers.0.0.weight"]
+    assert torch.equal(stem, source["downsample_layers.0.0.weight"].sum(dim=1, keepdim=True))

@@ -1,9 +1,12 @@
 """The command line that both entry scripts share: argument groups, booleans, argument files, and their checks."""
 
 import argparse
+import contextlib
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
 
+from .distributed import main_process_first
 from .errors import UsageError, suggest
 
 
@@ -65,6 +68,7 @@ def add_shared_arguments(
     group = parser.add_argument_group("model")
     sizes = "atto,femto,pico,nano,tiny,base,large,huge"
     group.add_argument("--model", default="convnextv2_base", help=f"convnextv2_{{{sizes}}}")
+    group.add_argument("--in_chans", type=int, default=3, help="channels of the images")
     group.add_argument("--input_size", type=int, default=224, help="side of the training images in pixels")
     stem_help = "kernel and stride of the stem; 2 or 1 suit images below 100 pixels"
     group.add_argument("--stem_stride", type=int, default=4, choices=(4, 2, 1), help=stem_help)
@@ -83,6 +87,16 @@ def add_shared_arguments(
     group = parser.add_argument_group("data")
     group.add_argument("--data_path", default=None, help="folder of the training data")
     group.add_argument("--data_set", default="IMNET", help=data_sets)
+    list_help = "file with an image per line: its path below --data_path, and after a tab, space or comma its label"
+    group.add_argument("--train_list", default=None, help=list_help)
+    group.add_argument("--eval_list", default=None, help="the same for evaluation, below --eval_data_path if given")
+    add_bool(group, "--index_cache", True, "keep the list of a folder's files below ~/.cache while it does not change")
+    group.add_argument(
+        "--in_memory", choices=("no", "host", "device"), default="no",
+        help="decode all images once and hold them; device: crop them there too",
+    )  # fmt: skip
+    group.add_argument("--mean", type=float, nargs="+", default=None, help="of each channel; ImageNet's for 8-bit RGB")
+    group.add_argument("--std", type=float, nargs="+", default=None, help="of each channel; ImageNet's for 8-bit RGB")
     group.add_argument("--crop_pct", type=float, default=None, help="evaluation crop; 224/256 where not given")
     group.add_argument(
         "--min_crop", type=float, default=min_crop, help="smallest share of an image that a training crop takes"
@@ -93,6 +107,7 @@ def add_shared_arguments(
     group = parser.add_argument_group("checkpoints and logs")
     group.add_argument("--output_dir", default="", help="folder for checkpoints, logs, pictures; empty: save nothing")
     group.add_argument("--log_dir", default=None, help="folder for TensorBoard; --output_dir where not given")
+    group.add_argument("--wandb", default="", metavar="PROJECT", help="send the curves to Weights & Biases as well")
     group.add_argument("--resume", default="", help="checkpoint file to continue from")
     add_bool(group, "--auto_resume", True, "continue from the newest good checkpoint in --output_dir")
     add_bool(group, "--save_ckpt", True, "save checkpoints")
@@ -120,7 +135,8 @@ def check_shared_arguments(args: argparse.Namespace, models: list[str]) -> None:
     """
     if args.model not in models:
         raise UsageError(f"--model {args.model}: unknown{suggest(args.model, models)}; one of {', '.join(models)}")
-    for name in ("batch_size", "update_freq", "epochs", "input_size", "save_ckpt_freq", "save_ckpt_num", "world_size"):
+    counts = "in_chans batch_size update_freq epochs input_size save_ckpt_freq save_ckpt_num world_size"
+    for name in counts.split():
         if getattr(args, name) < 1:
             raise UsageError(f"--{name} {getattr(args, name)}: must be at least 1")
     amounts = "num_workers save_ckpt_steps warmup_epochs seed start_epoch min_lr weight_decay lr blr"
@@ -137,8 +153,21 @@ def check_shared_arguments(args: argparse.Namespace, models: list[str]) -> None:
         raise UsageError(f"--min_crop {args.min_crop}: must be above 0 and at most 1")
     if args.crop_pct is not None and not 0 < args.crop_pct <= 1:
         raise UsageError(f"--crop_pct {args.crop_pct}: must be above 0 and at most 1")
+    if bool(args.mean) != bool(args.std):
+        raise UsageError(f"--{'mean' if args.mean else 'std'}: give --mean and --std, or neither")
+    for name in ("mean", "std") if args.mean else ():
+        values = getattr(args, name)
+        if len(values) != args.in_chans:
+            raise UsageError(f"--{name}: has {len(values)} numbers, --in_chans {args.in_chans} needs {args.in_chans}")
+        if name == "std" and not min(values) > 0:
+            raise UsageError(f"--std {min(values)}: must be above 0")
     if args.resume and not Path(args.resume).is_file():
         raise UsageError(f"--resume {args.resume}: no such file")
+    if args.wandb:
+        try:
+            from wandb import init  # noqa: F401  (which a mere folder of this name has not)
+        except ImportError as error:
+            raise UsageError(f"--wandb {args.wandb}: needs a package more: pip install wandb") from error
 
 
 def effective_lr(args: argparse.Namespace, world_size: int) -> float:
@@ -148,14 +177,29 @@ def effective_lr(args: argparse.Namespace, world_size: int) -> float:
     return args.blr * args.batch_size * args.update_freq * world_size / 256
 
 
-def prepare_output_dir(output_dir: str) -> None:
-    """Create the folder and see that it can be written. Raises UsageError where it cannot."""
+@contextlib.contextmanager
+def prepared_output_dir(output_dir: str) -> Iterator[None]:
+    """Around a run: creates the folder, and takes it away again if nothing came of it.
+
+    Raises:
+        UsageError: on entry, where the folder cannot be written.
+    """
     if not output_dir:
+        yield
         return
+    path = Path(output_dir)
+    with main_process_first():
+        missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            probe = path / ".writable"
+            probe.touch()
+            probe.unlink(missing_ok=True)  # another process may have been faster
+        except OSError as error:
+            raise UsageError(f"--output_dir {output_dir}: cannot be written ({error.strerror})") from error
     try:
-        Path(output_dir).mkdir(parents=True, exist_ok=True)
-        probe = Path(output_dir) / ".writable"
-        probe.touch()
-        probe.unlink(missing_ok=True)  # another process may have been faster
-    except OSError as error:
-        raise UsageError(f"--output_dir {output_dir}: cannot be written ({error.strerror})") from error
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # it holds something
+            for folder in missing:
+                folder.rmdir()

@@ -22,6 +22,7 @@ log = logging.getLogger("fcmae")
 
 # what checkpoints of MAE and its descendants keep their arguments in; neither runs anything when it is read
 PLAIN_CLASSES = [Namespace, (PosixPath, "pathlib.PosixPath")]
+SETTINGS = {"weight_decay", "lr_scale", "betas", "eps", "momentum"}  # of an optimizer's group, set by flags
 
 
 def save(state: dict, path: str | os.PathLike) -> None:
@@ -167,7 +168,7 @@ def load_weights(model: torch.nn.Module, state_dict: dict, source: str) -> None:
 
 
 def load_training(path: Path, state: dict, model, optimizer, scaler, global_batch: int = 0) -> tuple[int, dict | None]:
-    """Restore model, optimizer and loss scaler from a training checkpoint.
+    """Restore model, optimizer and loss scaler from a training checkpoint; the optimizer's settings stay its own.
 
     Returns:
         the epoch to go on with, and, where that one was begun, what `EpochTracker` needs to go on inside it.
@@ -179,13 +180,17 @@ def load_training(path: Path, state: dict, model, optimizer, scaler, global_batc
     if missing:
         raise UsageError(f"{path}: has no {' and no '.join(missing)}, so training cannot continue from it; see --help")
     load_weights(model, state["model"], str(path))
-    options = set(optimizer.param_groups[0])  # loading puts the checkpoint's in their place
+    # loading puts the checkpoint's in their place, whatever the command line says now
+    options = set(optimizer.param_groups[0])
+    settings = [{name: group[name] for name in SETTINGS & group.keys()} for group in optimizer.param_groups]
     try:
         optimizer.load_state_dict(state["optimizer"])
     except ValueError as error:
         raise UsageError(f"{path}: its optimizer does not fit --opt or --layer_decay ({error})") from error
     if lost := sorted(options - optimizer.param_groups[0].keys()):
         raise UsageError(f"{path}: its optimizer does not fit --opt, it has no {', '.join(lost)}")
+    for group, own in zip(optimizer.param_groups, settings, strict=True):
+        group.update(own)
     if state.get("scaler"):
         scaler.load_state_dict(state["scaler"])
     if "step" not in state:

@@ -1,4 +1,4 @@
-"""Running averages that stay on the device, console lines, log.txt and TensorBoard."""
+"""Running averages that stay on the device, console lines, log.txt, TensorBoard and its like."""
 
 import contextlib
 import json
@@ -6,12 +6,15 @@ import logging
 import math
 import os
 import time
-from collections.abc import Iterable, Iterator
+import weakref
+from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from pathlib import Path
 
 import torch
 from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams as hparams_summaries
+from torchvision.transforms.functional import to_pil_image
 
 from .distributed import all_gather, all_reduce_sum, get_rank, get_world_size
 from .errors import NonFiniteLoss
@@ -198,23 +201,50 @@ def duration(seconds: float) -> str:
     return str(timedelta(seconds=round(seconds)))
 
 
+def finite(record: dict) -> dict:
+    """A record as JSON can hold it: NaN and infinities, which it has not, become null."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+
+
 class RunLog:
     """What a run leaves beside its checkpoints: log.txt (a JSON object per epoch) and TensorBoard curves and pictures.
 
-    Only the first process writes. Empty folders mean: write nothing.
+    Only the first process writes. Empty folders mean: write nothing. A full disk is reported, and training goes on.
 
     Args:
         output_dir: where log.txt goes.
         log_dir: where TensorBoard files go; output_dir by default.
         start_epoch: lines of log.txt from this epoch on, left by an interrupted run, are dropped once it is redone.
+        share: part of that epoch that is done already, whose curves stay.
+        hparams: arguments by name, for TensorBoard's table of runs.
+        wandb_run: what wandb.init returned: it gets the same curves and pictures.
     """
 
-    def __init__(self, output_dir: str, log_dir: str | None, start_epoch: int = 0):
+    def __init__(
+        self, output_dir: str, log_dir: str | None, start_epoch: int = 0, share: float = 0.0,
+        hparams: dict | None = None, wandb_run=None,
+    ):  # fmt: skip
         self.path = Path(output_dir) / "log.txt" if output_dir and get_rank() == 0 else None
-        log_dir = log_dir or output_dir
-        # purge_step hides, in the same way, the curves beyond the point of the resume
-        self.board = SummaryWriter(log_dir, purge_step=start_epoch * 1000) if log_dir and get_rank() == 0 else None
         self.stale_from = start_epoch if self.path and self.path.exists() else None
+        self.wandb_run, self.board = wandb_run, None
+        log_dir = log_dir or output_dir
+        if log_dir and get_rank() == 0:
+            done = round((start_epoch + share) * 1000)
+            # hides, in the same way, the curves beyond the point of the resume, but not those up to it
+            self.board = SummaryWriter(log_dir, purge_step=done + 1 if done else 0)
+            # an exception or a signal would take the last two minutes of the curves along
+            self.close_board = weakref.finalize(self, _close, self.board)
+            if hparams:
+                self._draw(lambda board: _add_hparams(board, hparams))
+
+    def _draw(self, draw: Callable[[SummaryWriter], None]) -> None:
+        if self.board is None:
+            return
+        try:
+            draw(self.board)
+        except OSError as error:
+            log.error("%s: no more curves (%s); training goes on", self.board.log_dir, error.strerror)
+            self.board = None  # its thread is gone
 
     def _drop_from(self, epoch: int) -> None:
         kept = []
@@ -227,28 +257,56 @@ class RunLog:
         os.replace(aside, self.path)
 
     def scalars(self, epoch: float, **values: float) -> None:
-        """TensorBoard curves; the x axis is the epoch in thousandths, so that runs of any batch size overlay."""
-        if self.board:
-            for name, value in values.items():
-                self.board.add_scalar(name, value, round(epoch * 1000))
+        """Curves; the x axis is the epoch in thousandths, so that runs of any batch size overlay."""
+        step = round(epoch * 1000)
+        self._draw(lambda board: [board.add_scalar(name, value, step) for name, value in values.items()])
+        if self.wandb_run:
+            self.wandb_run.log({"epoch": epoch, **values}, step=step)
 
     def image(self, name: str, image: torch.Tensor, epoch: float) -> None:
         """A picture (C, H, W) in 0..1."""
-        if self.board:
-            self.board.add_image(name, image, round(epoch * 1000))
+        step = round(epoch * 1000)
+        self._draw(lambda board: board.add_image(name, image, step))
+        if self.wandb_run:
+            import wandb
+
+            self.wandb_run.log({"epoch": epoch, name: wandb.Image(to_pil_image(image))}, step=step)
 
     def epoch(self, record: dict) -> None:
         """Append one epoch's record to log.txt. NaN, which JSON has not, becomes null."""
         if self.path:
-            if self.stale_from is not None:  # not before: a run that fails at once then loses nothing
-                self._drop_from(self.stale_from)
-                self.stale_from = None
-            plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+            try:
+                self._append(json.dumps(finite(record)) + "\n")
+            except OSError as error:
+                log.error("%s lacks epoch %s (%s); training goes on", self.path, record["epoch"], error.strerror)
+        self._draw(lambda board: board.flush())
+
+    def _append(self, line: str) -> None:
+        if self.stale_from is not None:  # not before: a run that fails at once then loses nothing
+            self._drop_from(self.stale_from)
+            self.stale_from = None
+        whole = self.path.stat().st_size if self.path.exists() else 0
+        try:
             with open(self.path, "a") as file:
-                file.write(json.dumps(plain) + "\n")
-        if self.board:
-            self.board.flush()
+                file.write(line)
+        except OSError:
+            os.truncate(self.path, whole)  # or the next line would be written behind half of this one
+            raise
 
     def close(self) -> None:
         if self.board:
-            self.board.close()
+            self.close_board()
+        if self.wandb_run:
+            self.wandb_run.finish()
+
+
+def _add_hparams(board: SummaryWriter, values: dict) -> None:
+    """TensorBoard's table of runs, in the run's own folder; SummaryWriter.add_hparams would open one below it."""
+    plain = {k: v if isinstance(v, (bool, int, float, str, type(None))) else str(v) for k, v in values.items()}
+    for summary in hparams_summaries(plain, {"train/loss": None, "test/acc1": None}):
+        board.file_writer.add_summary(summary)
+
+
+def _close(board: SummaryWriter) -> None:
+    with contextlib.suppress(OSError):
+        board.close()

@@ -1,0 +1,56 @@
+"""What torch.hub offers: torch.hub.load(CLONE, "convnextv2_tiny", source="local", checkpoint="checkpoint-best.pth").
+
+The convnextv2_* entries give classifiers, or encoders where the file has no head; the fcmae_* entries masked
+autoencoders. Each takes `checkpoint`, a file of any layout, and `model_key`, where in it the weights are, such as
+"model_ema". What the file tells (channels, stem stride, classes, the decoder's size) need not be given; further
+arguments are those of `ConvNeXtV2` and `FCMAE`, and come before the file's.
+"""
+
+import logging
+
+from models import convnextv2, fcmae, weights
+from models.linear_probe import fold_batch_norm as _fold_batch_norm
+from utils import checkpoint as files
+
+dependencies = ["torch", "torchvision", "timm", "safetensors"]
+
+
+def _classifier_arguments(state: dict) -> dict:
+    size = weights.infer_size(weights.to_backbone(state))
+    return {"in_chans": size.in_chans, "stem_stride": size.stem_stride, "num_classes": size.num_classes or 0}
+
+
+def _autoencoder_arguments(state: dict) -> dict:
+    size, parts = weights.infer_size(weights.to_backbone(state)), weights.to_fcmae(state)
+    arguments = {"in_chans": size.in_chans, "patch_size": 8 * size.stem_stride}
+    if "proj.weight" in parts:
+        blocks = {name.split(".")[1] for name in parts if name.startswith("decoder.")}
+        arguments |= {"decoder_embed_dim": len(parts["proj.weight"]), "decoder_depth": len(blocks)}
+    return arguments
+
+
+def _entry(name: str, factory, arguments_of):
+    def build(checkpoint=None, model_key: str = "model|module", **kwargs):
+        if checkpoint is None:
+            return factory(**kwargs)
+        state = _fold_batch_norm(weights.unwrap(files.read(checkpoint), model_key))
+        model = factory(**{**arguments_of(state), **kwargs})
+        try:
+            report = weights.load(model, state)
+        except ValueError as error:
+            raise ValueError(f"{checkpoint} is not for {name}: {error}") from error
+        if report.fresh:
+            fresh = report.rows()["missing, so fresh"]
+            logging.getLogger("fcmae").warning("%s has nothing that fits for %s: fresh", checkpoint, fresh)
+        return model
+
+    build.__name__ = build.__qualname__ = name
+    build.__doc__ = f"{factory.__doc__} checkpoint: a file with its weights, in any layout; model_key: where in it."
+    return build
+
+
+# torch.hub looks names up in this module
+for _size in convnextv2.SIZES:
+    _masked = _size.replace("convnextv2", "fcmae")
+    globals()[_size] = _entry(_size, getattr(convnextv2, _size), _classifier_arguments)
+    globals()[_masked] = _entry(_masked, getattr(fcmae, _size), _autoencoder_arguments)

@@ -1,0 +1,63 @@
+"""Linear probing: a linear classifier on a frozen encoder, with the batch norm that MAE puts before it.
+
+MAE (arXiv 2111.06377, appendix A.1) standardises the features by a batch norm without affine parameters, so that one
+learning rate suits every encoder.
+"""
+
+import torch
+from torch import nn
+
+from .convnextv2 import ConvNeXtV2
+
+EPS = 1e-6
+
+
+class ProbeHead(nn.Linear):
+    """A linear layer on features that a batch norm has standardised: (N, in_features) -> (N, num_classes).
+
+    Weights start as truncated normal with std 0.01: LARS takes steps in proportion to their size.
+    """
+
+    def __init__(self, in_features: int, num_classes: int):
+        super().__init__(in_features, num_classes)
+        self.batch_norm = nn.BatchNorm1d(in_features, eps=EPS, affine=False)
+        self.reset()
+
+    def reset(self) -> None:
+        self.batch_norm.reset_running_stats()
+        nn.init.trunc_normal_(self.weight, std=0.01)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(self.batch_norm(x))
+
+
+class LinearProbe(ConvNeXtV2):
+    """A `ConvNeXtV2` of which the head alone is trained; the encoder computes as in evaluation, without gradients."""
+
+    def __init__(self, num_classes: int, **kwargs):
+        super().__init__(num_classes=num_classes, **kwargs)
+        self.requires_grad_(False)
+        self.head = ProbeHead(self.dims[-1], num_classes)
+
+    def train(self, mode: bool = True) -> "LinearProbe":
+        super().train(False)
+        self.head.train(mode)
+        self.training = mode
+        return self
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            x = self.forward_features(x)
+        return self.head(x)
+
+
+def fold_batch_norm(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The state dict of a `LinearProbe` as that of the `ConvNeXtV2` with the same logits; others as they are."""
+    head = {name: v for name, v in state_dict.items() if name.startswith("head.")}
+    if "head.batch_norm.running_var" not in head:
+        return state_dict
+    weight = head["head.weight"] / (head["head.batch_norm.running_var"] + EPS).sqrt()
+    bias = head["head.bias"] - weight @ head["head.batch_norm.running_mean"]
+    rest = {name: v for name, v in state_dict.items() if name not in head}
+    return rest | {"head.weight": weight, "head.bias": bias}

@@ -1,0 +1,487 @@
+"""run.json and the trackers: what a run writes down about itself, also when it is resumed, refused or cut short."""
+
+import json
+import math
+import re
+import resource
+import shutil
+import subprocess
+import sys
+import threading
+import types
+from argparse import Namespace
+from datetime import datetime, timezone
+from pathlib import Path
+
+import pytest
+import torch
+from small_runs import STEPS, killed_after, load, records, same
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from timm.optim import create_optimizer_v2
+
+import engine_finetune
+import main_finetune
+from tests.test_distributed import launch
+from utils import checkpoint, metrics, record
+from utils.amp import Amp
+from utils.args import prepared_output_dir
+from utils.metrics import RunLog
+
+CPU = torch.device("cpu")
+BARE = ("--picture_freq", 0)
+
+
+def starts(folder: Path) -> list[dict]:
+    return json.loads((folder / "run.json").read_text())["starts"]
+
+
+def curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    board = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+    return {tag: [(event.step, event.value) for event in board.Scalars(tag)] for tag in board.Tags()["scalars"]}
+
+
+def age(text: str) -> float:
+    """Seconds since a moment of run.json."""
+    moment = datetime.fromisoformat(text)
+    assert moment.utcoffset().total_seconds() == 0
+    return (datetime.now(timezone.utc) - moment).total_seconds()
+
+
+# ---- run.json
+
+
+def test_a_run_records_itself(scripts, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "orig_argv", ["python", "-u", "main_finetune.py", "--data_path", "my images"])
+    result = scripts.finetune("--output_dir", tmp_path, "--clip_grad", "inf", "--opt_betas", 0.9, 0.95)
+    assert result.code == 0, result.err
+    (start,) = starts(tmp_path)
+    assert start["command"] == "python -u main_finetune.py --data_path 'my images'"
+    assert start["args"].keys() == vars(main_finetune.get_args_parser().parse_args([])).keys()
+    assert start["args"]["opt_betas"] == [0.9, 0.95]
+    assert start["args"]["clip_grad"] == "inf"  # which JSON has not
+    assert start["args"]["output_dir"] == str(tmp_path)
+    assert (start["resumed_from"], start["start_epoch"], start["processes"]) == (None, 0, 1)
+    assert 0 <= age(start["finished"]) <= age(start["started"]) < 300
+    assert 0 < start["seconds"] <= age(start["started"]) + 1
+    assert start["versions"]["torch"] == torch.__version__
+    assert start["versions"].keys() >= {"python", "torch", "torchvision", "timm", "numpy"}
+    assert start["hosts"]
+    assert list(start["devices"].values()) == [1]
+    last = records(tmp_path)[-1]
+    best = max(line["test_acc1"] for line in records(tmp_path))
+    assert start["metrics"].items() >= last.items()
+    assert start["metrics"]["best_acc1"] == best
+    assert "best_acc1_ema" not in start["metrics"]
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_resume_appends(scripts, tmp_path):
+    with killed_after(STEPS + 3):
+        scripts.pretrain("--output_dir", tmp_path, *BARE)
+    (first,) = starts(tmp_path)
+    assert "finished" not in first
+    assert scripts.pretrain("--output_dir", tmp_path, "--weight_decay", 0.1, *BARE).code == 0
+    assert starts(tmp_path)[0] == first
+    second = starts(tmp_path)[1]
+    assert second["resumed_from"] == str(tmp_path / "checkpoint-0.pth")
+    assert second["start_epoch"] == 1
+    assert (first["args"]["weight_decay"], second["args"]["weight_decay"]) == (0.05, 0.1)
+    assert second["metrics"] == records(tmp_path)[-1]
+    assert scripts.pretrain("--output_dir", tmp_path, "--auto_resume", "false", "--epochs", 2, *BARE).code == 0
+    assert starts(tmp_path)[:2] == [first, second]
+    assert [start["start_epoch"] for start in starts(tmp_path)] == [0, 1, 0]
+
+
+def test_metrics_that_are_no_numbers_become_null(tmp_path):
+    record.write(str(tmp_path), [{"started": "a"}, {"started": "b"}])
+    record.record_end(str(tmp_path), 1.26, {"loss": math.nan, "acc1": 3.0})
+    assert starts(tmp_path)[0] == {"started": "a"}
+    assert starts(tmp_path)[1].items() >= {"started": "b", "seconds": 1.3}.items()
+    assert starts(tmp_path)[1]["metrics"] == {"loss": None, "acc1": 3.0}
+
+
+@pytest.mark.parametrize("text", ["", '{"starts": [', "[]", "{}", '{"starts": 3}', '{"starts": ["a"]}', "\x00"])
+def test_a_damaged_record_is_put_aside(tmp_path, text, caplog, monkeypatch):
+    monkeypatch.setattr(record.log, "propagate", True)
+    (tmp_path / "run.json").write_text(text)
+    assert record.read(str(tmp_path)) == []
+    assert (tmp_path / "run.json.damaged").read_text() == text
+    assert not (tmp_path / "run.json").exists()
+    assert "run.json: not the record of a run" in caplog.text
+
+
+def test_a_full_disk_leaves_the_record_as_it_was(tmp_path, caplog, monkeypatch):
+    def full(path, text):
+        with open(path, "w") as file:
+            file.write(text[: len(text) // 2])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(record.log, "propagate", True)
+    record.write(str(tmp_path), [{"started": "a"}])
+    monkeypatch.setattr(Path, "write_text", full)
+    record.write(str(tmp_path), [{"started": "b"}])
+    assert starts(tmp_path) == [{"started": "a"}]
+    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
+    assert "run.json was NOT written (No space left on device)" in caplog.text
+
+
+def test_without_an_output_dir_nothing_is_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    record.write("", [{}])
+    record.record_end("", 1.0, {})
+    assert record.read("") == []
+    assert not list(tmp_path.iterdir())
+
+
+def test_only_the_first_process_records(tmp_path, monkeypatch):
+    args = Namespace(output_dir=str(tmp_path), log_dir=None, wandb="")
+    monkeypatch.setattr(record, "is_main_process", lambda: False)
+    run_log = record.open_log(args, CPU, None, 0)
+    run_log.scalars(1.0, loss=1.0)
+    run_log.epoch({"epoch": 0})
+    run_log.close()
+    record.record_end(str(tmp_path), 1.0, {})
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(not shutil.which("git"), reason="needs git")
+def test_the_revision_of_the_code(tmp_path, monkeypatch):
+    def git(*words):
+        settings = ("user.name=a", "user.email=a@b", "commit.gpgsign=false", "tag.gpgsign=false")
+        command = ["git", "-C", tmp_path, *(word for setting in settings for word in ("-c", setting)), *words]
+        return subprocess.run(command, check=True, capture_output=True, text=True)
+
+    assert record.git_revision(tmp_path) is None
+    git("init", "-q")
+    assert record.git_revision(tmp_path) is None  # nothing is committed
+    (tmp_path / "a.py").write_text("1")
+    git("add", "a.py")
+    git("commit", "-qm", "one")
+    git("tag", "-a", "v1", "-m", "a tag")
+    revision = git("rev-parse", "HEAD").stdout.strip()
+    (tmp_path / "data.txt").write_text("not part of the code")
+    assert record.git_revision(tmp_path) == {"revision": revision, "dirty": False}
+    (tmp_path / "a.py").write_text("2")
+    assert record.git_revision(tmp_path) == {"revision": revision, "dirty": True}
+    (tmp_path / "below").mkdir()
+    assert record.git_revision(tmp_path / "below") is None  # a copy of the code inside something else
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert record.git_revision(tmp_path) is None  # no git
+
+
+def test_two_processes(scripts, tmp_path):
+    """One record of both; and without --dist_eval both look at all images, which count once."""
+    flags = ["--epochs", 2, "--warmup_epochs", 0, "--lr", 0, "--min_lr", 0, "--batch_size", 4, "--eval_freq", 2]
+    done = launch(scripts, "main_finetune", 2, tmp_path / "two", *flags, "--dist_eval", "false")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert re.findall(r"\((\d+) images\)", done.stdout) == ["22"]
+    assert scripts.finetune("--output_dir", tmp_path / "one", *flags).code == 0
+    for key in ("test_acc1", "test_acc5", "test_loss"):
+        assert records(tmp_path / "two")[1][key] == pytest.approx(records(tmp_path / "one")[1][key], rel=1e-6)
+    (start,) = starts(tmp_path / "two")
+    assert start["processes"] == 2
+    assert list(start["devices"].values()) == [2]
+    assert len(start["hosts"]) == 1
+    assert start["metrics"]["test_acc1"] == records(tmp_path / "two")[1]["test_acc1"]
+
+
+@pytest.mark.parametrize(("sampler", "counted"), [(range(8), 8), (range(0, 8, 2), 8), (None, 16)])
+def test_images_that_every_process_sees_count_once(sampler, counted, monkeypatch, caplog):
+    """Two processes with the same images each; with every other one; with streams, which are split elsewhere."""
+    monkeypatch.setattr(engine_finetune, "get_world_size", lambda: 2)
+    monkeypatch.setattr(engine_finetune, "all_reduce_sum", lambda tensor: tensor * 2)
+    monkeypatch.setattr(engine_finetune.log, "propagate", True)
+    caplog.set_level("INFO", "fcmae")
+    images = [(torch.ones(2), 0)] * 8
+    loader = torch.utils.data.DataLoader(images, sampler=sampler, batch_size=4)
+    engine_finetune.evaluate(torch.nn.Linear(2, 3), loader, Amp(CPU, False, torch.bfloat16))
+    assert f"({counted} images)" in caplog.text
+
+
+# ---- Weights & Biases
+
+
+class FakeRun:
+    def __init__(self, **options):
+        self.options, self.logged, self.finished = options, [], False
+
+    def log(self, values, step):
+        self.logged.append((step, values))
+
+    def finish(self):
+        self.finished = True
+
+
+@pytest.fixture
+def wandb(monkeypatch):
+    """A module of this name that keeps what it is given in `runs`."""
+    module = types.ModuleType("wandb")
+    module.runs, module.Image = [], lambda picture: picture
+    module.Error = type("Error", (Exception,), {})
+
+    def init(**options):
+        module.runs.append(FakeRun(**options))
+        return module.runs[-1]
+
+    module.init = init
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    return module
+
+
+def test_wandb_gets_what_tensorboard_gets(scripts, wandb, tmp_path):
+    flags = ("--output_dir", tmp_path / "tiny", "--wandb", "shapes", "--epochs", 2, "--picture_freq", 2)
+    assert scripts.pretrain(*flags).code == 0
+    (run,) = wandb.runs
+    assert run.finished
+    assert {k: run.options[k] for k in ("project", "resume", "name", "dir")} == {
+        "project": "shapes", "resume": "allow", "name": "tiny", "dir": str(tmp_path / "tiny"),
+    }  # fmt: skip
+    assert run.options["config"]["mask_ratio"] == 0.6
+    assert starts(tmp_path / "tiny")[0]["wandb"] == {"project": "shapes", "id": run.options["id"]}
+    steps = [step for step, _ in run.logged]
+    assert steps == sorted(steps)  # it drops what comes out of order
+    assert all(values["epoch"] == pytest.approx(step / 1000, abs=5e-4) for step, values in run.logged)
+    for tag, points in curves(tmp_path / "tiny").items():
+        sent = [(step, values[tag]) for step, values in run.logged if tag in values]
+        assert sent == [(step, pytest.approx(value, rel=1e-6)) for step, value in points]
+    pictures = [(step, values["reconstruction"]) for step, values in run.logged if "reconstruction" in values]
+    assert [step for step, _ in pictures] == [2000]
+    assert pictures[0][1].size == (6 * 132 + 4, 4 * 132 + 4)
+
+
+def test_wandb_without_any_folder(scripts, wandb, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert scripts.finetune("--wandb", "shapes", "--epochs", 2).code == 0
+    (run,) = wandb.runs
+    assert run.options["dir"] is None
+    assert [step for step, values in run.logged if "test/acc1" in values] == [1000, 2000]
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_resume_goes_on_in_the_same_wandb_run(scripts, wandb, tmp_path):
+    flags = ("--output_dir", tmp_path, *BARE)
+    with killed_after(2):
+        scripts.pretrain(*flags, "--wandb", "a")
+    with killed_after(STEPS + 2):
+        scripts.pretrain(*flags, "--wandb", "a")  # from the beginning, so in a run of its own
+    with killed_after(STEPS + 2):
+        scripts.pretrain(*flags)  # without; it gets to epoch 1
+    for project in ("b", "a"):
+        scripts.pretrain(*flags, "--wandb", project, "--epochs", 3 if project == "b" else 4)
+    first, second, other, last = [(run.options["project"], run.options["id"]) for run in wandb.runs]
+    assert [first[0], second[0], other[0], last[0]] == ["a", "a", "b", "a"]
+    assert last == second
+    assert len({first, second, other}) == 3
+    assert wandb.runs[-1].options["allow_val_change"] is True
+    assert ["wandb" in start for start in starts(tmp_path)] == [True, True, False, True, True]
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
+def test_wandb_that_is_not_installed(stage, scripts, tmp_path, monkeypatch):
+    for module in (None, types.ModuleType("wandb")):  # the second: a mere folder of this name
+        monkeypatch.setitem(sys.modules, "wandb", module)
+        result = getattr(scripts, stage)("--wandb", "x", "--data_path", "/nowhere", "--output_dir", tmp_path / "out")
+        assert (result.code, result.err) == (2, "error: --wandb x: needs a package more: pip install wandb\n")
+        assert result.out == ""
+    assert not list(tmp_path.iterdir())
+
+
+def test_wandb_that_refuses(scripts, wandb, tmp_path):
+    def init(**_):
+        raise wandb.Error("No API key configured.")
+
+    wandb.init = init
+    result = scripts.pretrain("--wandb", "x", "--output_dir", tmp_path / "out", *BARE)
+    expected = "error: --wandb x: No API key configured; WANDB_MODE=offline needs no account\n"
+    assert (result.code, result.err) == (2, expected)
+    assert not list(tmp_path.iterdir())
+
+
+# ---- TensorBoard
+
+
+def test_tensorboard_knows_the_arguments(tmp_path):
+    run_log = RunLog(str(tmp_path), None, hparams={"lr": 0.5, "aa": "rand", "ema": True, "crop": None, "betas": [1, 2]})
+    run_log.scalars(1.0, **{"train/loss": 1.0})
+    run_log.close()
+    board = EventAccumulator(str(tmp_path)).Reload()
+    assert board.Tags()["scalars"] == ["train/loss"]
+    content = board.PluginTagToContent("hparams")["_hparams_/session_start_info"]
+    for word in (b"lr", b"aa", b"rand", b"ema", b"betas", b"[1, 2]"):
+        assert word in content
+    assert b"crop" not in content
+    assert len(list(tmp_path.iterdir())) == 1  # and no folder for them, as SummaryWriter.add_hparams makes
+
+
+def test_curves_of_a_run_that_was_stopped_are_whole(scripts, tmp_path, monkeypatch):
+    """Stopped inside epoch 1, by a save every 2 steps and then a kill: no point is missing, and none there twice."""
+    monkeypatch.setattr(metrics.Progress, "due", lambda self, step: True)
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: 0.0)
+    flags = (*BARE, "--save_ckpt_steps", 2)
+    assert scripts.pretrain("--output_dir", tmp_path / "whole", *flags).code == 0
+    with killed_after(STEPS + 3):
+        scripts.pretrain("--output_dir", tmp_path / "stopped", *flags)
+    stopped = curves(tmp_path / "stopped")["train/loss"]  # an exception is on its way, nothing has been closed
+    assert [step for step, _ in stopped] == [200, 400, 600, 800, 1000, 1200, 1400, 1600]
+    assert "checkpoint-1-step2" in scripts.pretrain("--output_dir", tmp_path / "stopped", *flags).out
+    assert curves(tmp_path / "stopped") == curves(tmp_path / "whole")
+
+
+def test_a_full_disk_ends_the_curves_and_not_the_run(tmp_path, monkeypatch):
+    messages = []
+    monkeypatch.setattr(threading, "excepthook", lambda *_: None)  # TensorBoard's thread ends with the exception
+    monkeypatch.setattr(metrics.log, "error", lambda text, *words: messages.append(text % words))
+    run_log = RunLog(str(tmp_path), None)
+    run_log.epoch({"epoch": 0})
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))  # no file of this process grows beyond that
+    try:
+        for epoch in range(1, 60):
+            run_log.scalars(epoch, loss=1.0, acc1=2.0)
+            run_log.epoch({"epoch": epoch, "note": "x" * 100})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    run_log.scalars(60, loss=1.0)
+    run_log.epoch({"epoch": 60})
+    run_log.close()
+    *before, last = [line["epoch"] for line in records(tmp_path)]  # each is whole
+    assert before == list(range(len(before)))
+    assert 10 < len(before) < 50
+    assert last == 60
+    assert [text for text in messages if "curves" in text] == [
+        f"{tmp_path}: no more curves (File too large); training goes on"
+    ]
+    lost = [text for text in messages if "log.txt" in text]
+    assert lost[0] == f"{tmp_path}/log.txt lacks epoch {len(before)} (File too large); training goes on"
+    assert len(lost) == 60 - len(before)
+
+
+# ---- --eval_freq
+
+
+def test_evaluation_every_few_epochs(scripts, tmp_path):
+    flags = ("--epochs", 5, "--batch_size", 20, "--model_ema", "--model_ema_eval")
+    assert scripts.finetune("--output_dir", tmp_path / "all", *flags).code == 0
+    result = scripts.finetune("--output_dir", tmp_path / "some", *flags, "--eval_freq", 2)
+    assert result.code == 0
+    assert len(re.findall("^eval:", result.out, re.MULTILINE)) == 3
+    every, some = records(tmp_path / "all"), records(tmp_path / "some")
+    evaluated = [line["epoch"] for line in some if "test_acc1" in line]
+    assert evaluated == [1, 3, 4]
+    for line, full in zip(some, every, strict=True):
+        tested = line["epoch"] in evaluated
+        assert line == {k: v for k, v in full.items() if tested or not k.startswith("test_")}
+    assert [step for step, _ in curves(tmp_path / "some")["test/acc1_ema"]] == [2000, 4000, 5000]
+    a, b = (load(tmp_path / name / "checkpoint-4.pth") for name in ("all", "some"))
+    assert same(a["model"], b["model"])
+    assert b["best"]["acc1"] == max(line["test_acc1"] for line in some if "test_acc1" in line)
+    assert b["best"]["epoch"] in evaluated
+
+
+def test_evaluations_are_the_same_after_a_resume(scripts, tmp_path):
+    flags = ("--epochs", 4, "--eval_freq", 3)
+    assert scripts.finetune("--output_dir", tmp_path / "whole", *flags).code == 0
+    for steps in (2 * STEPS, STEPS + 1):  # killed once before and once after the evaluation
+        with killed_after(steps):
+            scripts.finetune("--output_dir", tmp_path / "killed", *flags)
+    assert scripts.finetune("--output_dir", tmp_path / "killed", *flags).code == 0
+    assert records(tmp_path / "killed") == records(tmp_path / "whole")
+    assert [line["epoch"] for line in records(tmp_path / "killed") if "test_acc1" in line] == [2, 3]
+    for name in ("checkpoint-3.pth", "checkpoint-best.pth"):
+        a, b = (load(tmp_path / run / name) for run in ("whole", "killed"))
+        assert all(same(a[key], b[key]) for key in a.keys() - {"args"})
+
+
+def test_no_epoch_between_evaluations(scripts, tmp_path):
+    result = scripts.finetune("--eval_freq", 0)
+    assert (result.code, result.err) == (2, "error: --eval_freq 0: must be at least 1\n")
+    assert scripts.finetune("--output_dir", tmp_path, "--eval_freq", 9, "--disable_eval", "true").code == 0
+    assert not any("test_acc1" in line for line in records(tmp_path))
+    assert not any(key.startswith("best") for key in starts(tmp_path)[0]["metrics"])
+
+
+# ---- output_dir
+
+
+def test_a_folder_nothing_came_of_goes_again(tmp_path):
+    (tmp_path / "mine").mkdir()
+    for name in ("mine", "a/b/c", "mine/below"):
+        with prepared_output_dir(str(tmp_path / name)):
+            assert not list((tmp_path / name).iterdir())
+    assert [path.name for path in tmp_path.rglob("*")] == ["mine"]
+    with prepared_output_dir(str(tmp_path / "a/b/c")):
+        (tmp_path / "a" / "notes.txt").touch()
+    assert [path.name for path in (tmp_path / "a").rglob("*")] == ["notes.txt"]
+    with prepared_output_dir(""):
+        pass
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
+def test_a_run_that_fails_at_once_leaves_no_folder(stage, scripts, tmp_path):
+    run = getattr(scripts, stage)
+    for flags in (("--data_path", "/nowhere"), ("--batch_size", 41), ("--update_freq", 6)):
+        assert run("--output_dir", tmp_path / "runs" / "new", *flags).code == 2
+        assert not list(tmp_path.iterdir())
+    (tmp_path / "made").mkdir()
+    assert run("--output_dir", tmp_path / "made", "--data_path", "/nowhere").code == 2
+    assert not list((tmp_path / "made").iterdir())
+
+
+# ---- flags that change at a resume
+
+
+def optimizer_of(name, model, weight_decay, scale, **options):
+    groups = [
+        {"params": [model.weight], "weight_decay": weight_decay, "lr_scale": scale, "decays": True},
+        {"params": [model.bias], "weight_decay": 0.0, "lr_scale": 1.0, "decays": False},
+    ]
+    optimizer = create_optimizer_v2(groups, opt=name, lr=0.1, **options)
+    model(torch.ones(4, 3)).square().sum().backward()
+    optimizer.step()
+    return optimizer
+
+
+@pytest.mark.parametrize(
+    ("name", "before", "after"),
+    [
+        ("adamw", {"betas": (0.9, 0.999), "eps": 1e-8}, {"betas": (0.8, 0.95), "eps": 1e-6}),
+        ("lookahead_adamw", {"betas": (0.9, 0.999)}, {"betas": (0.8, 0.95)}),
+        ("sgd", {"momentum": 0.9}, {"momentum": 0.5}),
+        ("lamb", {}, {}),
+    ],
+)
+def test_a_resumed_optimizer_has_the_settings_of_the_command_line(name, before, after):
+    torch.manual_seed(0)
+    model, other = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    old = optimizer_of(name, model, 0.05, 0.25, **before)
+    state = checkpoint.training_state(model, old, scaler, 3, Namespace())
+    new = optimizer_of(name, other, 0.2, 0.5, **after)
+    assert checkpoint.load_training(Path("x.pth"), state, other, new, scaler) == (4, None)
+    assert [(group["weight_decay"], group["lr_scale"]) for group in new.param_groups] == [(0.2, 0.5), (0.0, 1.0)]
+    for key, value in after.items():
+        assert new.param_groups[0][key] == value
+    assert same(new.state_dict()["state"], old.state_dict()["state"])
+    inner = getattr(new, "base_optimizer", new)
+    assert inner.param_groups[0]["weight_decay"] == 0.2  # not on a copy that takes no step
+
+
+def test_weight_decay_and_layer_decay_can_change_at_a_resume(scripts, tmp_path):
+    flags = ("--layer_decay", 0.8, "--epochs", 2, "--disable_eval", "true")
+    assert scripts.finetune("--output_dir", tmp_path, *flags).code == 0
+    changed = ("--layer_decay", 0.5, "--weight_decay", 0.2, "--epochs", 3, "--disable_eval", "true")
+    result = scripts.finetune("--output_dir", tmp_path, *changed)
+    assert "going on with epoch 2" in result.out
+    before, after = (load(tmp_path / f"checkpoint-{epoch}.pth")["optimizer"]["param_groups"] for epoch in (1, 2))
+    assert {g["weight_decay"] for g in before} == {0.0, 0.05}
+    assert {g["weight_decay"] for g in after} == {0.0, 0.2}
+    for old, new in zip(before, after, strict=True):
+        assert math.log(new["lr_scale"], 0.5) == pytest.approx(math.log(old["lr_scale"], 0.8))
+        assert new["lr"] == pytest.approx(after[-1]["lr"] * new["lr_scale"] / after[-1]["lr_scale"])
+
+
+def test_a_layer_decay_that_groups_otherwise_is_refused(scripts, tmp_path):
+    assert scripts.finetune("--output_dir", tmp_path, "--layer_decay", 0.8, "--epochs", 2).code == 0
+    result = scripts.finetune("--output_dir", tmp_path, "--layer_decay", 1, "--epochs", 3)
+    assert result.code == 2
+    assert "does not fit --opt or --layer_decay" in result.err

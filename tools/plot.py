@@ -1,0 +1,175 @@
+"""Curves of one or several runs in one picture, a panel per key, and their last and best values as a table.
+
+python tools/plot.py output/finetune
+python tools/plot.py output/a output/b --keys train_loss test_acc1 --output compared.png
+"""
+
+import json
+import logging
+import math
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from utils.args import ArgumentParser
+from utils.distributed import setup_logging
+from utils.errors import UsageError, run, suggest
+
+log = logging.getLogger("fcmae")
+
+
+def get_args_parser() -> ArgumentParser:
+    parser = ArgumentParser(__doc__.splitlines()[0])
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder with a log.txt, the --output_dir of a run")
+    parser.add_argument("--output", default="curves.png", help="picture to write; '' for the table alone")
+    parser.add_argument("--keys", nargs="+", default=None, help="what to draw; losses and accuracies where not given")
+    parser.add_argument("--x", default="epoch", help="key of the horizontal axis")
+    return parser
+
+
+def read_log(folder: str) -> list[dict]:
+    """The records of a run's log.txt; a damaged line is reported and skipped.
+
+    Raises:
+        UsageError: no such folder, no log.txt in it, or no record in that.
+    """
+    path = Path(folder) / "log.txt"
+    if not path.is_file():
+        below = ", ".join(str(found.parent) for found in sorted(Path(folder).glob("*/log.txt")))
+        hint = f"; there is one in {below}" if below else "; give the --output_dir of a run"
+        raise UsageError(f"{folder}: holds no log.txt{hint}" if Path(folder).is_dir() else f"{folder}: no such folder")
+    records = []
+    for number, line in enumerate(path.read_text(errors="replace").splitlines(), start=1):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            record = None
+        if isinstance(record, dict):
+            records.append(record)
+        elif line.strip():
+            log.warning("%s: line %d is damaged, skipped", path, number)
+    if not records:
+        raise UsageError(f"{path}: holds no records")
+    return records
+
+
+def label_runs(folders: list[str]) -> list[str]:
+    """Each folder's name, or where two have the same name, their paths as given. Raises UsageError for one twice."""
+    names = [Path(folder).resolve().name for folder in folders]
+    if len(set(names)) == len(names):
+        return names
+    if twice := [folder for i, folder in enumerate(folders) if folder in folders[:i]]:
+        raise UsageError(f"{twice[0]}: given twice")
+    return folders
+
+
+def points(records: list[dict], x: str, key: str) -> list[tuple[float, float]]:
+    """(x, value) of the records that have both; a null, which stands for NaN, becomes NaN."""
+    found = [(record[x], record[key]) for record in records if x in record and key in record]
+    plain = [tuple(math.nan if value is None else value for value in pair) for pair in found]
+    return [pair for pair in plain if all(isinstance(value, (int, float)) for value in pair)]
+
+
+def choose_keys(runs: dict[str, list[dict]], keys: list[str] | None, x: str) -> list[str]:
+    """The keys to draw: `keys`, or else the losses and accuracies that most runs have.
+
+    Raises:
+        UsageError: a key, or x, that no run has; nothing to draw.
+    """
+    found = dict.fromkeys(key for records in runs.values() for record in records for key in record)
+    count = {key: sum(bool(points(records, x, key)) for records in runs.values()) for key in found}
+    known = [key for key in found if count[key] > 0] or list(found)
+    for flag, names in (("--x", [x]), ("--keys", keys or [])):
+        for name in names:
+            if name not in known:
+                raise UsageError(f"{flag} {name}: in none of the runs{suggest(name, known)}; {', '.join(known)}")
+    most = [key for key in known if 2 * count[key] > len(runs) and ("loss" in key or "acc" in key)]
+    if not (keys or most):
+        raise UsageError(f"--keys: no loss or accuracy is in most of the runs; give some of {', '.join(known)}")
+    return list(dict.fromkeys(keys or most))
+
+
+def best_of(key: str, values: list[tuple[float, float]]) -> tuple[float, float] | None:
+    """Where a loss is lowest or an accuracy highest, the first time; of other keys nobody knows."""
+    values = [pair for pair in values if not math.isnan(pair[1])]
+    if not values or not ("loss" in key or "acc" in key):
+        return None
+    return (min if "loss" in key else max)(values, key=lambda pair: pair[1])
+
+
+def table(runs: dict[str, list[dict]], keys: list[str], x: str) -> str:
+    """Last and best value of every key in every run, in aligned columns."""
+    rows = [("key", "run", "last", "best", f"at {x}")]
+    for key in keys:
+        for label, records in runs.items():
+            if values := points(records, x, key):
+                best = best_of(key, values)
+                found = (f"{best[1]:.4g}", f"{best[0]:g}") if best else ("", "")
+                rows.append((key, label, f"{values[-1][1]:.4g}", *found))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        words = [word.ljust(w) if i < 2 else word.rjust(w) for i, (word, w) in enumerate(zip(row, widths, strict=True))]
+        lines.append("  ".join(words).rstrip())
+    return "\n".join(lines)
+
+
+def draw(runs: dict[str, list[dict]], keys: list[str], x: str):
+    """A matplotlib figure with a panel per key; a run has the same colour in each."""
+    from matplotlib.figure import Figure
+
+    columns = len(keys) if len(keys) <= 3 else math.ceil(math.sqrt(len(keys)))
+    rows = math.ceil(len(keys) / columns)
+    figure = Figure(figsize=(5 * columns, 3.5 * rows + 0.5), layout="constrained")
+    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for panel in panels[len(keys) :]:
+        panel.remove()
+    lines = {}
+    for panel, key in zip(panels, keys, strict=False):
+        for i, (label, records) in enumerate(runs.items()):
+            if values := points(records, x, key):
+                style = {"color": f"C{i % 10}", "linestyle": ("-", "--", ":", "-.")[i // 10 % 4]}
+                style |= {"marker": "."} if len(values) == 1 else {}  # of which there is no line
+                (lines[label],) = panel.plot(*zip(*values, strict=True), label=label, **style)
+        panel.set(title=key, xlabel=x)
+        panel.grid(alpha=0.3)
+        if x == "epoch":
+            panel.xaxis.get_major_locator().set_params(integer=True)
+    figure.legend(handles=[lines[label] for label in runs if label in lines], loc="outside lower center", ncols=columns)
+    return figure
+
+
+def check_output(output: str) -> None:
+    """Refuse a picture that could not be written. Raises UsageError."""
+    try:
+        from matplotlib.backend_bases import FigureCanvasBase
+    except ImportError as error:
+        raise UsageError(
+            f"--output {output}: needs a package more: pip install matplotlib; --output '' prints the table alone"
+        ) from error
+    formats = sorted(FigureCanvasBase.get_supported_filetypes())
+    if Path(output).suffix[1:].lower() not in formats:
+        raise UsageError(f"--output {output}: must end in one of .{', .'.join(formats)}")
+    if not Path(output).parent.is_dir():
+        raise UsageError(f"--output {output}: there is no folder {Path(output).parent}")
+
+
+def main() -> None:
+    args = get_args_parser().parse_args()
+    setup_logging()
+    if args.output:
+        check_output(args.output)
+    runs = {label: read_log(folder) for label, folder in zip(label_runs(args.runs), args.runs, strict=True)}
+    keys = choose_keys(runs, args.keys, args.x)
+    print(table(runs, keys, args.x))
+    if args.output:
+        try:
+            draw(runs, keys, args.x).savefig(args.output, dpi=120)
+        except OSError as error:
+            raise UsageError(f"--output {args.output}: cannot be written ({error.strerror})") from error
+        print(f"curves in {args.output}")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,223 @@
+"""What a frozen encoder knows: k-NN and linear classification by its pooled features.
+
+python tools/probe.py --checkpoint output/demo_pretrain/checkpoint-1.pth --data_set shapes --random_init true
+python tools/probe.py --checkpoint base.pth --data_set IMNET --data_path /data/imagenet --method knn --max_images 50000
+
+The features are the last stage's on whole images, averaged over positions, from any checkpoint that the project reads;
+its shapes tell the model. k-NN needs no choice beyond k and the temperature. The linear classifier is a logistic
+regression on standardised features, its L2 penalty picked on a held-out fifth of the training images.
+"""
+
+import logging
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch.utils.data import DataLoader
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import datasets
+from engine_finetune import top_k
+from main_pretrain import labelled_splits, pooled_features, random_subset
+from models import weights
+from models.convnextv2 import Encoder
+from utils import checkpoint
+from utils.amp import Amp
+from utils.args import ArgumentParser, add_bool
+from utils.distributed import pick_device, setup_logging
+from utils.errors import UsageError, run
+from utils.knn import extract, knn_votes
+
+log = logging.getLogger("fcmae")
+
+PENALTIES = (10.0, 1.0, 0.1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)  # the strongest first: each fit starts from the last one
+LOGITS = 2**26  # computed at once: 256 MiB
+
+
+def load_encoder(path: str) -> tuple[Encoder, dict]:
+    """The encoder of a checkpoint of any layout, and the arguments of its training where the file holds them.
+
+    Raises:
+        UsageError: no checkpoint of a whole ConvNeXt V2 encoder.
+    """
+    content = checkpoint.read(path)
+    try:
+        state = weights.unwrap(content)
+        size = weights.infer_size(weights.to_backbone(state))
+        encoder = Encoder(size.in_chans, size.depths, size.dims, stem_stride=size.stem_stride)
+        weights.load(encoder, state)
+    except ValueError as error:
+        raise UsageError(f"--checkpoint {path}: {error}") from error
+    trained_with = content.get("args") or {}
+    return encoder.eval(), vars(trained_with) if isinstance(trained_with, Namespace) else trained_with
+
+
+def complete(args, encoder: Encoder, trained_with: dict) -> None:
+    """Fill in what the flags leave open of the images: as in the checkpoint's training, else as for ImageNet.
+
+    Raises:
+        UsageError: what the flags then say of the images is impossible.
+    """
+    args.in_chans = encoder.in_chans
+    args.imagenet_default_mean_and_std = trained_with.get("imagenet_default_mean_and_std", True)
+    for name, default in {"input_size": 224, "crop_pct": None, "mean": None, "std": None}.items():
+        if getattr(args, name) is None:
+            setattr(args, name, trained_with.get(name, default))
+    if args.input_size < encoder.patch_size:
+        least = encoder.patch_size
+        raise UsageError(f"--input_size {args.input_size}: must be at least the model's total stride {least}")
+    if args.crop_pct is not None and not 0 < args.crop_pct <= 1:
+        raise UsageError(f"--crop_pct {args.crop_pct}: must be above 0 and at most 1")
+    given = [args.mean or [], args.std or []]
+    if any(given) and not (len(given[0]) == len(given[1]) == args.in_chans and min(given[1]) > 0):
+        raise UsageError(f"--mean and --std: need a number each, the latter above 0, for {args.in_chans} channels")
+
+
+def add_image_arguments(parser: ArgumentParser) -> None:
+    """The flags that `complete` completes."""
+    size = "side of the images; where not given: as in training, else 224"
+    parser.add_argument("--input_size", type=int, default=None, help=size)
+    parser.add_argument("--crop_pct", type=float, default=None, help="evaluation crop; 224/256 where not given")
+    for name in ("--mean", "--std"):
+        normalised = "of each channel; where not given: as in training, else ImageNet's"
+        parser.add_argument(name, type=float, nargs="+", default=None, help=normalised)
+
+
+def fit_linear(
+    features: torch.Tensor, labels: torch.Tensor, num_classes: int, penalty: float, start: list | None = None
+) -> list[torch.Tensor]:
+    """Logistic regression by L-BFGS: (N, D), (N,) -> weight (num_classes, D) and bias (num_classes,).
+
+    They minimise mean cross entropy + penalty / 2 * |weight|^2, which is convex, in at most 200 steps from `start`; a
+    weak penalty may be stopped short.
+    """
+    if start is None:
+        start = [features.new_zeros(num_classes, features.shape[1]), features.new_zeros(num_classes)]
+    weight, bias = parameters = [x.clone().requires_grad_() for x in start]
+    optimizer = torch.optim.LBFGS(
+        parameters, max_iter=200, tolerance_grad=1e-5, tolerance_change=1e-9, line_search_fn="strong_wolfe"
+    )
+    rows = max(1, LOGITS // num_classes)
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        total = penalty / 2 * weight.square().sum()
+        total.backward()
+        for x, y in zip(features.split(rows), labels.split(rows), strict=True):
+            loss = F.cross_entropy(F.linear(x, weight, bias), y, reduction="sum") / len(features)
+            loss.backward()
+            total = total.detach() + loss.detach()
+        return total
+
+    optimizer.step(closure)
+    return [x.detach() for x in parameters]
+
+
+def linear_scores(
+    features: torch.Tensor, labels: torch.Tensor, queries: torch.Tensor, num_classes: int
+) -> torch.Tensor:
+    """Logits (Q, num_classes) of a linear classifier trained on (N, D), (N,); says which penalty it picked."""
+    deviation, mean = torch.std_mean(features, dim=0)
+    deviation[deviation == 0] = 1.0
+    features, queries = (features - mean) / deviation, (queries - mean) / deviation
+    order = torch.randperm(len(features), generator=torch.Generator().manual_seed(0)).to(features.device)
+    held_out, kept = order[: len(order) // 5], order[len(order) // 5 :]
+    path, found = [], None
+    for penalty in PENALTIES:
+        found = fit_linear(features[kept], labels[kept], num_classes, penalty, found)
+        path.append((float(top_k(F.linear(features[held_out], *found), labels[held_out], 1)), penalty, found))
+    accuracy, penalty, found = max(path, key=lambda entry: entry[0])
+    log.info("linear: L2 penalty %g of %s, %.2f on held-out training images", penalty, PENALTIES, accuracy)
+    return F.linear(queries, *fit_linear(features, labels, num_classes, penalty, found))
+
+
+def probe(encoder: Encoder, loaders: tuple[DataLoader, DataLoader], methods: dict[str, Callable], amp: Amp) -> dict:
+    """Per method top-1, top-5 and seconds, and under "images" what was read: (training, test, classes, chance)."""
+    begun = time.perf_counter()
+    encode = partial(pooled_features, encoder.to(amp.device))
+    (features, labels), (queries, truth) = (extract(encode, loader, encoder.dims[-1], amp) for loader in loaders)
+    if len(labels) < 5 or not len(truth):
+        raise UsageError(f"{len(labels)} training and {len(truth)} test images could be read: too few to probe with")
+    log.info("features of %d images in %.1f s", len(labels) + len(truth), time.perf_counter() - begun)
+    num_classes = int(labels.max()) + 1
+    chance = 100 * float((truth == labels.bincount().argmax()).float().mean())
+    results = {"images": (len(labels), len(truth), num_classes, chance)}
+    for name, method in methods.items():
+        begun = time.perf_counter()
+        scores = method(features, labels, queries, num_classes)
+        top1, top5 = (float(top_k(scores, truth, k)) for k in (1, 5))
+        results[name] = (top1, top5, time.perf_counter() - begun)
+    return results
+
+
+def get_args_parser() -> ArgumentParser:
+    parser = ArgumentParser(__doc__.splitlines()[0])
+    parser.set_defaults(min_crop=1.0, index_cache=True, train_list=None, eval_list=None)  # which data sets ask for
+    parser.add_argument("--checkpoint", required=True, help="file of any layout; its shapes tell the model")
+    parser.add_argument("--method", choices=("knn", "linear", "both"), default="both", help="classifier to use")
+    parser.add_argument("--k", type=int, default=20, help="nearest training images that vote")
+    parser.add_argument("--temperature", type=float, default=0.07, help="of the votes' weights")
+    add_bool(parser, "--random_init", False, "compare with random weights of the same shapes")
+    parser.add_argument("--max_images", type=int, default=None, help="of each split at most so many, picked at random")
+    parser.add_argument("--data_set", default="shapes", help=datasets.DATA_SETS_HELP)
+    parser.add_argument("--data_path", default=None, help="folder of the training data")
+    parser.add_argument(
+        "--eval_data_path", default=None, help="class folders of test images; without, image_folder holds a fifth out"
+    )
+    parser.add_argument("--nb_classes", type=int, default=None, help="number of classes, where the data does not tell")
+    add_image_arguments(parser)
+    parser.add_argument("--batch_size", type=int, default=64, help="images per forward pass")
+    parser.add_argument("--num_workers", type=int, default=10, help="loader processes")
+    add_bool(parser, "--pin_mem", True, "page-locked host memory for faster copies to the GPU")
+    parser.add_argument("--device", default="auto", help="auto (cuda, else mps, else cpu), or a torch device")
+    add_bool(parser, "--use_amp", None, "mixed precision; where not given: on cuda")
+    parser.add_argument("--seed", type=int, default=0, help="of the random weights")
+    return parser
+
+
+def check_args(args) -> None:
+    for name, least in {"k": 1, "max_images": 10, "batch_size": 1, "num_workers": 0, "seed": 0}.items():
+        if getattr(args, name) is not None and getattr(args, name) < least:
+            raise UsageError(f"--{name} {getattr(args, name)}: must be at least {least}")
+    if not args.temperature > 0:
+        raise UsageError(f"--temperature {args.temperature}: must be above 0, such as 0.07")
+    if args.data_set in ("IMNET", "image_folder") and not args.data_path:
+        raise UsageError(f"--data_set {args.data_set} needs --data_path; --data_set shapes needs no data")
+
+
+def main(args) -> None:
+    setup_logging()
+    check_args(args)
+    encoder, trained_with = load_encoder(args.checkpoint)
+    complete(args, encoder, trained_with)
+    device = pick_device(args.device)
+    amp = Amp(device, device.type == "cuda" if args.use_amp is None else args.use_amp, torch.bfloat16)
+    splits = (random_subset(split, args.max_images) for split in labelled_splits(args))
+    loaders = tuple(datasets.build_eval_loader(split, args, spread=False) for split in splits)
+    methods = {"knn": partial(knn_votes, k=args.k, temperature=args.temperature), "linear": linear_scores}
+    methods = {name: method for name, method in methods.items() if args.method in (name, "both")}
+    results = probe(encoder, loaders, methods, amp)
+    if args.random_init:
+        torch.manual_seed(args.seed)
+        fresh = Encoder(encoder.in_chans, encoder.depths, encoder.dims, stem_stride=encoder.stem_stride).eval()
+        baseline = probe(fresh, loaders, methods, amp)
+    train, test, num_classes, chance = results.pop("images")
+    print(
+        f"{args.checkpoint}: depths {encoder.depths}, dims {encoder.dims}, {args.input_size} px; "
+        f"{train} training and {test} test images of {num_classes} classes"
+    )
+    more = " random weights |" if args.random_init else ""
+    print(f"| method | top-1 | top-5 | chance |{more} seconds |\n|---|---|---|---|{'---|' * args.random_init}---|")
+    for name, (top1, top5, seconds) in results.items():
+        more = f" {baseline[name][0]:.2f} |" if args.random_init else ""
+        print(f"| {name} | {top1:.2f} | {top5:.2f} | {chance:.2f} |{more} {seconds:.1f} |")
+
+
+if __name__ == "__main__":
+    run(lambda: main(get_args_parser().parse_args()))

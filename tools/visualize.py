@@ -1,0 +1,248 @@
+"""Pictures of what an encoder has learnt: reconstructions, feature maps, and how much its channels differ.
+
+python tools/visualize.py --checkpoint output/pretrain/checkpoint-799.pth --reconstructions --mask_ratios 0.4 0.6 0.75
+python tools/visualize.py --checkpoint finetuned.pth --features --diversity --images photos/
+
+--reconstructions (of pre-training checkpoints): a row per image and seed: the image, then for each mask ratio the
+visible part and the prediction pasted into it. --features: a row per image: the image, then the first three principal
+components of each stage as red, green and blue; a stage's components are those of all images together, so one colour
+means the same thing in all of them. --diversity: the paper's feature cosine distance (section 3, figure 4), layer by
+layer. Without --images, drawn shapes are shown.
+"""
+
+import re
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torchvision.utils import save_image
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import datasets
+from main_pretrain import reconstructions, shown, tile
+from models import weights
+from models.convnextv2 import Block, Encoder
+from models.fcmae import FCMAE, num_visible
+from tools.probe import add_image_arguments, complete, load_encoder
+from utils import checkpoint
+from utils.amp import Amp
+from utils.args import ArgumentParser, add_bool, prepared_output_dir
+from utils.distributed import pick_device, setup_logging
+from utils.errors import UsageError, run
+from utils.images import BadImage, load_tensor
+from utils.shapes import Shapes
+
+
+def load_images(args) -> torch.Tensor:
+    """The images as in evaluation: (N, C, input_size, input_size). Raises UsageError for a file that is no image."""
+    transform, paths, imgs = datasets.build_transform(False, args), [], []
+    if not args.images:
+        dataset = Shapes("val", args.input_size, num_samples=args.max_images)
+        return torch.stack([transform(dataset[i][0]) for i in range(len(dataset))])
+    for path in args.images:
+        folder = Path(path).is_dir()
+        paths += datasets.ImageTree(path, "--images", None, args.in_chans, False).paths if folder else [path]
+    for path in paths[: args.max_images]:
+        try:
+            image = load_tensor(path, args.in_chans)
+        except (BadImage, UsageError) as error:
+            raise UsageError(f"--images {error}") from error
+        if image.dtype != torch.uint8 and not args.mean:
+            raise UsageError(f"--images {path}: not of 8 bits, which needs --mean and --std")
+        imgs.append(transform(image))
+    return torch.stack(imgs)
+
+
+# ---- reconstructions -------------------------------------------------------------------------------------------------
+
+
+def load_fcmae(path: str, norm_pix_loss: bool) -> FCMAE:
+    """The autoencoder of a pre-training checkpoint. Raises UsageError where the file holds no whole decoder."""
+    state = weights.unwrap(checkpoint.read(path))
+    size, state = weights.infer_size(weights.to_backbone(state)), weights.to_fcmae(state)
+    if not {"mask_token", "proj.weight", "pred.weight"} <= state.keys():
+        raise UsageError(f"--checkpoint {path}: holds no decoder; --reconstructions needs a pre-training checkpoint")
+    decoder_depth = sum(re.fullmatch(r"decoder\.\d+\.dwconv\.weight", name) is not None for name in state)
+    model = FCMAE(
+        size.in_chans, size.depths, size.dims, decoder_depth=decoder_depth,
+        decoder_embed_dim=state["mask_token"].shape[1], norm_pix_loss=norm_pix_loss, patch_size=8 * size.stem_stride,
+    )  # fmt: skip
+    checkpoint.load_weights(model, state, f"--checkpoint {path}")
+    return model.eval()
+
+
+def reconstruction_rows(
+    model: FCMAE, imgs: torch.Tensor, amp: Amp, mean, std, mask_ratios: list[float], seeds: list[int]
+) -> torch.Tensor:
+    """A row per image and seed: the image, then for each ratio visible part and prediction: (3, height, width)."""
+    rows = []
+    for seed in seeds:
+        triples = [reconstructions(model, imgs, amp, mean, std, ratio, seed) for ratio in mask_ratios]
+        rows.append(torch.cat([triples[0][:, :1], *(triple[:, 1:] for triple in triples)], dim=1))
+    rows = torch.stack(rows, dim=1)  # (N, seeds, 1 + 2 * ratios, C, H, W)
+    return tile(rows.flatten(0, 2), rows.shape[2])
+
+
+# ---- feature maps ----------------------------------------------------------------------------------------------------
+
+
+def principal_colours(maps: torch.Tensor) -> torch.Tensor:
+    """The first three principal components of all positions' features, as colours: (N, C, H, W) -> (N, 3, H, W).
+
+    Each component runs from 0 to 1 between its 1st and 99th percentile. Its sign, which is arbitrary, is chosen so that
+    the channel with the largest share counts as positive.
+    """
+    rows = maps.permute(0, 2, 3, 1).flatten(0, 2).cpu().double()  # (N * H * W, C)
+    rows -= rows.mean(dim=0)
+    _, vectors = torch.linalg.eigh(rows.T @ rows)  # in ascending order
+    vectors = vectors[:, -3:].flip(1)
+    largest = vectors.gather(0, vectors.abs().argmax(dim=0, keepdim=True))
+    components = rows @ (vectors * largest.sign())
+    ranked = components.sort(dim=0).values
+    low, high = (ranked[round(share * (len(ranked) - 1))] for share in (0.01, 0.99))
+    colours = ((components - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)
+    return colours.view(len(maps), *maps.shape[2:], 3).permute(0, 3, 1, 2).float()
+
+
+@torch.no_grad()
+def feature_rows(encoder: Encoder, imgs: torch.Tensor, amp: Amp, mean, std) -> torch.Tensor:
+    """A row per image: the image, then the principal colours of its four stages: (3, height, width)."""
+    with amp.autocast():
+        stages = encoder.forward_stages(imgs.to(amp.device))
+    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (mean, std))
+    columns = [(imgs * std + mean).clamp(0, 1)[:, : shown(imgs)].expand(-1, 3, -1, -1)]
+    columns += [F.interpolate(principal_colours(stage), imgs.shape[-2:], mode="nearest") for stage in stages]
+    return tile(torch.stack(columns, dim=1).flatten(0, 1), len(columns))
+
+
+# ---- diversity of features -------------------------------------------------------------------------------------------
+
+
+def cosine_distance(x: torch.Tensor) -> torch.Tensor:
+    """Mean cosine distance of all pairs of channels, per image: (N, H, W, C) -> (N,), from 0 (all alike) to 1.
+
+    As in the paper, (1 - cos) / 2 over all C * C pairs. The cosines of all pairs add up to the squared norm of the sum
+    of the channels' unit vectors, so no C x C matrix is needed. A channel that is zero has the cosine 0 to every other.
+    """
+    x = x.float()
+    norm = torch.linalg.vector_norm(x, dim=(1, 2))  # (N, C)
+    total = torch.einsum("nhwc,nc->nhw", x, torch.where(norm > 0, 1 / norm, 0.0))
+    return (1 - total.square().sum(dim=(1, 2)) / x.shape[-1] ** 2) / 2
+
+
+@torch.no_grad()
+def feature_diversity(encoder: Encoder, imgs: torch.Tensor, amp: Amp, batch_size: int = 16) -> list[tuple]:
+    """Per block: its name, and the mean cosine distance of its expanded features before and after GRN."""
+    sums, handles = defaultdict(float), []
+
+    def watch(name: str):
+        def hook(_module, _inputs, output):
+            sums[name] += float(cosine_distance(output).sum())
+
+        return hook
+
+    blocks = [(name, module) for name, module in encoder.named_modules() if isinstance(module, Block)]
+    for name, block in blocks:
+        handles += [layer.register_forward_hook(watch(f"{name}.{part}")) for part, layer in
+                    (("act", block.act), ("grn", block.grn))]  # fmt: skip
+    try:
+        for batch in imgs.split(batch_size):
+            with amp.autocast():
+                encoder.forward_stages(batch.to(amp.device))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [(name, sums[f"{name}.act"] / len(imgs), sums[f"{name}.grn"] / len(imgs)) for name, _ in blocks]
+
+
+def plot_diversity(rows: list[tuple], title: str, path: Path) -> None:
+    """Both columns of `feature_diversity` as lines over the layers."""
+    from matplotlib.figure import Figure  # not pyplot, which may look for a screen
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    for label, values in zip(("before GRN", "after GRN"), list(zip(*rows, strict=True))[1:], strict=True):
+        axes.plot(range(1, len(rows) + 1), values, marker=".", label=label)
+    axes.set(xlabel="layer", ylabel="mean cosine distance of channels", title=title)
+    axes.legend()
+    figure.savefig(path, dpi=150)
+
+
+# ---- command line ----------------------------------------------------------------------------------------------------
+
+
+def get_args_parser() -> ArgumentParser:
+    parser = ArgumentParser(__doc__.splitlines()[0])
+    parser.add_argument("--checkpoint", required=True, help="file of any layout; its shapes tell the model")
+    add_bool(parser, "--reconstructions", False, "write reconstructions.png; of a pre-training checkpoint")
+    add_bool(parser, "--features", False, "write features.png")
+    add_bool(parser, "--diversity", False, "write diversity.png and print its numbers; needs matplotlib")
+    parser.add_argument("--images", nargs="+", default=None, help="image files or folders; without, drawn shapes")
+    parser.add_argument("--max_images", type=int, default=8, help="at most so many, the first ones")
+    parser.add_argument("--mask_ratios", type=float, nargs="+", default=[0.4, 0.6, 0.75], help="of the reconstructions")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the masks; each has rows of its own")
+    parser.add_argument("--output_dir", default="output/pictures", help="folder for the pictures")
+    add_image_arguments(parser)
+    parser.add_argument("--device", default="auto", help="auto (cuda, else mps, else cpu), or a torch device")
+    add_bool(parser, "--use_amp", None, "mixed precision; where not given: on cuda")
+    return parser
+
+
+def check_args(args, patch_size: int) -> None:
+    if not (args.reconstructions or args.features or args.diversity):
+        raise UsageError("nothing to draw: give --reconstructions, --features or --diversity, or several of them")
+    if args.max_images < 1:
+        raise UsageError(f"--max_images {args.max_images}: must be at least 1")
+    if min(args.seeds) < 0:
+        raise UsageError(f"--seeds {min(args.seeds)}: must not be negative")
+    if args.reconstructions and args.input_size % patch_size:
+        raise UsageError(f"--input_size {args.input_size}: must be a multiple of the model's patch size {patch_size}")
+    for ratio in args.mask_ratios if args.reconstructions else ():
+        try:
+            num_visible((args.input_size // patch_size) ** 2, ratio)
+        except ValueError as error:
+            raise UsageError(f"--mask_ratios {ratio}: {error}") from error
+    for path in args.images or ():
+        if not Path(path).exists():
+            raise UsageError(f"--images {path}: no such file or folder")
+    if args.diversity:
+        try:
+            import matplotlib.figure  # noqa: F401
+        except ImportError as error:
+            raise UsageError("--diversity: draws with matplotlib, which is missing: pip install matplotlib") from error
+
+
+def main(args) -> None:
+    setup_logging()
+    encoder, trained_with = load_encoder(args.checkpoint)
+    complete(args, encoder, trained_with)
+    check_args(args, encoder.patch_size)
+    device = pick_device(args.device)
+    amp = Amp(device, device.type == "cuda" if args.use_amp is None else args.use_amp, torch.bfloat16)
+    imgs, (mean, std) = load_images(args), datasets.mean_std(args)
+    with prepared_output_dir(args.output_dir):
+        folder, written = Path(args.output_dir), []
+        if args.reconstructions:
+            model = load_fcmae(args.checkpoint, trained_with.get("norm_pix_loss", True)).to(device)
+            grid = reconstruction_rows(model, imgs, amp, mean, std, args.mask_ratios, args.seeds)
+            written.append(folder / "reconstructions.png")
+            save_image(grid, written[-1])
+        encoder.to(device)
+        if args.features:
+            written.append(folder / "features.png")
+            save_image(feature_rows(encoder, imgs, amp, mean, std), written[-1])
+        if args.diversity:
+            rows = feature_diversity(encoder, imgs, amp)
+            print("| layer | block | before GRN | after GRN |\n|---|---|---|---|")
+            for layer, (name, before, after) in enumerate(rows, start=1):
+                print(f"| {layer} | {name} | {before:.4f} | {after:.4f} |")
+            written.append(folder / "diversity.png")
+            plot_diversity(rows, f"{Path(args.checkpoint).name}, {len(imgs)} images", written[-1])
+        print("written:", *written)
+
+
+if __name__ == "__main__":
+    run(lambda: main(get_args_parser().parse_args()))

@@ -1,0 +1,79 @@
+"""k-nearest-neighbour classification on frozen features: a look at an encoder that needs no training.
+
+The protocol of instance discrimination (arXiv 1805.01978, section 3.4), which DINO and others report: cosine
+similarity, the k nearest training images vote, each with the weight exp(similarity / temperature).
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch.utils.data import DataLoader
+
+from .amp import Amp
+from .distributed import all_gather, all_reduce_sum
+from .errors import UsageError
+
+SIMILARITIES = 2**26  # computed at once: 256 MiB
+
+
+@torch.no_grad()
+def extract(encode: Callable, loader: DataLoader, dim: int, amp: Amp) -> tuple[torch.Tensor, torch.Tensor]:
+    """Features (N, dim), float32, and labels (N,) of this process's readable images, on the device.
+
+    encode: (B, C, H, W) -> (B, dim).
+    """
+    features = [torch.empty(0, dim, device=amp.device)]  # a process may have no image
+    labels = [torch.empty(0, dtype=torch.int64, device=amp.device)]
+    for batch in loader:
+        if batch is not None:
+            imgs, target = (x.to(amp.device, non_blocking=True) for x in batch)
+            with amp.autocast():
+                features.append(encode(imgs).float())
+            labels.append(target)
+    return torch.cat(features), torch.cat(labels)
+
+
+def gather(rows: torch.Tensor) -> torch.Tensor:
+    """The rows of all processes, which may hold different numbers of them, in the order of ranks."""
+    counts = [int(count) for count in all_gather(torch.tensor([len(rows)], device=rows.device))]
+    padded = rows.new_zeros(max(counts), *rows.shape[1:])
+    padded[: len(rows)] = rows
+    return torch.cat([part[:count] for part, count in zip(all_gather(padded), counts, strict=True)])
+
+
+def knn_votes(
+    features: torch.Tensor, labels: torch.Tensor, queries: torch.Tensor, num_classes: int, k: int = 20,
+    temperature: float = 0.07, similarities: int = SIMILARITIES,
+) -> torch.Tensor:  # fmt: skip
+    """Votes for each class: labelled features (N, D), (N,) and queries (Q, D) -> (Q, num_classes).
+
+    The weights are relative to the nearest image's, so that no temperature overflows. With fewer than k images all
+    of them vote. similarities: computed at a time, which bounds the memory.
+    """
+    queries, features = F.normalize(queries, dim=1), F.normalize(features, dim=1)
+    votes = []
+    for chunk in queries.split(max(1, similarities // len(features))):
+        similarity, nearest = (chunk @ features.T).topk(min(k, len(features)), dim=1)
+        weight = ((similarity - similarity[:, :1]) / temperature).exp()
+        votes.append(weight.new_zeros(len(chunk), num_classes).scatter_add_(1, labels[nearest], weight))
+    return torch.cat(votes)
+
+
+def knn_accuracy(encode: Callable, dim: int, train_loader: DataLoader, test_loader: DataLoader, amp: Amp) -> float:
+    """Percentage of test images whose class the training images' features vote for, each image counted once.
+
+    Every process encodes its share of both; the training features are gathered, the test images stay where they are.
+
+    Raises:
+        UsageError: no training or no test image can be read.
+    """
+    features, labels = (gather(rows) for rows in extract(encode, train_loader, dim, amp))
+    queries, truth = extract(encode, test_loader, dim, amp)
+    seen = all_reduce_sum(torch.tensor(len(truth), device=amp.device)).item()
+    if not len(labels) or not seen:
+        raise UsageError("k-NN accuracy: none of the labelled images can be read; see the warnings above")
+    correct = torch.zeros((), dtype=torch.int64, device=amp.device)
+    if len(truth):
+        correct += (knn_votes(features, labels, queries, int(labels.max()) + 1).argmax(dim=1) == truth).sum()
+    return 100 * all_reduce_sum(correct).item() / seen
