@@ -51,9 +51,9 @@ AUTO_AUGMENT = "rand-m9-mstd0.5-inc1"
 SMALL = 32  # at this input size and below, a random resized crop of fine-tuning would leave nothing to see
 TIMM_SCHEMES = ("wds/", "hfds/", "hfids/", "tfds/", "torch/")
 DATA_SETS_HELP = (
-    "IMNET (data_path/train and /val as 1000 class folders), image_folder (or a .tar of one), CIFAR (CIFAR-100), CIFAR10, "
-    "shapes (drawn, nothing to download), or a name with a scheme that timm's create_dataset knows: wds/, hfds/, tfds/, "
-    "torch/"
+    "IMNET (data_path/train and /val as 1000 class folders), image_folder (or a .tar of one), CIFAR (CIFAR-100), "
+    "CIFAR10, shapes (drawn, nothing to download), or a name with a scheme that timm's create_dataset knows: wds/, "
+    "hfds/, tfds/, torch/"
 )
 
 

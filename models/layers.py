@@ -111,18 +111,20 @@ class _GRNMLP(torch.autograd.Function):
         mean = norm.mean(dim=-1, keepdim=True) + ctx.eps
         scale = 1 + gamma * (norm / mean)
         grad_scale, grad_x = torch.empty_like(norm), torch.empty_like(x)
-        grad_w1, grad_w2, grad_b1 = torch.zeros_like(w1), torch.zeros_like(w2), w1.new_zeros(hidden)
+        grad_w1 = grad_w2 = None
+        grad_b1 = w1.new_zeros(hidden)
         for i in range(0, n, ctx.piece):
             rows = slice(i, i + ctx.piece)
             g, y, s = grad[rows], a[rows], scale[rows]
             if ctx.fold:
                 per_sample = torch.bmm(g.transpose(1, 2), y)  # (n, C, 4C)
                 grad_scale[rows] = (per_sample * w2).sum(dim=1, keepdim=True)
-                grad_w2 += (per_sample * s).sum(dim=0)
+                per_sample = (per_sample * s).sum(dim=0)
+                grad_w2 = per_sample if grad_w2 is None else grad_w2.add_(per_sample)
                 grad_y = torch.bmm(g, (w2 * s).to(dtype))
             else:
                 g, s = g.view(-1, c), s.to(dtype)
-                _add_product(grad_w2, g.t(), torch.addcmul(beta_cast, y, s).view(-1, hidden))
+                grad_w2 = _plus_product(grad_w2, g.t(), torch.addcmul(beta_cast, y, s).view(-1, hidden), w2.dtype)
                 grad_y = torch.mm(g, v2).view(y.shape)
                 grad_scale[rows] = (grad_y * y).sum(dim=1, keepdim=True, dtype=statistics)
                 grad_y *= s
@@ -132,7 +134,7 @@ class _GRNMLP(torch.autograd.Function):
             slope = torch.where(norm[rows] > 0, (grad_ratio / mean[rows] - through_mean) / norm[rows], 0.0)
             grad_y.addcmul_(y, slope.to(dtype))
             grad_h = torch.ops.aten.gelu_backward(grad_y, h[rows]).view(-1, hidden)
-            _add_product(grad_w1, grad_h.t(), x[rows].view(-1, c))
+            grad_w1 = _plus_product(grad_w1, grad_h.t(), x[rows].view(-1, c), w1.dtype)
             grad_b1 += grad_h.sum(dim=0, dtype=statistics)
             torch.mm(grad_h, v1, out=grad_x[rows].view(-1, c))
         grad_gamma = (grad_scale * norm / mean).sum(dim=(0, 1))
@@ -143,12 +145,11 @@ class _GRNMLP(torch.autograd.Function):
         return grad_x, grad_w1, grad_b1, grad_gamma, grad_beta, grad_w2, grad_b2, None
 
 
-def _add_product(total: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> None:
-    """total += x @ y, where the factors may be of half precision and the total is not."""
-    if x.dtype == total.dtype:
-        total.addmm_(x, y)
-    else:
-        total += x @ y
+def _plus_product(total: torch.Tensor | None, x: torch.Tensor, y: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """total, in place where there is one, plus x @ y, whose factors may be of less precision than the total's dtype."""
+    if total is None:
+        return (x @ y).to(dtype)
+    return total.addmm_(x, y) if x.dtype == dtype else total.add_(x @ y)
 
 
 class PatchConv(nn.Conv2d):

@@ -220,19 +220,21 @@ def _convolve(x, weight, bias, visible, side, form):
 
 
 def _weight_grad_window(x, grad, weight, visible, side):
+    """In pieces of patches whose windows stay in the cache: several times faster than all at once."""
     c, k, patches = x.shape[-1], weight.shape[-1], visible.keep.numel()
     x = torch.cat([x.reshape(-1, c), x.new_zeros(1, c)])  # the table says row P*s*s where there is nothing
-    table = visible.windows(side, k // 2)
-    if side == 1:  # a 1x1 kernel is a product; taken in pieces that stay in the cache, it is several times faster
-        grad = grad.view(patches, 1, c)
-        total = x.new_zeros(k * k, c, dtype=torch.promote_types(x.dtype, torch.float32))
-        piece = max(1, (1 << 20) * torch.get_num_threads() // (k * k * c * x.element_size()))
-        for i in range(0, patches, piece):
-            windows = x.index_select(0, table[i : i + piece].flatten()).view(-1, k * k, c)
-            total += (windows * grad[i : i + piece]).sum(dim=0)
-        return total.to(x.dtype).t().reshape(c, 1, k, k)
-    windows = x.index_select(0, table.permute(1, 2, 0).flatten()).view(*table.shape[1:], patches, c)
-    return correlate(windows, grad.view(patches, side, side, c).permute(1, 2, 0, 3))
+    table, grad = visible.windows(side, k // 2), grad.view(patches, side, side, c)
+    total = x.new_zeros(c, 1, k, k, dtype=torch.promote_types(x.dtype, torch.float32))
+    piece = max(1, (2 << 20) * torch.get_num_threads() // (table[0].numel() * c * x.element_size()))
+    for i in range(0, patches, piece):
+        rows, g = table[i : i + piece], grad[i : i + piece]
+        if side == 1:  # a 1x1 kernel is a product
+            windows = x.index_select(0, rows.flatten()).view(-1, k * k, c)
+            total += (windows * g.view(-1, 1, c)).sum(dim=0).t().reshape(c, 1, k, k)
+        else:
+            windows = x.index_select(0, rows.permute(1, 2, 0).flatten()).view(*rows.shape[1:], -1, c)
+            total += correlate(windows, g.permute(1, 2, 0, 3))
+    return total.to(x.dtype)
 
 
 def _weight_grad_grid(x, grad, weight, visible, side):

@@ -125,7 +125,7 @@ def test_recipes_are_valid(path):
     args = module.get_args_parser().parse_args([f"@{path}"])
     args.finetune = ""  # what it starts from is not there
     module.check_args(args)
-    assert args.model.split("_")[1] in path.stem or "demo" in path.stem
+    assert args.model.split("_")[1] in path.stem or "demo" in path.stem or path.stem == "linear_probe"
 
 
 @pytest.mark.parametrize("name", ["main_pretrain", "main_finetune"])

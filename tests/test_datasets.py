@@ -1,9 +1,14 @@
 """datasets.py: pixels against PIL, samples that depend on their key alone, steps however work is spread, bad data."""
 
+import contextlib
+import gc
 import io
 import logging
 import pickle
 import random
+import re
+import sys
+import tarfile
 from collections import Counter
 from functools import partial
 from urllib.error import URLError
@@ -25,7 +30,10 @@ import datasets
 import main_finetune
 import main_pretrain
 from datasets import BadImage, ClassFolders, EvalSamples, ImageTree, StepSampler, TrainSamples
-from utils.crops import draw_box
+from tests.small_runs import load, records
+from tools import benchmark_loader, mean_std
+from utils import memory
+from utils.crops import Box, crop, draw_box
 from utils.errors import UsageError, run
 from utils.seeding import seed_all
 from utils.shapes import Shapes
@@ -74,6 +82,7 @@ def logs(caplog, monkeypatch):
     log = logging.getLogger("fcmae")
     monkeypatch.setattr(log, "handlers", [caplog.handler])
     monkeypatch.setattr(log, "propagate", False)
+    caplog.set_level(logging.INFO, "fcmae")
     return caplog
 
 
@@ -344,9 +353,10 @@ def test_nothing_readable_ends_in_one_line(num_workers, capsys, monkeypatch):
     monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.2)  # or the worker is waited for for 5 s
     args = finetune_args(batch_size=4, num_workers=num_workers)
     loader = datasets.build_train_loader(OnlyBroken(), args)
-    with pytest.raises(SystemExit) as stopped:
+    with pytest.raises(SystemExit, match="2"):
         run(lambda: list(loader.steps(0)))
-    assert stopped.value.code == 2
+    del loader
+    gc.collect()  # while the worker is not waited for
     lines = capsys.readouterr().err.strip().splitlines()
     errors = [line for line in lines if line.startswith("error:")]
     assert len(errors) == 1
@@ -591,6 +601,429 @@ def test_everything_sent_to_workers_pickles(folders, cifar_files):
             assert torch.equal(torch.as_tensor(one), torch.as_tensor(other))
         pickle.loads(pickle.dumps(EvalSamples(dataset)))[0]
     pickle.dumps(datasets.build_dataset(False, finetune_args(eval_data_path=folders / "val", **folder))[0])
+
+
+# ---- data sets in memory
+
+
+@pytest.fixture
+def uneven(folders):
+    """Those folders with an image of another size, and one that is broken."""
+    save(picture(30, 50), folders / "train/ant/other.png")
+    (folders / "train/bee/broken.png").write_bytes(b"no image")
+    return folders
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_images_in_host_memory_are_those_on_disk(uneven, logs, num_workers):
+    flags = {"data_set": "image_folder", "data_path": uneven / "train", "input_size": 32, "num_workers": num_workers}
+    pretrain, finetune = pretrain_args(in_memory="host", **flags), finetune_args(in_memory="host", **flags)
+    for dataset, args in (
+        (datasets.build_pretrain_dataset(pretrain), pretrain), (datasets.build_dataset(True, finetune)[0], finetune),
+    ):  # fmt: skip
+        held = datasets.in_memory(dataset, args)
+        assert "13 images in memory" in logs.text
+        (bad,) = held.errors
+        with pytest.raises(BadImage, match=r"bee/broken\.png"):
+            held[bad]
+        samples = [TrainSamples(x, 3, partial(torch.rand, 4)) for x in (dataset, held)]
+        for epoch in (0, 1):
+            for index in range(14):
+                one, other = (x[epoch, index] for x in samples)
+                assert all(torch.equal(torch.as_tensor(a), torch.as_tensor(b)) for a, b in zip(one, other, strict=True))
+    (uneven / "train").rename(uneven / "gone")
+    assert held[0][0].shape == (3, 32, 32)
+
+
+def test_memory_is_for_what_can_be_held(uneven, monkeypatch):
+    flags = {"data_set": "image_folder", "data_path": uneven / "train", "input_size": 32, "num_workers": 0}
+    args = pretrain_args(in_memory="device", **flags)
+    dataset = datasets.build_pretrain_dataset(args)
+    assert datasets.in_memory(dataset, pretrain_args(**flags)) is dataset
+    with pytest.raises(UsageError, match=r"images differ in size \((60 x 40 and 30 x 50|30 x 50 and 60 x 40)\)"):
+        datasets.in_memory(dataset, args, datasets.pretrain_draw(args))
+    with pytest.raises(UsageError, match=r"--in_memory device: --data_set image_folder is a stream"):
+        datasets.in_memory(Stream(5), args)
+    monkeypatch.setattr(memory, "free_memory", lambda device: 15_000)
+    with pytest.raises(UsageError, match=r"--in_memory: 2 of 14 images take .* give --in_memory no"):
+        datasets.in_memory(dataset, args)
+
+
+def held_on_the_device(folders, **flags):
+    common = {"data_set": "image_folder", "data_path": folders / "train", "in_memory": "device", "num_workers": 0}
+    args = pretrain_args(batch_size=6, **common, **flags)
+    dataset = datasets.in_memory(datasets.build_pretrain_dataset(args), args, datasets.pretrain_draw(args))
+    return args, dataset, datasets.build_prepare(dataset, args, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("size", [32, 48])
+def test_the_device_cuts_what_the_host_would(folders, size):
+    (folders / "train/bee/broken.png").write_bytes(b"no image")
+    args, dataset, prepare = held_on_the_device(folders, input_size=size)
+    loaders = [
+        datasets.build_train_loader(x, args, partial(torch.rand, 4), prepare=p)
+        for x, p in (
+            (dataset, prepare),
+            (datasets.build_pretrain_dataset(args), datasets.build_prepare(None, args, torch.device("cpu"))),
+        )
+    ]
+    for device, host in zip(*(loader.steps(3) for loader in loaders), strict=True):
+        (boxes, *rest), (images, *others) = device[0].data, host[0].data
+        assert boxes.dtype == torch.int64
+        assert boxes.shape == (len(images), 6)
+        assert all(torch.equal(a, b) for a, b in zip(rest, others, strict=True))  # labels, masks
+        cut, whole = (loader.prepare(x) for loader, x in zip(loaders, (boxes, images), strict=True))
+        difference = ((cut - whole) * STD * 255).abs()
+        assert difference.max() < 2.01
+        assert difference.mean() < 0.25
+
+
+def test_what_the_device_cuts_does_not_depend_on_workers_or_processes(folders, monkeypatch):
+    args, dataset, prepare = held_on_the_device(folders, input_size=32)
+    args.batch_size = 12
+    ((batch,),) = datasets.build_train_loader(dataset, args).steps(1)
+    alone = prepare(batch.data[0])
+    args.batch_size, args.num_workers = 6, 2
+    monkeypatch.setattr(datasets, "get_world_size", lambda: 2)
+    parts = []
+    for rank in (0, 1):
+        monkeypatch.setattr(datasets, "get_rank", lambda r=rank: r)
+        parts += [batch.data[0] for step in datasets.build_train_loader(dataset, args).steps(1) for batch in step]
+    assert torch.equal(torch.cat([prepare(part) for part in parts]), alone)
+
+
+def test_a_device_without_room(folders, monkeypatch):
+    args, dataset, _ = held_on_the_device(folders, input_size=32)
+    monkeypatch.setattr(memory, "free_memory", lambda device: 3 * 2**20)
+    dataset.held.images *= 50
+    with pytest.raises(UsageError, match=r"the images take 0\.0 GiB, cpu has 0\.0 GiB free; give --in_memory host"):
+        datasets.build_prepare(dataset, args, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({}, r"crops and flips alone, which --aa rand-m9-mstd0.5-inc1 is not; give --aa '', or --in_memory host"),
+        ({"aa": "", "reprob": 0.25}, "--reprob 0.25 is not; give --reprob 0"),
+        ({"aa": "", "reprob": 0, "color_jitter": 0.4}, "--color_jitter 0.4 is not"),
+        ({"aa": "", "reprob": 0, "train_interpolation": "random"}, "--train_interpolation bicubic"),
+        ({"aa": "", "reprob": 0, "input_size": 32}, "--input_size 32: .* above 32 or the .*short side, which is 40"),
+    ],
+)
+def test_fine_tuning_on_the_device_only_crops_and_flips(folders, flags, message):
+    common = {"data_set": "image_folder", "data_path": folders / "train", "in_memory": "device", "num_workers": 0}
+    args = finetune_args(**common, **flags)
+    dataset, _ = datasets.build_dataset(True, args)
+    with pytest.raises(UsageError, match=message):
+        datasets.finetune_in_memory(dataset, args, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(("size", "kind"), [(32, "shifts"), (48, "crops")])
+def test_fine_tuning_on_the_device(tmp_path, size, kind):
+    for i in range(6):
+        save(picture(40, 32, seed=i), tmp_path / "ab"[i % 2] / f"{i}.png")
+    args = finetune_args(
+        data_set="image_folder", data_path=tmp_path, in_memory="device", num_workers=0, aa="", reprob=0, input_size=size
+    )
+    dataset, prepare = datasets.finetune_in_memory(datasets.build_dataset(True, args)[0], args, torch.device("cpu"))
+    seed_all(0)
+    boxes, labels = zip(*(dataset[i] for i in range(6)), strict=True)
+    assert labels == (0, 0, 0, 1, 1, 1)
+    found = prepare(torch.stack(boxes))
+    for (index, *box), image in zip(torch.stack(boxes).tolist(), found, strict=True):
+        assert (box[2:4] == [32, 32]) == (kind == "shifts")
+        whole = dataset.held.images[index]
+        expected = crop(whole, Box(*box), size) / 255
+        difference = (image * STD + MEAN - expected).abs() * 255
+        assert difference.max() < (2.01 if kind == "crops" else 1e-3)
+
+
+# ---- channels and depths
+
+
+def array_folder(root, dtype, channels=5, count=8, size=24):
+    """Class folders a and b of .npy files, whose channels differ between the classes."""
+    random = np.random.RandomState(0)
+    for i in range(count):
+        array = random.randint(0, 200, (channels, size, size)).astype(dtype)
+        array[i % 2] += np.asarray(50, dtype)
+        path = root / "ab"[i % 2] / f"{i}.npy"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.save(path, array if i % 3 else array.transpose(1, 2, 0))
+    return root
+
+
+def with_mean_std(parser, channels, *flags):
+    words = ["--in_chans", channels, "--mean", *[0.3] * channels, "--std", *[0.2] * channels, *flags]
+    return parser.get_args_parser().parse_args([str(word) for word in words])
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
+def test_many_channels_in_pretraining(tmp_path, dtype):
+    array_folder(tmp_path, dtype)
+    args = with_mean_std(main_pretrain, 5, "--data_set", "image_folder", "--data_path", tmp_path, "--input_size", 16)
+    dataset = datasets.build_pretrain_dataset(args)
+    image, _ = dataset[0]
+    assert (image.shape, image.dtype) == ((5, 16, 16), torch.uint8 if dtype == np.uint8 else torch.float32)
+    seed_all(1)
+    image, _ = dataset[3]
+    seed_all(1)
+    array = np.load(dataset.paths[3])
+    array = array if array.shape[0] == 5 else np.ascontiguousarray(array.transpose(2, 0, 1))
+    array = array if dtype == np.uint8 else array.astype(np.float32) / (65535 if dtype == np.uint16 else 1)
+    assert torch.equal(image, crop(torch.from_numpy(array), draw_box(24, 24, args.min_crop), 16))
+    found = datasets.build_prepare(dataset, args, torch.device("cpu"))(image[None])[0]
+    torch.testing.assert_close(found, (image / (255 if dtype == np.uint8 else 1) - 0.3) / 0.2)
+
+
+def test_many_channels_in_fine_tuning(tmp_path, logs):
+    array_folder(tmp_path, np.uint16)
+    common = ("--data_set", "image_folder", "--data_path", tmp_path, "--eval_data_path", tmp_path, "--input_size", 40)
+    args = with_mean_std(main_finetune, 5, *common, "--reprob", 1)
+    train, nb_classes = datasets.build_dataset(True, args)
+    assert nb_classes == 2
+    assert "--aa rand-m9-mstd0.5-inc1: is made for 8-bit RGB images, so it is off" in logs.text
+    seed_all(0)
+    image, _ = train[0]
+    assert (image.shape, image.dtype) == ((5, 40, 40), torch.float32)
+    kept = (image * 0.2 + 0.3).abs() < 0.02  # values are below 300 of 65535, what is erased is noise around 0
+    assert 0.3 < kept.float().mean() < 0.99
+    val, _ = datasets.build_dataset(False, args)
+    image, _ = val[1]
+    assert image.shape == (5, 40, 40)
+    torch.testing.assert_close(image * 0.2 + 0.3, torch.full_like(image, 100 / 65535), rtol=0, atol=300 / 65535)
+    args.input_size = 24  # shifted over the edges, there black, and mirrored
+    args.reprob = 0
+    train, _ = datasets.build_dataset(True, args)
+    seed_all(0)
+    assert ((train[1][0] * 0.2 + 0.3).abs() < 1e-6).any()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--aa", "rand-m5"), "--aa rand-m5: is for 8-bit RGB images, which these are not; leave it out"),
+        (("--color_jitter", 0.4), "--color_jitter 0.4: is for 8-bit RGB images"),
+        (("--train_interpolation", "random"), "--train_interpolation random: is for 8-bit RGB images"),
+        (("--in_chans", 4), r"a/0\.npy: has 5 channels \(24 x 24 x 5\), not --in_chans 4; give --in_chans 5"),
+    ],
+)
+def test_many_channels_and_flags_that_are_not_for_them(tmp_path, flags, message):
+    array_folder(tmp_path, np.uint16)
+    args = with_mean_std(main_finetune, 5, "--data_set", "image_folder", "--data_path", tmp_path, *flags)
+    with pytest.raises(UsageError, match=message):
+        datasets.build_dataset(True, args)
+
+
+def test_one_channel(tmp_path):
+    for i in range(4):
+        save(picture(seed=i).convert("L" if i else "RGB"), tmp_path / f"a/{i}.png")
+    flags = {"data_set": "image_folder", "data_path": tmp_path, "input_size": 32, "in_chans": 1}
+    args = pretrain_args(**flags)
+    dataset = datasets.build_pretrain_dataset(args)
+    assert {dataset[i][0].shape for i in range(4)} == {(1, 32, 32)}
+    mean, std = datasets.mean_std(args)
+    assert (mean, std) == ((np.mean(IMAGENET_DEFAULT_MEAN),), (np.mean(IMAGENET_DEFAULT_STD),))
+    finetune = finetune_args(imagenet_default_mean_and_std="false", **flags)
+    assert datasets.mean_std(finetune) == ((0.5,), (0.5,))
+    image = datasets.build_transform(False, finetune)(picture())
+    assert image.shape == (1, 32, 32)
+    grey = datasets.build_transform(False, finetune)(picture().convert("L"))
+    assert torch.equal(image, grey)
+    shapes = datasets.build_pretrain_dataset(pretrain_args(data_set="shapes", input_size=32, in_chans=1))
+    assert shapes[0][0].shape == (1, 32, 32)
+    with pytest.raises(UsageError, match=r"--data_set shapes: has 3 channels .* not --in_chans 2; give --in_chans 3"):
+        datasets.build_pretrain_dataset(with_mean_std(main_pretrain, 2, "--data_set", "shapes", "--input_size", 32))
+
+
+def test_sixteen_bits_need_a_mean(tmp_path):
+    Image.fromarray(np.full((40, 60), 30000, np.uint16)).save(tmp_path / "0.png")
+    save(Image.new("L", (60, 40), 51), tmp_path / "1.png")
+    flags = ("--data_set", "image_folder", "--data_path", tmp_path, "--input_size", 32)
+    args = pretrain_args(data_set="image_folder", data_path=tmp_path, input_size=32, in_chans=1)
+    with pytest.raises(UsageError, match=r"0\.png: not of 8 bits, which needs --mean and --std.*--in_chans 1 computes"):
+        datasets.build_pretrain_dataset(args)
+    dataset = datasets.build_pretrain_dataset(with_mean_std(main_pretrain, 1, *flags))
+    torch.testing.assert_close(dataset[0][0], torch.full((1, 32, 32), 30000 / 65535))
+    torch.testing.assert_close(dataset[1][0], torch.full((1, 32, 32), 0.2))  # all alike
+    (tmp_path / "0.png").rename(tmp_path / "2.png")
+    dataset = datasets.build_pretrain_dataset(args)  # 8-bit, as the first one is
+    assert torch.equal(dataset[1][0], torch.full((1, 32, 32), round(30000 / 257), dtype=torch.uint8))
+
+
+def test_nothing_readable_is_said_at_the_start(tmp_path):
+    for i in range(3):
+        (tmp_path / f"{i}.png").write_bytes(b"no image")
+    with pytest.raises(UsageError, match=r"--data_path .*: its first 3 images are unreadable: .*2\.png"):
+        datasets.build_pretrain_dataset(pretrain_args(data_set="image_folder", data_path=tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--in_chans 13", r"--in_chans 13: needs --mean and --std, .*mean_std.py --data_path FOLDER --in_chans 13"),
+        ("--in_chans 0", "--in_chans 0: must be at least 1"),
+        ("--mean 1 2 3", "--mean: give --mean and --std, or neither"),
+        ("--std 1 2 3", "--std: give --mean and --std, or neither"),
+        ("--mean 1 2 --std 1 2 3", "--mean: has 2 numbers, --in_chans 3 needs 3"),
+        ("--mean 1 2 3 --std 1 2", "--std: has 2 numbers, --in_chans 3 needs 3"),
+        ("--mean 1 2 3 --std 1 2 0", "--std 0.0: must be above 0"),
+    ],
+)
+@pytest.mark.parametrize("script", [main_pretrain, main_finetune])
+def test_mistakes_with_channels(script, flags, message):
+    with pytest.raises(UsageError, match=message):
+        script.check_args(script.get_args_parser().parse_args(flags.split()))
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.float32])
+def test_many_channels_end_to_end(scripts, tmp_path, dtype):
+    """Pre-training, fine-tuning from its checkpoint and evaluation of five-channel arrays, by the printed flags."""
+    data = array_folder(tmp_path / "data", dtype, count=16)
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["mean_std.py", "--data_path", str(data), "--in_chans", "5"])
+        mean_std.main()
+    flags = ("--data_path", data, "--in_chans", 5, *out.getvalue().split(), "--epochs", 2)
+    result = scripts.pretrain(*flags, "--output_dir", tmp_path / "pre", "--picture_freq", 1)
+    assert result.code == 0, result.err
+    assert (tmp_path / "pre/reconstruction-1.png").is_file()
+    for more in ((), ("--in_memory", "device", "--aa", "", "--reprob", 0, "--input_size", 24)):
+        source = ("--eval_data_path", data, "--finetune", tmp_path / "pre/checkpoint-1.pth", "--auto_resume", "false")
+        result = scripts.finetune(*flags, *source, "--output_dir", tmp_path / "fine", *more)
+        assert result.code == 0, result.err
+    best = tmp_path / "fine/checkpoint-best.pth"
+    result = scripts.finetune(*flags, "--eval_data_path", data, "--eval", "true", "--resume", best)
+    assert result.code == 0, result.err
+    assert "(16 images)" in result.out
+    result = scripts.pretrain(*flags, "--in_chans", 3)
+    assert (result.code, result.err) == (2, "error: --mean: has 5 numbers, --in_chans 3 needs 3\n")
+
+
+def test_lists_end_to_end(scripts, tmp_path):
+    """The classes of a training list number those of an evaluation list, with other paths; both without the folders."""
+    train = [f"{path.relative_to(scripts.train)}\tclass {path.parent.name}" for path in scripts.train.rglob("*.png")]
+    val = [f"{path.relative_to(scripts.val)} {path.parent.name[1]}" for path in scripts.val.rglob("*.png")]
+    for name, lines in (("train", sorted(train)), ("val", sorted(val)), ("bare", [x.split("\t")[0] for x in train])):
+        (tmp_path / f"{name}.txt").write_text("\n".join(lines))
+    result = scripts.pretrain("--train_list", tmp_path / "bare.txt", "--epochs", 2)
+    assert "40 images" in result.out, result.err
+    flags = ("--train_list", tmp_path / "train.txt", "--eval_list", tmp_path / "val.txt", "--epochs", 2)
+    result = scripts.finetune(*flags, "--output_dir", tmp_path / "out")
+    assert "40 images of 4 classes" in result.out, result.err
+    best = tmp_path / "out/checkpoint-best.pth"
+    assert load(best)["classes"] == [f"class c{i}" for i in range(4)]
+    folders = scripts.finetune("--epochs", 2, "--output_dir", tmp_path / "folders")
+    assert load(tmp_path / "folders/checkpoint-1.pth")["classes"] == [f"c{i}" for i in range(4)]
+    assert records(tmp_path / "out")[-1] == records(tmp_path / "folders")[-1], folders.err
+    for more in (flags, flags[2:]):  # with and without the training list
+        result = scripts.finetune(*more, "--eval", "true", "--resume", best)
+        assert "(22 images)" in result.out, result.err
+    result = scripts.finetune("--train_list", tmp_path / "bare.txt")
+    assert result.code == 2
+    assert "line 1, " in result.err
+    result = scripts.finetune("--train_list", tmp_path / "train.txt", "--data_set", "shapes")
+    assert result.err == "error: --train_list: is for --data_set image_folder, not shapes\n"
+
+
+def test_tars_end_to_end(scripts, tmp_path):
+    for name, folder in (("train", scripts.train), ("val", scripts.val)):
+        with tarfile.open(tmp_path / f"{name}.tar", "w") as tar:
+            tar.add(folder, name)
+    flags = ("--data_path", tmp_path / "train.tar", "--epochs", 2)
+    result = scripts.pretrain(*flags, "--num_workers", 2)
+    assert "40 images" in result.out, result.err
+    result = scripts.finetune(*flags, "--eval_data_path", tmp_path / "val.tar")
+    assert "40 images of 4 classes" in result.out, result.err
+    assert "(22 images)" in result.out
+    result = scripts.finetune(*flags)  # folders are numbered by the classes in the tar
+    assert "(22 images)" in result.out, result.err
+
+
+def test_hugging_faces_package_has_the_name_of_this_module(tmp_path, monkeypatch):
+    """`import datasets` finds it from then on, with whatever it imports of itself later."""
+    monkeypatch.setitem(sys.modules, "datasets", datasets)
+    with pytest.raises(UsageError, match=r"--data_set hfds/x: needs Hugging Face's package: pip install datasets"):
+        datasets._give_way("hfds/x")
+    assert sys.modules["datasets"] is datasets
+    (tmp_path / "datasets").mkdir()
+    (tmp_path / "datasets/__init__.py").write_text("def load_dataset(): from datasets import late; return late.WORD")
+    (tmp_path / "datasets/late.py").write_text("WORD = 7")
+    path = [*sys.path, str(tmp_path)]
+    monkeypatch.setattr(sys, "path", path)
+    for _ in range(2):
+        datasets._give_way("hfds/x")
+        assert sys.path is path
+        assert __import__("datasets").load_dataset() == 7
+
+
+# ---- tools
+
+
+def test_mean_std(tmp_path, capsys):
+    arrays = [np.random.RandomState(i).rand(20 + i, 30, 3).astype(np.float32) * (i + 1) for i in range(4)]
+    for i, array in enumerate(arrays):
+        np.save(tmp_path / f"{i}.npy", array)
+    (tmp_path / "bad.npy").write_bytes(b"no array")
+    mean, std, count = mean_std.mean_std(ImageTree(str(tmp_path), "--data_path"))
+    expected = np.mean([array.astype(np.float64).mean((0, 1)) for array in arrays], 0)
+    square = np.mean([(array.astype(np.float64) ** 2).mean((0, 1)) for array in arrays], 0)
+    assert count == 4
+    assert "bad.npy" in capsys.readouterr().err
+    np.testing.assert_allclose(mean, expected, rtol=1e-6)
+    np.testing.assert_allclose(std, np.sqrt(square - expected**2), rtol=1e-6)
+    args = main_pretrain.get_args_parser().parse_args(tool(mean_std, capsys, "--data_path", tmp_path).split())
+    np.testing.assert_allclose(args.mean, expected, rtol=1e-5)
+    np.testing.assert_allclose(args.std, std, rtol=1e-5)
+    few = tool(mean_std, capsys, "--data_path", tmp_path, "--max_images", 2)
+    assert few != tool(mean_std, capsys, "--data_path", tmp_path, "--max_images", 0)
+    assert few == tool(mean_std, capsys, "--data_path", tmp_path, "--max_images", 2, "--num_workers", 1)
+
+
+def test_mean_std_of_eight_bits(tmp_path, capsys):
+    for i, level in enumerate((0, 255)):
+        save(Image.new("RGB", (20, 10 + i), (level, level // 5, 255 - level)), tmp_path / f"{i}.png")
+    assert tool(mean_std, capsys, "--data_path", tmp_path) == "--mean 0.5 0.1 0.5 --std 0.5 0.1 0.5\n"
+
+
+def tool(module, capsys, *words):
+    capsys.readouterr()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["tool", *(str(word) for word in words)])
+        module.main()
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--data_path", "{}/nowhere"), "no such folder"),
+        (("--data_path", "{}", "--in_chans", "0"), "--in_chans 0: must be at least 1"),
+        (("--data_path", "{}", "--max_images", "-1"), "--max_images -1: must be at least 0"),
+        (("--data_path", "{}/same"), r"channel 0 \(of 0 to 2\) is the same everywhere"),
+        (("--data_path", "{}/bad"), "none of its images can be read"),
+    ],
+)
+def test_mean_std_errors(tmp_path, capsys, flags, message):
+    save(Image.new("RGB", (20, 10), (1, 2, 3)), tmp_path / "same/0.png")
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad/0.png").write_bytes(b"no image")
+    with pytest.raises(UsageError, match=message):
+        tool(mean_std, capsys, *(word.format(tmp_path) for word in flags))
+
+
+def test_benchmark_of_the_loader(folders, capsys):
+    threads = torch.get_num_threads()
+    text = tool(benchmark_loader, capsys, "--data_path", folders, "--input_size", 64, "--repeats", 1, "--batch_size", 9)
+    torch.set_num_threads(threads)
+    assert text.startswith("20 images, crops of 64 px, 0 workers")
+    rows = [line.split("|")[1:-1] for line in text.splitlines() if line.startswith("| ")]
+    assert [row[0].strip() for row in rows] == ["pipeline", *benchmark_loader.NAMES]
+    assert all(float(cell) > 0 for row in rows[1:] for cell in row[1:])
+    mean = re.search(r"differ by ([\d.]+) of 255 levels on average", text)[1]
+    assert 0 < float(mean) < 0.25
+    with pytest.raises(UsageError, match="no such folder"):
+        tool(benchmark_loader, capsys, "--data_path", folders / "nowhere")
 
 
 # ---- samples

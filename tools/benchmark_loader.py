@@ -8,12 +8,12 @@ because machines are noisy. A core's rate is images per second of processor time
 usual pipeline normalises in the loader, this one on the training device; the third row does that on the CPU as well.
 """
 
+import resource
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from os import times
 from pathlib import Path
 
 import torch
@@ -59,7 +59,8 @@ class Usual(Dataset):
 
 def processor_seconds() -> float:
     """Of this process and of those of its workers that have ended."""
-    return sum(times()[:4])
+    usages = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
 def measure(batches: Callable[[], Iterator[torch.Tensor]]) -> tuple[float, float]:

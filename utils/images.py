@@ -101,7 +101,8 @@ def fit_channels(pixels: np.ndarray, in_chans: int) -> np.ndarray:
     if len(pixels) == 3 and in_chans == 1:
         grey = np.tensordot(LUMINANCE, pixels.astype(np.float32), axes=1)[None]
         return grey if pixels.dtype.kind == "f" else grey.round().astype(pixels.dtype)
-    raise UsageError(f"has {len(pixels)} channels ({shape}), not --in_chans {in_chans}; give --in_chans {len(pixels)}")
+    found = f"{len(pixels)} channel{'s' * (len(pixels) > 1)} ({shape})"
+    raise UsageError(f"has {found}, not --in_chans {in_chans}; give --in_chans {len(pixels)}")
 
 
 def _to_depth(pixels: np.ndarray, eight_bit: bool | None) -> torch.Tensor:

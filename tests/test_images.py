@@ -1,0 +1,420 @@
+"""utils/images.py: pixels against Pillow and NumPy, channels, depths, damaged files. utils/crops.py: boxes, crops."""
+
+import io
+import struct
+import sys
+import types
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms import RandomResizedCrop
+
+from tests.test_datasets import broken_files, picture
+from utils import images
+from utils.crops import Box, crop, crop_batch, draw_box, draw_shift
+from utils.errors import UsageError
+from utils.images import BadImage, load_image, load_tensor, to_tensor
+
+RANDOM = np.random.RandomState(0)
+
+
+def encoded(image, image_format, **options):
+    buffer = io.BytesIO()
+    image.save(buffer, image_format, **options)
+    return buffer.getvalue()
+
+
+def png16(pixels):
+    """A 16-bit PNG of (H, W, 1 to 4) pixels, which Pillow cannot write in colour."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    height, width, channels = pixels.shape
+    header = struct.pack(">IIBBBBB", width, height, 16, {1: 0, 2: 4, 3: 2, 4: 6}[channels], 0, 0, 0)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    )
+
+
+def write(path, content):
+    path.write_bytes(content)
+    return str(path)
+
+
+def pixels(image):
+    """(C, H, W) of a Pillow image."""
+    array = np.asarray(image)
+    return torch.from_numpy((array[None] if array.ndim == 2 else array.transpose(2, 0, 1)).copy())
+
+
+# ---- 8-bit images
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0, "quality": 97}])
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_jpegs_have_the_pixels_of_pillow(tmp_path, mode, options):
+    path = write(tmp_path / "x.jpg", encoded(picture().convert(mode), "JPEG", **options))
+    assert torch.equal(load_tensor(path), pixels(load_image(path)))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA", "LA", "1"])
+@pytest.mark.parametrize("name", ["x.png", "x.tif", "x.webp", "x.bmp"])
+def test_other_images_have_the_pixels_of_pillow(tmp_path, mode, name):
+    if (name == "x.webp" and mode in ("P", "LA", "1")) or (name == "x.bmp" and mode == "LA"):
+        pytest.skip("no such files")
+    path = tmp_path / name
+    picture().convert(mode).save(path)
+    assert torch.equal(load_tensor(str(path)), pixels(load_image(str(path))))
+
+
+def test_orientation_is_not_applied(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # rotated by a quarter
+    path = write(tmp_path / "x.jpg", encoded(picture(), "JPEG", exif=exif))
+    assert load_tensor(path).shape == (3, 40, 60)
+
+
+def test_without_torchvisions_decoder(tmp_path, monkeypatch):
+    path = write(tmp_path / "x.jpg", encoded(picture(), "JPEG"))
+    expected = load_tensor(path)
+    monkeypatch.setattr(images, "decode_jpeg", None)
+    assert torch.equal(load_tensor(path), expected)
+
+
+def test_what_torchvision_refuses_pillow_reads(tmp_path, monkeypatch):
+    def refuse(*args):
+        raise RuntimeError("no")
+
+    path = write(tmp_path / "x.jpg", encoded(picture(), "JPEG"))
+    expected = load_tensor(path)
+    monkeypatch.setattr(images, "decode_jpeg", refuse)
+    assert torch.equal(load_tensor(path), expected)
+
+
+# ---- damaged files
+
+
+def test_broken_files_are_named(tmp_path):
+    for name, content in broken_files().items():
+        with pytest.raises(BadImage, match=name):
+            load_tensor(write(tmp_path / name, content))
+    with pytest.raises(BadImage, match=r"missing\.png: No such file"):
+        load_tensor(str(tmp_path / "missing.png"))
+    with pytest.raises(BadImage, match="Is a directory"):
+        load_tensor(str(tmp_path))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_jpeg_cut_anywhere_is_refused(tmp_path, mode):
+    whole = encoded(picture().convert(mode), "JPEG")
+    for length in range(0, len(whole) - 2, max(1, len(whole) // 60)):
+        with pytest.raises(BadImage):
+            load_tensor(write(tmp_path / "x.jpg", whole[:length]))
+
+
+def test_jpegs_with_wrong_bytes_never_end_the_process(tmp_path):
+    """They are refused, or read as Pillow reads them."""
+    whole, random = encoded(picture(), "JPEG"), np.random.RandomState(1)
+    readable = 0
+    for _ in range(200):
+        content = bytearray(whole)
+        content[random.randint(2, len(content))] = random.randint(256)
+        path = write(tmp_path / "x.jpg", bytes(content))
+        try:
+            found, expected = load_tensor(path), load_image(path)
+        except BadImage:
+            continue
+        readable += 1
+        assert torch.equal(found, pixels(expected))
+    assert readable > 50
+
+
+@pytest.mark.parametrize("name", ["x.npy", "x.npz"])
+def test_damaged_arrays(tmp_path, name):
+    path = tmp_path / name
+    (np.savez if name == "x.npz" else np.save)(path, np.zeros((5, 8, 8), np.uint16))
+    path.write_bytes(path.read_bytes()[:-200])
+    with pytest.raises(BadImage, match=name):
+        load_tensor(str(path), 5)
+    objects = np.empty((4, 4), object)
+    (np.savez if name == "x.npz" else np.save)(path, objects, allow_pickle=True)
+    with pytest.raises(BadImage, match="allow_pickle"):  # never unpickled
+        load_tensor(str(path), 1)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_values_that_are_no_numbers(tmp_path, value):
+    array = np.zeros((4, 4), np.float32)
+    array[2, 1] = value
+    np.save(tmp_path / "x.npy", array)
+    with pytest.raises(BadImage, match=r"x\.npy: holds NaN or infinite"):
+        load_tensor(str(tmp_path / "x.npy"), 1)
+
+
+# ---- channels
+
+
+def test_grey_and_colour(tmp_path):
+    colour, grey = picture(), picture().convert("L")
+    for name in ("x.png", "x.jpg"):
+        colour.save(tmp_path / name, quality=95)
+        found = load_tensor(str(tmp_path / name), 1)
+        expected = pixels(load_image(str(tmp_path / name)).convert("L"))
+        assert found.dtype == torch.uint8
+        assert found.shape == (1, 40, 60)
+        assert (found.int() - expected.int()).abs().max() <= (0 if name == "x.png" else 4)
+    grey.save(tmp_path / "grey.png")
+    assert torch.equal(load_tensor(str(tmp_path / "grey.png"), 1), pixels(grey))
+    assert torch.equal(load_tensor(str(tmp_path / "grey.png"), 3), pixels(grey).expand(3, 40, 60))
+    assert torch.equal(to_tensor(grey, 3), pixels(grey).expand(3, 40, 60))
+    assert torch.equal(to_tensor(colour, 1), pixels(grey))
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "CMYK", "LA"])
+def test_as_many_channels_as_the_file_has(tmp_path, mode):
+    image = picture().convert(mode)
+    image.save(tmp_path / "x.tif")
+    assert torch.equal(load_tensor(str(tmp_path / "x.tif"), len(mode)), pixels(image))
+    assert load_tensor(str(tmp_path / "x.tif"), 3).shape == (3, 40, 60)
+    assert load_tensor(str(tmp_path / "x.tif"), 1).shape == (1, 40, 60)
+
+
+@pytest.mark.parametrize("name", ["x.npy", "x.npz"])
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int16, np.float64, np.float32])
+def test_arrays(tmp_path, name, dtype):
+    array = (RANDOM.rand(7, 20, 30) * 200).astype(dtype)
+    scale = {np.uint8: 1, np.uint16: 65535}.get(dtype, 1)
+    expected = torch.from_numpy(array if dtype == np.uint8 else (array / scale).astype(np.float32))
+    for stored in (array, array.transpose(1, 2, 0), np.asfortranarray(array)):
+        (np.savez if name == "x.npz" else np.save)(tmp_path / name, stored)
+        torch.testing.assert_close(load_tensor(str(tmp_path / name), 7), expected)
+    (np.savez if name == "x.npz" else np.save)(tmp_path / name, array[0])
+    torch.testing.assert_close(load_tensor(str(tmp_path / name), 1), expected[:1])
+    torch.testing.assert_close(load_tensor(str(tmp_path / name), 3), expected[:1].expand(3, 20, 30))
+
+
+def test_luminance_of_arrays(tmp_path):
+    array = RANDOM.rand(20, 30, 3).astype(np.float32)
+    np.save(tmp_path / "x.npy", array)
+    expected = torch.from_numpy(array @ np.array([0.299, 0.587, 0.114], np.float32))[None]
+    torch.testing.assert_close(load_tensor(str(tmp_path / "x.npy"), 1), expected)
+
+
+def test_pages_of_a_tiff_are_channels(tmp_path):
+    for mode, dtype, scale in (("L", np.uint8, 1), ("I;16", np.uint16, 65535)):
+        pages = [Image.fromarray(RANDOM.randint(0, np.iinfo(dtype).max, (20, 30)).astype(dtype)) for _ in range(5)]
+        assert pages[0].mode == mode
+        pages[0].save(tmp_path / "x.tif", save_all=True, append_images=pages[1:])
+        expected = torch.from_numpy(np.stack([np.asarray(page).astype(np.float32) / scale for page in pages]))
+        torch.testing.assert_close(load_tensor(str(tmp_path / "x.tif"), 5).float(), expected)
+        with pytest.raises(UsageError, match=r"x\.tif: has 5 pages of a channel, not --in_chans 4; give --in_chans 5"):
+            load_tensor(str(tmp_path / "x.tif"), 4)
+        assert load_tensor(str(tmp_path / "x.tif"), 1).shape == (1, 20, 30)  # the first
+    colours = [picture(seed=i) for i in range(3)]
+    colours[0].save(tmp_path / "x.tif", save_all=True, append_images=colours[1:])
+    assert torch.equal(load_tensor(str(tmp_path / "x.tif")), pixels(colours[0]))
+
+
+@pytest.mark.parametrize(
+    ("content", "in_chans", "message"),
+    [
+        (picture(), 4, r"has 3 channels \(40 x 60 x 3\), not --in_chans 4; give --in_chans 3"),
+        (picture().convert("L"), 2, r"has 1 channel \(40 x 60\), .* give --in_chans 1"),
+        (picture().convert("RGBA"), 5, r"has 4 channels"),
+        (np.zeros((13, 20, 30)), 3, r"has 13 channels \(13 x 20 x 30\), not --in_chans 3; give --in_chans 13"),
+        (np.zeros((20, 30, 13)), 1, r"has 13 channels \(20 x 30 x 13\)"),
+        (np.zeros((2, 3, 20, 30)), 3, r"an array of 2 x 3 x 20 x 30; an image has two axes"),
+        (np.zeros(20), 1, r"an array of 20; an image has two axes"),
+        (np.zeros((20, 30), np.complex64), 1, "holds values of type complex64, which are no numbers"),
+        ({"a": np.zeros((20, 30)), "b": np.zeros((20, 30))}, 1, r"holds 2 arrays \(a, b\); one a file is read"),
+    ],
+)
+def test_wrong_channels_name_the_file(tmp_path, content, in_chans, message):
+    if isinstance(content, Image.Image):
+        path = tmp_path / "x.png"
+        content.save(path)
+    elif isinstance(content, dict):
+        path = tmp_path / "x.npz"
+        np.savez(path, **content)
+    else:
+        path = tmp_path / "x.npy"
+        np.save(path, content)
+    with pytest.raises(UsageError, match=rf"{path.name}: {message}"):
+        load_tensor(str(path), in_chans)
+
+
+# ---- depths
+
+
+@pytest.mark.parametrize("name", ["x.png", "x.tif"])
+def test_sixteen_bits_are_kept(tmp_path, name):
+    array = RANDOM.randint(0, 65536, (20, 30)).astype(np.uint16)
+    Image.fromarray(array).save(tmp_path / name)
+    expected = torch.from_numpy(array.astype(np.float32) / 65535)
+    for in_chans in (1, 3):
+        found = load_tensor(str(tmp_path / name), in_chans)
+        torch.testing.assert_close(found, expected.expand(in_chans, 20, 30))
+    rounded = load_tensor(str(tmp_path / name), 1, eight_bit=True)
+    assert rounded.dtype == torch.uint8
+    assert torch.equal(rounded, (expected * 255).round().to(torch.uint8)[None])  # scaled, where Pillow cuts off
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+def test_sixteen_bit_pngs(tmp_path, channels):
+    array = RANDOM.randint(0, 65536, (20, 30, channels)).astype(np.uint16)
+    path = write(tmp_path / "x.png", png16(array))
+    expected = torch.from_numpy(array.astype(np.float32).transpose(2, 0, 1) / 65535)
+    if channels > 1:
+        torch.testing.assert_close(load_tensor(path, channels), expected)
+    if channels > 2:
+        torch.testing.assert_close(load_tensor(path, 3), expected[:3])  # without alpha
+    damaged = bytearray(png16(array))
+    damaged[-30] ^= 64
+    with pytest.raises(BadImage):  # before torchvision's decoder, which such files crash, sees it
+        load_tensor(write(tmp_path / "x.png", bytes(damaged)), max(channels, 3))
+
+
+def test_numbers_beyond_sixteen_bits(tmp_path):
+    array = RANDOM.randn(20, 30).astype(np.float32)
+    Image.fromarray(array).save(tmp_path / "x.tif")
+    torch.testing.assert_close(load_tensor(str(tmp_path / "x.tif"), 1), torch.from_numpy(array)[None])
+    integers = RANDOM.randint(-2000, 2000, (20, 30)).astype(np.int32)
+    Image.fromarray(integers).save(tmp_path / "y.tif")
+    torch.testing.assert_close(load_tensor(str(tmp_path / "y.tif"), 1), torch.from_numpy(integers).float()[None])
+    with pytest.raises(UsageError, match=r"x\.tif: holds float32 values, where the first images are 8-bit"):
+        load_tensor(str(tmp_path / "x.tif"), 1, eight_bit=True)
+
+
+def test_eight_bits_among_others_are_scaled(tmp_path):
+    for name in ("x.png", "x.jpg"):
+        picture().save(tmp_path / name)
+        whole = load_tensor(str(tmp_path / name))
+        torch.testing.assert_close(load_tensor(str(tmp_path / name), eight_bit=False), whole / 255)
+
+
+# ---- what Pillow has not
+
+
+@pytest.mark.parametrize("kind", ["bands", "deep colour"])
+def test_tifffile_reads_what_pillow_does_not(tmp_path, monkeypatch, kind):
+    """Stands for the real one, which is asked for the whole array of a file that Pillow refuses or reads in 8 bits."""
+    array = RANDOM.randint(0, 65536, (5 if kind == "bands" else 3, 20, 30)).astype(np.uint16)
+    content = tiff16(array)
+    read = types.SimpleNamespace(imread=lambda file: array if file.read() == content else None)
+    path = write(tmp_path / "x.tif", content)
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "tifffile", None)  # as if it were not installed
+        with pytest.raises(BadImage, match=r"x\.tif: a TIFF that Pillow .* not in full; pip install tifffile"):
+            load_tensor(path, len(array))
+    monkeypatch.setitem(sys.modules, "tifffile", read)
+    expected = torch.from_numpy(array.astype(np.float32) / 65535)
+    torch.testing.assert_close(load_tensor(path, len(array)), expected)
+
+
+def test_the_real_tifffile(tmp_path):
+    pytest.importorskip("tifffile")
+    array = RANDOM.randint(0, 65536, (5, 20, 30)).astype(np.uint16)
+    path = write(tmp_path / "x.tif", tiff16(array))
+    torch.testing.assert_close(load_tensor(path, 5), torch.from_numpy(array.astype(np.float32) / 65535))
+
+
+def tiff16(array):
+    """An uncompressed 16-bit TIFF of (C, H, W) pixels, its channels side by side."""
+    channels, height, width = array.shape
+    data = array.transpose(1, 2, 0).astype("<u2").tobytes()
+    extra = channels - 3 if channels > 3 else 0
+    entries = [
+        (256, 4, [width]), (257, 4, [height]), (258, 3, [16] * channels), (259, 3, [1]),
+        (262, 3, [2 if channels == 3 else 1]), (273, 4, [8]), (277, 3, [channels]), (278, 4, [height]),
+        (279, 4, [len(data)]), *([(338, 3, [0] * (channels - 1))] if extra else []),
+    ]  # fmt: skip
+    start = 8 + len(data)
+    behind, table = b"", struct.pack("<H", len(entries))
+    for tag, kind, values in entries:
+        packed = struct.pack(f"<{len(values)}{'H' if kind == 3 else 'I'}", *values)
+        if len(packed) > 4:
+            place = start + 2 + 12 * len(entries) + 4 + len(behind)
+            behind, packed = behind + packed, struct.pack("<I", place)
+        table += struct.pack("<HHI", tag, kind, len(values)) + packed.ljust(4, b"\0")
+    return b"II*\0" + struct.pack("<I", start) + data + table + b"\0" * 4 + behind
+
+
+# ---- crops
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "min_crop"), [(40, 60, 0.08), (375, 500, 0.2), (30, 200, 0.5), (90, 20, 1)]
+)
+def test_boxes_are_distributed_as_torchvisions(height, width, min_crop):
+    torch.manual_seed(0)
+    image = torch.empty(3, height, width)
+    boxes = [draw_box(height, width, min_crop) for _ in range(4000)]
+    theirs = [RandomResizedCrop.get_params(image, (min_crop, 1.0), (3 / 4, 4 / 3)) for _ in range(4000)]
+    for top, left, h, w, _ in boxes:
+        assert 0 <= top <= top + h <= height
+        assert 0 <= left <= left + w <= width
+        assert h > 0 < w
+    assert abs(np.mean([box.mirrored for box in boxes]) - 0.5) < 0.04
+    for statistic in (0, 1, 2, 3, lambda b: b[2] * b[3], lambda b: b[2] / b[3]):
+        value = statistic if callable(statistic) else lambda b, i=statistic: b[i]
+        a, b = (np.sort([value(box) for box in drawn]) for drawn in (boxes, theirs))
+        grid = np.union1d(a, b)
+        shares = [np.searchsorted(x, grid, "right") / len(x) for x in (a, b)]
+        assert np.abs(shares[0] - shares[1]).max() < 0.043  # Kolmogorov-Smirnov at 0.1 %
+
+
+def test_a_crop_that_does_not_fit_is_the_largest_that_does():
+    for height, width, expected in ((10, 100, (0, 43, 10, 13)), (100, 10, (43, 0, 13, 10))):
+        image = torch.empty(3, height, width)
+        assert draw_box(height, width, 1.0)[:4] == expected
+        assert RandomResizedCrop.get_params(image, (1.0, 1.0), (3 / 4, 4 / 3)) == expected
+
+
+def test_shifts_reach_over_every_edge():
+    torch.manual_seed(0)
+    boxes = {draw_shift(32, 40, 32)[:4] for _ in range(2000)}
+    assert {box[0] for box in boxes} == set(range(-4, 5))
+    assert {box[1] for box in boxes} == set(range(-4, 13))
+    assert {box[2:] for box in boxes} == {(32, 32)}
+    image = torch.randint(1, 256, (3, 32, 32), dtype=torch.uint8)
+    padded = torch.nn.functional.pad(image, (4, 4, 4, 4))
+    assert torch.equal(crop(image, Box(-4, 3, 32, 32, False), 32), padded[:, :32, 7:39])
+    assert torch.equal(crop(image, Box(2, -1, 32, 32, True), 32), padded[:, 6:38, 3:35].flip(-1))
+
+
+def stack_of_pictures():
+    return torch.stack([pixels(picture(seed=i)) for i in range(6)])
+
+
+@pytest.mark.parametrize("size", [16, 32, 64])
+def test_crops_on_the_device_are_those_of_the_host(size):
+    """Of 8-bit images within two levels and on average a quarter of one, as passes round; of floats exactly."""
+    torch.manual_seed(0)
+    whole, differences = stack_of_pictures(), []
+    for _ in range(10):
+        boxes = [draw_box(40, 60, 0.2) for _ in whole]
+        rows = torch.tensor([(i, *box) for i, box in enumerate(boxes)])
+        found = crop_batch(whole, rows, size)
+        expected = torch.stack([crop(image, box, size) for image, box in zip(whole, boxes, strict=True)])
+        assert found.dtype == torch.uint8
+        differences.append((found.int() - expected.int()).abs())
+        floats = torch.stack([crop(image, box, size) for image, box in zip(whole / 255, boxes, strict=True)])
+        torch.testing.assert_close(crop_batch(whole / 255, rows, size), floats, rtol=0, atol=5e-5)
+    differences = torch.stack(differences)
+    assert differences.max() <= 2
+    assert differences.float().mean() < 0.25
+
+
+def test_shifts_on_the_device_are_exact():
+    torch.manual_seed(0)
+    whole = stack_of_pictures()
+    boxes = [draw_shift(40, 60, 40) for _ in whole]
+    found = crop_batch(whole, torch.tensor([(i, *box) for i, box in enumerate(boxes)]), 40)
+    expected = torch.stack([crop(image, box, 40) for image, box in zip(whole, boxes, strict=True)])
+    assert torch.equal(found, expected)
+    assert (found == 0).any()  # beyond the edge
