@@ -38,6 +38,7 @@ from utils.errors import UsageError, run
 from utils.seeding import seed_all
 from utils.shapes import Shapes
 
+pytestmark = pytest.mark.filterwarnings("ignore:The image decoding")  # which torchvision announces to drop
 MEAN, STD = (torch.tensor(x).view(3, 1, 1) for x in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
 POLICIES = ("rand-m9-mstd0.5-inc1", "rand-m9", "original", "originalr", "v0", "v0r", "3a", "augmix-m3-w3")
 
@@ -352,10 +353,9 @@ class OnlyBroken(Dataset):
 def test_nothing_readable_ends_in_one_line(num_workers, capsys, monkeypatch):
     monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.2)  # or the worker is waited for for 5 s
     args = finetune_args(batch_size=4, num_workers=num_workers)
-    loader = datasets.build_train_loader(OnlyBroken(), args)
+    steps = datasets.build_train_loader(OnlyBroken(), args).steps(0)
     with pytest.raises(SystemExit, match="2"):
-        run(lambda: list(loader.steps(0)))
-    del loader
+        run(lambda: list(steps))
     gc.collect()  # while the worker is not waited for
     lines = capsys.readouterr().err.strip().splitlines()
     errors = [line for line in lines if line.startswith("error:")]

@@ -20,6 +20,7 @@ from utils.files import EXTENSIONS, ClassFolders, ImageList, ImageTree, open_tar
 from utils.images import BadImage
 from utils.index import cache_path, list_files
 
+pytestmark = pytest.mark.filterwarnings("ignore:The image decoding")  # which torchvision announces to drop
 JPG = (".jpg", ".png")
 
 

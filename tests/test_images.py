@@ -18,6 +18,7 @@ from utils.crops import Box, crop, crop_batch, draw_box, draw_shift
 from utils.errors import UsageError
 from utils.images import BadImage, load_image, load_tensor, to_tensor
 
+pytestmark = pytest.mark.filterwarnings("ignore:The image decoding")  # which torchvision announces to drop
 RANDOM = np.random.RandomState(0)
 
 

@@ -1,6 +1,7 @@
 """The README's commands run, one after the other as a reader would type them, on a shrunk network and a few images."""
 
 import contextlib
+import importlib.util
 import io
 import re
 import shlex
@@ -27,7 +28,7 @@ def script_commands() -> list[list[str]]:
     found = []
     for command in readme_commands():
         words = shlex.split(command)
-        if script := [i for i, word in enumerate(words) if word.startswith(("main_", "submitit_"))]:
+        if script := [i for i, word in enumerate(words) if word.startswith(("main_", "submitit_", "tools/"))]:
             found.append(words[script[0] :])
     return found
 
@@ -50,8 +51,11 @@ def test_commands_run_in_order(tmp_path, monkeypatch, capsys):
         write_images(tmp_path / "data" / folder, "train", 16, size=32)
     write_images(tmp_path / "data/val", "val", 8, size=32)
     commands = script_commands()
-    assert len(commands) >= 9
+    assert len(commands) >= 15
     for name, *flags in commands:
+        if name.startswith("tools/"):
+            run_tool(name, flags, monkeypatch)
+            continue
         if name.startswith("submitit_"):
             monkeypatch.setattr("sys.argv", [name, *flags, "--dry_run", "true"])
             slurm.launch(main_pretrain if "pretrain" in name else main_finetune)
@@ -72,6 +76,22 @@ def test_commands_run_in_order(tmp_path, monkeypatch, capsys):
             run(lambda s=script, f=flags, e=small: s.main(s.get_args_parser().parse_args(f + e.split())))
         assert "acc1" in out.getvalue() if script is main_finetune else "done: 1 epochs" in out.getvalue(), flags
     assert (tmp_path / "output/demo_pretrain/reconstruction-0.png").is_file()
+
+
+def run_tool(name: str, flags: list[str], monkeypatch) -> None:
+    """In this process, where the network is shrunk; matplotlib, which some ask for, may be missing."""
+    flags = [re.sub(r"^/data/", "data/", re.sub(r"checkpoint-\d+", "checkpoint-0", word)) for word in flags]
+    if importlib.util.find_spec("matplotlib") is None:
+        if name == "tools/plot.py":
+            return
+        flags = [flag for flag in flags if flag != "--diversity"]
+    more = {"tools/benchmark.py": "--memory false --repeats 1 --batch_size 2 --device cpu"}.get(name, "--device cpu")
+    if name in ("tools/plot.py", "tools/mean_std.py", "tools/benchmark_loader.py", "tools/export.py"):
+        more = ""
+    monkeypatch.setattr("sys.argv", [name, *flags, *more.split()])
+    tool = importlib.import_module(name.removesuffix(".py").replace("/", "."))
+    takes_args = name in ("tools/probe.py", "tools/visualize.py")
+    run((lambda: tool.main(tool.get_args_parser().parse_args())) if takes_args else tool.main)
 
 
 def test_recipes_of_the_table_exist():
