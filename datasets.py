@@ -9,6 +9,7 @@ import itertools
 import logging
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -26,7 +27,7 @@ from timm.data.constants import (
     IMAGENET_INCEPTION_STD,
 )
 from timm.data.random_erasing import RandomErasing
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, default_collate
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, Subset, default_collate
 from torchvision import transforms
 from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
 from torchvision.transforms import InterpolationMode
@@ -465,6 +466,42 @@ def finetune_in_memory(dataset: Dataset, args, device: torch.device) -> tuple[Da
             f"which is {side}; or give --in_memory host"
         )
     return dataset, build_prepare(dataset, args, device)
+
+
+def labelled_splits(args) -> tuple[Dataset, Dataset]:
+    """Training and test images with their labels, not augmented, whatever the first are otherwise trained on.
+
+    Of class folders without --eval_data_path, every fifth image of a class is a test image and no training image.
+
+    Raises:
+        UsageError: images without labels, one class alone, no test images, or a data set that is only streamed.
+    """
+    if args.data_set not in ("IMNET", "image_folder"):
+        train = build_pretrain_dataset(args)
+        if isinstance(train, IterableDataset):
+            raise UsageError(f"--data_set {args.data_set}: is streamed; a data set whose images have indices is needed")
+        train.transform = build_transform(False, args)
+        return train, build_dataset(False, args)[0]
+    train = labelled_files(True, args)
+    train.transform = build_transform(False, args, settle_depth(train, args))
+    source = args.train_list or args.data_path
+    if len(train.classes) < 2:
+        raise UsageError(f"{source}: has one class folder, {train.classes[0]}; at least two are needed")
+    if args.data_set == "IMNET" or args.eval_data_path or args.eval_list:
+        return train, build_dataset(False, args, train.classes)[0]
+    count, parts = Counter(), ([], [])
+    for i, label in enumerate(train.targets):
+        count[label] += 1
+        parts[count[label] % 5 == 0].append(i)
+    if not parts[1]:
+        raise UsageError(f"{source}: fewer than five images in each class; give --eval_data_path")
+    return Subset(train, parts[0]), Subset(train, parts[1])
+
+
+def random_subset(dataset: Dataset, count: int | None) -> Dataset:
+    """At most `count` images, the same ones in every run, so that runs can be compared."""
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[:count]
+    return Subset(dataset, order.sort().values.tolist())
 
 
 # ---- samples and steps -----------------------------------------------------------------------------------------------

@@ -8,18 +8,17 @@ import itertools
 import logging
 import sys
 import time
-from collections import Counter
 from functools import partial
 from pathlib import Path
 
 import torch
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
-from torchvision.utils import make_grid, save_image
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torchvision.utils import save_image
 
 import datasets
 from engine_pretrain import train_one_epoch
 from models import fcmae, weights
-from models.convnextv2 import SIZES, Encoder, compile_blocks
+from models.convnextv2 import SIZES, compile_blocks
 from utils import checkpoint, distributed, errors
 from utils.amp import Amp
 from utils.args import (
@@ -32,10 +31,11 @@ from utils.args import (
 )
 from utils.errors import UsageError
 from utils.interrupts import Interrupts
-from utils.knn import knn_accuracy
+from utils.knn import knn_acc1
 from utils.lr_sched import Schedule
 from utils.metrics import duration
 from utils.param_groups import param_groups
+from utils.pictures import reconstruction_grid
 from utils.record import open_log, record_end
 from utils.run import Run
 
@@ -121,96 +121,16 @@ def picture_images(dataset: Dataset, args, count: int = 8) -> torch.Tensor:
     return readable
 
 
-def shown(imgs: torch.Tensor) -> int:
-    """How many of the channels of (N, C, H, W) a picture has room for: three, else one."""
-    return 3 if imgs.shape[1] >= 3 else 1
-
-
-def reconstructions(
-    model: fcmae.FCMAE, imgs: torch.Tensor, amp: Amp, mean, std, mask_ratio: float, seed: int = 0
-) -> torch.Tensor:
-    """Input, visible part and prediction pasted into it: (N, C, H, W) -> (N, 3, 3 or 1, H, W) in 0..1."""
-    mask = model.gen_random_mask(imgs, mask_ratio, torch.Generator().manual_seed(seed))
-    with amp.autocast():
-        visible, pasted = model.reconstruct(imgs.to(amp.device), mask)
-    columns = torch.stack([imgs, visible.cpu(), pasted.float().cpu()], dim=1)[:, :, : shown(imgs)]
-    mean, std = (torch.tensor(x[: columns.shape[2]]).view(-1, 1, 1) for x in (mean, std))
-    columns = columns * std + mean
-    removed = mask.view(len(mask), 1, *model.grid_size(imgs)).repeat_interleave(model.patch_size, 2)
-    columns[:, 1] = torch.where(removed.repeat_interleave(model.patch_size, 3) > 0, 0.5, columns[:, 1])
-    return columns.clamp(0, 1)
-
-
-def tile(pictures: torch.Tensor, columns: int) -> torch.Tensor:
-    """Pictures in rows of so many, small ones enlarged: (N, C, H, W) -> (3, height, width)."""
-    enlarge = max(1, 128 // pictures.shape[-1])
-    pictures = pictures.repeat_interleave(enlarge, 2).repeat_interleave(enlarge, 3)
-    return make_grid(pictures, nrow=columns, padding=4, pad_value=1.0)
-
-
-def reconstruction_grid(model: fcmae.FCMAE, imgs: torch.Tensor, amp: Amp, mean, std, seed: int = 0) -> torch.Tensor:
-    """Input, visible part and prediction pasted into it, two images a row: a picture (C, H, W) in 0..1."""
-    return tile(reconstructions(model, imgs, amp, mean, std, model.mask_ratio, seed).flatten(0, 1), 6)
-
-
-def labelled_splits(args) -> tuple[Dataset, Dataset]:
-    """Training and test images with their labels, not augmented, whatever the first are otherwise trained on.
-
-    Of class folders without --eval_data_path, every fifth image of a class is a test image and no training image.
-
-    Raises:
-        UsageError: images without labels, one class alone, no test images, or a data set that is only streamed.
-    """
-    if args.data_set not in ("IMNET", "image_folder"):
-        train = datasets.build_pretrain_dataset(args)
-        if isinstance(train, IterableDataset):
-            raise UsageError(f"--data_set {args.data_set}: is streamed; a data set whose images have indices is needed")
-        train.transform = datasets.build_transform(False, args)
-        return train, datasets.build_dataset(False, args)[0]
-    train = datasets.labelled_files(True, args)
-    train.transform = datasets.build_transform(False, args, datasets.settle_depth(train, args))
-    source = args.train_list or args.data_path
-    if len(train.classes) < 2:
-        raise UsageError(f"{source}: has one class folder, {train.classes[0]}; at least two are needed")
-    if args.data_set == "IMNET" or args.eval_data_path or args.eval_list:
-        return train, datasets.build_dataset(False, args, train.classes)[0]
-    count, parts = Counter(), ([], [])
-    for i, label in enumerate(train.targets):
-        count[label] += 1
-        parts[count[label] % 5 == 0].append(i)
-    if not parts[1]:
-        raise UsageError(f"{source}: fewer than five images in each class; give --eval_data_path")
-    return Subset(train, parts[0]), Subset(train, parts[1])
-
-
-def random_subset(dataset: Dataset, count: int | None) -> Dataset:
-    """At most `count` images, the same ones in every run, so that runs can be compared."""
-    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[:count]
-    return Subset(dataset, order.sort().values.tolist())
-
-
 def knn_loaders(args) -> tuple[DataLoader, DataLoader] | None:
     """What --knn_freq classifies by, and what it classifies."""
     if not args.knn_freq:
         return None
     try:
-        splits = labelled_splits(args)
+        splits = datasets.labelled_splits(args)
     except UsageError as error:
         raise UsageError(f"--knn_freq {args.knn_freq}: needs labelled images; {error}") from error
-    return tuple(datasets.build_eval_loader(random_subset(x, args.knn_images), args, spread=True) for x in splits)
-
-
-def pooled_features(encoder: Encoder, imgs: torch.Tensor) -> torch.Tensor:
-    """The last stage on whole images, averaged over its positions: (N, C, H, W) -> (N, dims[-1]), float32."""
-    return encoder.forward_stages(imgs)[-1].mean(dim=(2, 3), dtype=torch.float32)
-
-
-def knn_acc1(encoder: Encoder, loaders: tuple[DataLoader, DataLoader], amp: Amp) -> float:
-    """k-NN accuracy of the encoder as it is now, in percent; the random generators are left as they were."""
-    encoder.eval()
-    # whole images would have compiled blocks compiled once more for each of their shapes
-    with torch.random.fork_rng(devices=[]), torch.compiler.set_stance("force_eager"):
-        return knn_accuracy(partial(pooled_features, encoder), encoder.dims[-1], *loaders, amp)
+    subsets = (datasets.random_subset(split, args.knn_images) for split in splits)
+    return tuple(datasets.build_eval_loader(subset, args, spread=True) for subset in subsets)
 
 
 def build_model(args) -> fcmae.FCMAE:

@@ -118,9 +118,9 @@ def test_features_are_the_mean_over_the_last_stage():
     encoder = Encoder(**TINY, stem_stride=1).eval()
     imgs = torch.randn(3, 3, 16, 24, generator=generator())
     *_, last = encoder.channels_last_stages(imgs)  # (3, 2, 3, 16)
-    features = main_pretrain.pooled_features(encoder, imgs)
+    features = knn.pooled_features(encoder, imgs)
     assert torch.allclose(features, sum(last[:, i, j] for i in range(2) for j in range(3)) / 6, atol=1e-6)
-    assert main_pretrain.pooled_features(encoder.bfloat16(), imgs.bfloat16()).dtype == torch.float32
+    assert knn.pooled_features(encoder.bfloat16(), imgs.bfloat16()).dtype == torch.float32
 
 
 # ---- during pre-training
@@ -198,7 +198,7 @@ def test_knn_leaves_the_random_generators_alone(scripts):
     loaders, encoder = main_pretrain.knn_loaders(args), Encoder(**TINY, stem_stride=1)
     seed_all(1)
     before = torch.get_rng_state()
-    main_pretrain.knn_acc1(encoder, loaders, CPU)
+    knn.knn_acc1(encoder, loaders, CPU)
     assert torch.equal(torch.get_rng_state(), before)
     list(loaders[0])
     assert not torch.equal(torch.get_rng_state(), before), "the loader draws nothing, so nothing was tested"
@@ -501,7 +501,7 @@ def test_any_layout_gives_the_same_features(pretrained, probed, tmp_path):
     for path in (pretrained[0] / LAST, tmp_path / "timm.pth", tmp_path / "dense.pth", probed[0] / LAST):
         encoder, trained_with = probe.load_encoder(path)
         assert trained_with.get("input_size", 16) == 16
-        features.append(main_pretrain.pooled_features(encoder, imgs))
+        features.append(knn.pooled_features(encoder, imgs))
     assert all(torch.equal(x, features[0]) for x in features)
 
 

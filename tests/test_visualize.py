@@ -11,13 +11,13 @@ from PIL import Image
 from small_runs import TINY, load, same
 
 import datasets
-from main_pretrain import reconstructions
 from models import weights
 from models.convnextv2 import Block, ConvNeXtV2, Encoder
 from models.fcmae import FCMAE
 from models.layers import GRN
 from tools import visualize
 from utils.amp import Amp
+from utils.pictures import reconstructions
 
 CPU = Amp(torch.device("cpu"), False, torch.bfloat16)
 IDENTITY = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)  # mean and std of images that are not normalised

@@ -24,7 +24,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import datasets
 from engine_finetune import top_k
-from main_pretrain import labelled_splits, pooled_features, random_subset
 from models import weights
 from models.convnextv2 import Encoder
 from utils import checkpoint
@@ -32,7 +31,7 @@ from utils.amp import Amp
 from utils.args import ArgumentParser, add_bool
 from utils.distributed import pick_device, setup_logging
 from utils.errors import UsageError, run
-from utils.knn import extract, knn_votes
+from utils.knn import extract, knn_votes, pooled_features
 
 log = logging.getLogger("fcmae")
 
@@ -198,7 +197,7 @@ def main(args) -> None:
     complete(args, encoder, trained_with)
     device = pick_device(args.device)
     amp = Amp(device, device.type == "cuda" if args.use_amp is None else args.use_amp, torch.bfloat16)
-    splits = (random_subset(split, args.max_images) for split in labelled_splits(args))
+    splits = (datasets.random_subset(x, args.max_images) for x in datasets.labelled_splits(args))
     loaders = tuple(datasets.build_eval_loader(split, args, spread=False) for split in splits)
     methods = {"knn": partial(knn_votes, k=args.k, temperature=args.temperature), "linear": linear_scores}
     methods = {name: method for name, method in methods.items() if args.method in (name, "both")}

@@ -22,7 +22,6 @@ from torchvision.utils import save_image
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import datasets
-from main_pretrain import reconstructions, shown, tile
 from models import weights
 from models.convnextv2 import Block, Encoder
 from models.fcmae import FCMAE, num_visible
@@ -33,6 +32,7 @@ from utils.args import ArgumentParser, add_bool, prepared_output_dir
 from utils.distributed import pick_device, setup_logging
 from utils.errors import UsageError, run
 from utils.images import BadImage, load_tensor
+from utils.pictures import reconstructions, shown, tile
 from utils.shapes import Shapes
 
 

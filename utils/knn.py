@@ -5,9 +5,11 @@ similarity, the k nearest training images vote, each with the weight exp(similar
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.utils.data import DataLoader
 
 from .amp import Amp
@@ -77,3 +79,16 @@ def knn_accuracy(encode: Callable, dim: int, train_loader: DataLoader, test_load
     if len(truth):
         correct += (knn_votes(features, labels, queries, int(labels.max()) + 1).argmax(dim=1) == truth).sum()
     return 100 * all_reduce_sum(correct).item() / seen
+
+
+def pooled_features(encoder: nn.Module, imgs: torch.Tensor) -> torch.Tensor:
+    """The last stage on whole images, averaged over its positions: (N, C, H, W) -> (N, dims[-1]), float32."""
+    return encoder.forward_stages(imgs)[-1].mean(dim=(2, 3), dtype=torch.float32)
+
+
+def knn_acc1(encoder: nn.Module, loaders: tuple[DataLoader, DataLoader], amp: Amp) -> float:
+    """k-NN accuracy of the encoder as it is now, in percent; the random generators are left as they were."""
+    encoder.eval()
+    # whole images would have compiled blocks compiled once more for each of their shapes
+    with torch.random.fork_rng(devices=[]), torch.compiler.set_stance("force_eager"):
+        return knn_accuracy(partial(pooled_features, encoder), encoder.dims[-1], *loaders, amp)
