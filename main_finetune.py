@@ -428,9 +428,7 @@ def train(args, amp: Amp, interrupts: Interrupts, lock: checkpoint.OutputLock) -
     run = Run(run_log, args.seed, partial, save if saves else None, args.save_ckpt_steps, interrupts, lock)
     begun, rates = time.perf_counter(), []
     for epoch in range(start_epoch, args.epochs):
-        stats = train_one_epoch(
-            wrapped, loader, criterion, optimizer, amp, schedule, run, epoch, mixup=mixup, ema=ema
-        )
+        stats = train_one_epoch(wrapped, loader, criterion, optimizer, amp, schedule, run, epoch, mixup=mixup, ema=ema)
         rates.append(stats.pop("images_per_second"))
         last = epoch + 1 == args.epochs
         record = {f"train_{k}": v for k, v in stats.items()}

@@ -4,7 +4,7 @@ python tools/benchmark.py                                        encoder: visibl
 python tools/benchmark.py --what pretrain --compile both         a whole FCMAE step against an MAE ViT-B/16 step
 python tools/benchmark.py --what finetune --dtype bfloat16       a fine-tuning step against timm's model
 python tools/benchmark.py --what loop                            the engine's steps against a bare loop
-python tools/benchmark.py --vary mask_ratio 0.4 0.6 0.8          any comparison over a range of one setting
+python tools/benchmark.py --vary mask_ratio 0.4 0.6 --plot a.png  any comparison over a range of one setting
 python tools/benchmark.py --what pretrain --largest_batch true   what fits the GPU
 torchrun --nproc_per_node=2 tools/benchmark.py --what pretrain   images/s of all processes together
 
@@ -14,6 +14,7 @@ Memory is measured in a process per form.
 
 import copy
 import gc
+import importlib.util
 import json
 import statistics
 import subprocess
@@ -151,6 +152,9 @@ class SameBatch:
 
     def __len__(self) -> int:
         return self.length
+
+    def prepare(self, imgs: torch.Tensor) -> torch.Tensor:
+        return imgs
 
     def steps(self, epoch: int, start_step: int):
         return ([Batch(self.data, 1.0, True)] for _ in range(self.length))
@@ -304,6 +308,7 @@ def get_args_parser() -> ArgumentParser:
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     parser.add_argument("--vary", nargs="+", help="a setting and its values, such as mask_ratio 0.4 0.6 0.8")
     parser.add_argument("--json", help="file that gets the measurements as JSON lines as well")
+    parser.add_argument("--plot", help="PNG of time and memory over what --vary varies; needs matplotlib")
     add_bool(parser, "--memory", True, "measure memory as well")
     add_bool(parser, "--largest_batch", False, "find the largest batch of each form instead")
     parser.add_argument("--memory_gb", type=float, help="with --largest_batch: use only so much of the GPU")
@@ -320,6 +325,8 @@ def check_args(args) -> None:
         fcmae.num_visible((args.input_size // 32) ** 2, args.mask_ratio)
     except ValueError as error:
         raise UsageError(f"--mask_ratio: {error}") from error
+    if args.plot and importlib.util.find_spec("matplotlib") is None:
+        raise UsageError("--plot: draws with matplotlib, which is missing: pip install matplotlib")
     if args.vary:
         name, *values = args.vary
         kinds = {"mask_ratio": float, "batch_size": int, "input_size": int, "model": str}
@@ -397,6 +404,23 @@ def report(records: list[dict], args) -> None:
     print(f"{line}; median of {args.repeats} pairs\n", flush=True)
 
 
+def plot(records: list[dict], name: str, path: str) -> None:
+    """A curve per form: milliseconds and, where measured, MiB per image."""
+    from matplotlib.figure import Figure  # not pyplot, which may look for a screen
+
+    panels = {"ms per image": lambda r: 1000 / r["images_per_second"]}
+    if "peak_mib" in records[0]:
+        panels["peak MiB per image"] = lambda r: r["peak_mib"] / r["batch_size"]
+    figure = Figure(figsize=(5 * len(panels), 3.5), layout="constrained")
+    for axes, (title, value) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        for form in dict.fromkeys(r["form"] for r in records):
+            own = [r for r in records if r["form"] == form]
+            axes.plot([str(r[name]) for r in own], [value(r) for r in own], marker="o", label=form)
+        axes.set(title=title, xlabel=name, ylim=(0, None))
+        axes.legend()
+    figure.savefig(path, dpi=100)
+
+
 def main() -> None:
     args = get_args_parser().parse_args()
     check_args(args)
@@ -421,6 +445,7 @@ def main() -> None:
             print(f"{args.what}: {args.dtype}, {where}{processes}, torch {torch.__version__}; ", end="")
             print(f"matmul peak {peak:.2f} TFLOP/s; medians of {args.repeats} rounds\n")
         name, *values = args.vary or ["model", args.model]
+        measured = []
         for value in values:
             setattr(args, name, value)
             check_args(args)
@@ -428,9 +453,12 @@ def main() -> None:
             if not talks:
                 continue
             report(records, args)
+            measured += records
             if args.json:
                 with open(args.json, "a") as file:
                     file.writelines(json.dumps(record) + "\n" for record in records)
+        if talks and args.plot:
+            plot(measured, name, args.plot)
 
 
 if __name__ == "__main__":
