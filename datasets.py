@@ -1,4 +1,4 @@
-"""Transforms, data sets, samplers and loaders.
+"""Transforms, data sets by name, samplers and loaders; files are read in utils/files.py and utils/images.py.
 
 Randomness: every sample is augmented under a seed of (seed, epoch, index), so a run does not depend on --num_workers,
 nor, for the data, on the number of processes.
@@ -107,7 +107,7 @@ def build_transform(is_train: bool, args, eight_bit: bool = True) -> Callable:
     if is_train:
         return _build_augmentation(args) if args.in_chans == 3 and eight_bit else _build_plain_augmentation(args)
     size = args.input_size
-    crop_pct = args.crop_pct or (1.0 if size <= 32 else 224 / 256)
+    crop_pct = args.crop_pct or (1.0 if size <= SMALL else 224 / 256)
     resized = [size, size] if size >= 384 else [int(size / crop_pct)]
     in_chans = getattr(args, "in_chans", 3)
     return partial(_centre_crop, in_chans=in_chans, resized=resized, size=size, normalise=_build_normalise(args))
@@ -151,8 +151,8 @@ def _build_plain_augmentation(args) -> Callable:
     erase = RandomErasing(_erased_share(args), mode=args.remode, max_count=args.recount, device="cpu")
     size = args.input_size
     resized = [size] if size <= SMALL else None
-    crop = partial(_random_crop, in_chans=args.in_chans, draw=finetune_draw(args), size=size, resized=resized)
-    return partial(_crop_and_erase, crop=crop, normalise=_build_normalise(args), erase=erase)
+    cut = partial(_random_crop, in_chans=args.in_chans, draw=finetune_draw(args), size=size, resized=resized)
+    return partial(_cut_and_erase, cut=cut, normalise=_build_normalise(args), erase=erase)
 
 
 def finetune_draw(args) -> Callable[[int, int], Box]:
@@ -168,8 +168,8 @@ def _random_crop(image, in_chans: int, draw: Callable, size: int, resized: list[
     return crop(image, draw(*image.shape[1:]), size)
 
 
-def _crop_and_erase(image, crop: Callable, normalise: Callable, erase: Callable) -> torch.Tensor:
-    return erase(normalise(crop(image)))
+def _cut_and_erase(image, cut: Callable, normalise: Callable, erase: Callable) -> torch.Tensor:
+    return erase(normalise(cut(image)))
 
 
 def _centre_crop(image: Image.Image | torch.Tensor, in_chans: int, resized: list[int], size: int, normalise: Callable):
@@ -274,7 +274,7 @@ def build_dataset(is_train: bool, args, classes: list[str] | None = None) -> tup
     if args.data_set in ("IMNET", "image_folder"):
         dataset = labelled_files(is_train, args, classes)
         nb_classes = len(dataset.classes)
-        if args.data_set == "IMNET" and nb_classes != 1000:
+        if args.data_set == "IMNET" and nb_classes != 1000 and not isinstance(dataset, ImageList):
             path = args.data_path if is_train else args.eval_data_path or args.data_path
             raise UsageError(
                 f"{path}: {nb_classes} class folders, --data_set IMNET has 1000; for other data give "
@@ -332,7 +332,8 @@ def settle_depth(dataset: Dataset, args) -> bool:
             name = "" if isinstance(dataset, (ImageFiles, TimmFiles)) else f"--data_set {args.data_set}: "
             raise UsageError(f"{name}{error}") from error
     else:
-        raise UsageError(f"--data_path {args.data_path}: its first {count} images are unreadable: {reason}")
+        source = f"--data_path {args.data_path}" if args.data_path else f"--data_set {args.data_set}"
+        raise UsageError(f"{source}: its first {count} images are unreadable: {reason}")
     if not eight_bit and not args.mean:
         name = dataset.paths[i] if isinstance(dataset, ImageFiles) else f"--data_set {args.data_set}"
         raise UsageError(f"{name}: not of 8 bits, which needs {MEAN_STD_HINT.format(args.in_chans)}")

@@ -30,7 +30,7 @@ import datasets
 import main_finetune
 import main_pretrain
 from datasets import BadImage, ClassFolders, EvalSamples, ImageTree, StepSampler, TrainSamples
-from tests.small_runs import load, records
+from tests.small_runs import load, records, same
 from tools import benchmark_loader, mean_std
 from utils import memory
 from utils.crops import Box, crop, draw_box
@@ -736,6 +736,20 @@ def test_fine_tuning_on_the_device(tmp_path, size, kind):
         expected = crop(whole, Box(*box), size) / 255
         difference = (image * STD + MEAN - expected).abs() * 255
         assert difference.max() < (2.01 if kind == "crops" else 1e-3)
+
+
+def test_pretraining_from_memory(scripts, tmp_path):
+    """From the host's memory with the same bits, from the device's with the same loss up to rounding."""
+    for mode in ("no", "host", "device"):
+        flags = ("--in_memory", mode, "--epochs", 2, "--picture_freq", 1)
+        result = scripts.pretrain(*flags, "--output_dir", tmp_path / mode)
+        assert result.code == 0, result.err
+    models = {mode: load(tmp_path / mode / "checkpoint-1.pth")["model"] for mode in ("no", "host")}
+    assert same(*models.values())
+    losses = [records(tmp_path / mode)[-1]["train_loss"] for mode in ("no", "device")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    pictures = [(tmp_path / mode / "reconstruction-0.png").read_bytes() for mode in ("no", "host")]
+    assert pictures[0] == pictures[1]
 
 
 # ---- channels and depths

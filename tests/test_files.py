@@ -282,7 +282,8 @@ def test_a_folder_that_may_still_change_is_not_remembered(tree):
 
 DAMAGE = [
     b"", b"{", b"[]", b"null", b"\xff\xfe", b'{"version": 1}', b'{"version": 1, "root": "ROOT", "folders": 3}',
-    b'{"version": 1, "root": "ROOT", "folders": {"": 3}}', b'{"version": 1, "root": "/", "folders": {}}',
+    b'{"version": 1, "root": "ROOT", "folders": {"": [0, [3]]}}', b'{"version": 1, "root": "ROOT", "folders": {"": 3}}',
+    b'{"version": 1, "root": "/", "folders": {}}',
     b'{"version": 0, "root": "ROOT", "folders": {}}', b"\x80\x04cos\nsystem\n",
 ]  # fmt: skip
 

@@ -4,8 +4,8 @@ import math
 from typing import NamedTuple
 
 import torch
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms.v2 import functional as F
+import torch.nn.functional as F
+from torchvision.transforms.v2.functional import crop as crop_and_pad
 
 ASPECT = (3 / 4, 4 / 3)
 TRIES = 10
@@ -47,9 +47,14 @@ def draw_shift(height: int, width: int, size: int, padding: int = 4) -> Box:
 
 def crop(image: torch.Tensor, box: Box, size: int) -> torch.Tensor:
     """The box of an image, resized (bicubic, antialiased): (C, H, W) -> (C, size, size) of the same type."""
-    image = F.crop(image, *box[:4])  # first: the filter is not to see beyond
-    image = F.resize(image, [size, size], InterpolationMode.BICUBIC, antialias=True)
-    return image.flip(-1) if box.mirrored else image
+    top, left, height, width, mirrored = box
+    if 0 <= top <= image.shape[1] - height and 0 <= left <= image.shape[2] - width:
+        image = image[:, top : top + height, left : left + width]  # before resizing: its filter must not see beyond
+    else:
+        image = crop_and_pad(image, top, left, height, width)
+    if height != size or width != size:
+        image = F.interpolate(image[None], (size, size), mode="bicubic", antialias=True)[0]
+    return image.flip(-1) if mirrored else image
 
 
 def crop_batch(images: torch.Tensor, boxes: torch.Tensor, size: int) -> torch.Tensor:

@@ -65,7 +65,8 @@ def _remembered(path: Path, root: str) -> dict[str, list[str]] | None:
         if (content["version"], content["root"]) != (VERSION, root):
             return None
         for folder, (changed, names) in content["folders"].items():
-            if os.stat(os.path.join(root, folder)).st_mtime_ns != changed or not isinstance(names, list):
+            "".join(names)  # a TypeError unless they are names
+            if os.stat(os.path.join(root, folder)).st_mtime_ns != changed:
                 return None
         return {folder: names for folder, (_, names) in content["folders"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):  # none yet, damaged, or a folder is gone
