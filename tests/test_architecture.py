@@ -9,9 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = [
-    path
-    for pattern in ("*.py", "models/*.py", "utils/*.py", "tools/*.py")
-    for path in sorted(ROOT.glob(pattern))
+    path for pattern in ("*.py", "models/*.py", "utils/*.py", "tools/*.py") for path in sorted(ROOT.glob(pattern))
 ]
 ALLOWED = {  # file -> the rooms it may import from
     "models/kernels.py": set(),

@@ -414,7 +414,7 @@ def test_autocast_on_the_cpu(dtype):
     for model, train in ((fcmae(), pretrain), (classifier(), finetune)):
         before = weights(model)
         block = (model.encoder if train is pretrain else model).stages[0][0]
-        block.pwconv1.register_forward_hook(lambda m, i, output: seen.add(output.dtype))
+        block.norm.register_forward_pre_hook(lambda m, inputs: seen.add(inputs[0].dtype))  # the convolution's output
         stats = train(model, train_loader(Noise(24), 8), amp=Amp(CPU, True, dtype, clip_grad=1.0))
         stats = stats[0] if isinstance(stats, list) else stats
         assert math.isfinite(stats["loss"])

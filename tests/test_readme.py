@@ -7,6 +7,8 @@ import re
 import shlex
 from pathlib import Path
 
+import numpy as np
+
 import main_finetune
 import main_pretrain
 from models.convnextv2 import SIZES
@@ -23,14 +25,11 @@ def readme_commands() -> list[str]:
     return [part.strip() for block in blocks for line in block.splitlines() for part in line.split("&&")]
 
 
-def script_commands() -> list[list[str]]:
-    """Words of each command that runs an entry script, from the script's name on."""
-    found = []
-    for command in readme_commands():
-        words = shlex.split(command)
-        if script := [i for i, word in enumerate(words) if word.startswith(("main_", "submitit_", "tools/"))]:
-            found.append(words[script[0] :])
-    return found
+def from_script(command: str) -> list[str]:
+    """The words of a command that runs a script, from the script's name on; none of another command."""
+    words = shlex.split(command)
+    script = [i for i, word in enumerate(words) if word.startswith(("main_", "submitit_", "tools/"))]
+    return words[script[0] :] if script else []
 
 
 def test_two_lines_do_everything():
@@ -50,11 +49,24 @@ def test_commands_run_in_order(tmp_path, monkeypatch, capsys):
     for folder in ("images", "train", "imagenet/train"):
         write_images(tmp_path / "data" / folder, "train", 16, size=32)
     write_images(tmp_path / "data/val", "val", 8, size=32)
-    commands = script_commands()
-    assert len(commands) >= 15
-    for name, *flags in commands:
+    write_images(tmp_path / "data/small", "train", 16, size=32)
+    (tmp_path / "data/scenes").mkdir()
+    for i in range(16):
+        np.save(tmp_path / f"data/scenes/{i}.npy", np.random.default_rng(i).integers(0, 4000, (5, 40, 40), np.uint16))
+    for split in ("train", "val"):
+        paths = sorted((tmp_path / "data" / split).rglob("*.png"))
+        lines = [f"{path.relative_to(tmp_path / 'data')}\t{path.parent.name}\n" for path in paths]
+        (tmp_path / f"{split}.txt").write_text("".join(lines))
+    commands = [command for command in readme_commands() if from_script(command)]
+    assert len(commands) >= 18
+    for command in commands:
+        if nested := re.search(r"\$\((.*)\)", command):
+            capsys.readouterr()
+            run_tool(*from_script(nested[1]), monkeypatch=monkeypatch)
+            command = command.replace(nested[0], capsys.readouterr().out.strip())
+        name, *flags = from_script(command)
         if name.startswith("tools/"):
-            run_tool(name, flags, monkeypatch)
+            run_tool(name, *flags, monkeypatch=monkeypatch)
             continue
         if name.startswith("submitit_"):
             monkeypatch.setattr("sys.argv", [name, *flags, "--dry_run", "true"])
@@ -62,7 +74,7 @@ def test_commands_run_in_order(tmp_path, monkeypatch, capsys):
             assert "#SBATCH --nodes=" in capsys.readouterr().out
             continue
         script = {"main_pretrain.py": main_pretrain, "main_finetune.py": main_finetune}[name]
-        flags = [re.sub(r"^/data/", "data/", re.sub(r"checkpoint-\d+", "checkpoint-0", word)) for word in flags]
+        flags = [re.sub(r"^/data\b", "data", re.sub(r"checkpoint-\d+", "checkpoint-0", word)) for word in flags]
         small = SMALL if script is main_finetune else SMALL.replace("--warmup_steps 0", "")
         if not any("demo" in word for word in flags):
             small += " --input_size 64"
@@ -78,9 +90,9 @@ def test_commands_run_in_order(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "output/demo_pretrain/reconstruction-0.png").is_file()
 
 
-def run_tool(name: str, flags: list[str], monkeypatch) -> None:
+def run_tool(name: str, *flags: str, monkeypatch) -> None:
     """In this process, where the network is shrunk; matplotlib, which some ask for, may be missing."""
-    flags = [re.sub(r"^/data/", "data/", re.sub(r"checkpoint-\d+", "checkpoint-0", word)) for word in flags]
+    flags = [re.sub(r"^/data\b", "data", re.sub(r"checkpoint-\d+", "checkpoint-0", word)) for word in flags]
     if importlib.util.find_spec("matplotlib") is None:
         if name == "tools/plot.py":
             return
