@@ -131,7 +131,8 @@ class _GRNMLP(torch.autograd.Function):
             # through the norm; d norm / d y = y / norm, and a channel that is zero everywhere has the subgradient 0
             grad_ratio = grad_scale[rows] * gamma
             through_mean = (grad_ratio * norm[rows]).mean(dim=-1, keepdim=True) / mean[rows] ** 2
-            slope = torch.where(norm[rows] > 0, (grad_ratio / mean[rows] - through_mean) / norm[rows], 0.0)
+            slope = (grad_ratio / mean[rows] - through_mean) / norm[rows]
+            slope = torch.where(norm[rows] > 2 * torch.finfo(statistics).tiny ** 0.5, slope, 0.0)  # see _spatial_norm
             grad_y.addcmul_(y, slope.to(dtype))
             grad_h = torch.ops.aten.gelu_backward(grad_y, h[rows]).view(-1, hidden)
             grad_w1 = _plus_product(grad_w1, grad_h.t(), x[rows].view(-1, c), w1.dtype)

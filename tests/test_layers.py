@@ -91,6 +91,15 @@ def test_a_dead_channel_has_no_gradient_and_no_nan():
         torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-12)
 
 
+@pytest.mark.parametrize("shape", [FOLDED, PLAIN], ids=["folded", "plain"])
+def test_a_dead_channel_under_float16(shape):
+    """What is divided by its norm must not overflow: infinity times zero would be NaN."""
+    parts = modules(6, torch.float32)
+    with torch.no_grad():
+        parts[0].weight[3] = parts[0].bias[3] = 0.0
+    assert all(torch.isfinite(t).all() for t in results(grn_mlp, torch.randn(*shape), parts, torch.float16))
+
+
 def test_statistics_are_float32_in_half_precision():
     """The norm over 4096 positions of equal values, whose sum of squares no half-precision sum would get right."""
     fc1, grn, fc2 = modules(2, torch.float32)
