@@ -99,7 +99,7 @@ class FCMAE(nn.Module):
         n, _, h, w = features.shape
         x = self.proj(features.permute(0, 2, 3, 1))  # (N, h, w, decoder_embed_dim)
         removed = mask.to(x.device, non_blocking=True).reshape(n, h, w, 1) != 0
-        x = torch.where(removed, self.mask_token.permute(0, 2, 3, 1).to(x.dtype), x)
+        x = torch.where(removed, self.mask_token.flatten().to(x.dtype), x)
         x = self.decoder(x)
         return self.pred(x).permute(0, 3, 1, 2)
 

@@ -166,9 +166,10 @@ class PatchConv(nn.Conv2d):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         k = self.kernel_size[0]
         n, h, w, c = x.shape
+        if k == 1:  # through the permutation below, the gradient has strides that make DDP warn and copy it
+            return F.linear(x, self.weight.flatten(1), self.bias)
         h, w = h // k, w // k
-        if k > 1:
-            x = x[:, : h * k, : w * k].reshape(n, h, k, w, k, c).transpose(2, 3).reshape(n, h, w, k * k * c)
+        x = x[:, : h * k, : w * k].reshape(n, h, k, w, k, c).transpose(2, 3).reshape(n, h, w, k * k * c)
         return F.linear(x, self.weight.permute(0, 2, 3, 1).flatten(1), self.bias)
 
 
