@@ -505,6 +505,44 @@ def random_subset(dataset: Dataset, count: int | None) -> Dataset:
     return Subset(dataset, order.sort().values.tolist())
 
 
+class Selected(Dataset):
+    """The images of a data set at some indices, under its transform; to set another leaves the data set alone."""
+
+    def __init__(self, dataset: Dataset, indices: list[int]):
+        self.dataset, self.indices = dataset, indices
+
+    @property
+    def transform(self) -> Callable:
+        return self.dataset.transform
+
+    @transform.setter
+    def transform(self, transform: Callable) -> None:
+        self.dataset = with_transform(self.dataset, transform)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int):
+        return self.dataset[self.indices[index]]
+
+
+def first_of_each_class(dataset: Dataset, count: int, name: str) -> Selected:
+    """At most `count` images of each class, the first in the data set's order: the same ones under every seed.
+
+    Raises:
+        UsageError: a data set, called `name`, that does not list its labels.
+    """
+    targets = getattr(dataset, "targets", None)
+    if targets is None:
+        raise UsageError(f"--images_per_class {count}: {name} does not list its labels; leave it out")
+    seen, indices = Counter(), []
+    for index, label in enumerate(targets):
+        seen[label] += 1
+        if seen[label] <= count:
+            indices.append(index)
+    return Selected(dataset, indices)
+
+
 # ---- samples and steps -----------------------------------------------------------------------------------------------
 
 

@@ -73,6 +73,9 @@ def get_args_parser() -> ArgumentParser:
     group.add_argument("--model_key", default=MODEL_KEY, help="where a checkpoint holds its weights, by preference")
     group.add_argument("--model_prefix", default="", help="take only the weights under this prefix, without it")
     add_bool(group, "--stem_average", False, "average the checkpoint's stem over its channels where --in_chans differs")
+    group.add_argument(
+        "--images_per_class", type=int, default=None, help="train on the first so many images of each class alone"
+    )
     group.add_argument("--head_init_scale", type=float, default=0.001, help="factor on a fresh head's weights")
     group.add_argument("--drop_path", type=float, default=0.0, help="stochastic depth of the last block")
     group.add_argument("--layer_decay", type=float, default=1.0, help="learning-rate factor per layer below the head")
@@ -149,6 +152,8 @@ def check_args(args) -> None:
         raise UsageError(f"--batch_size {args.batch_size}: must be even, Mixup and CutMix pair the images of a batch")
     if args.eval_freq < 1:
         raise UsageError(f"--eval_freq {args.eval_freq}: must be at least 1")
+    if args.images_per_class is not None and args.images_per_class < 1:
+        raise UsageError(f"--images_per_class {args.images_per_class}: must be at least 1")
     if args.linear_probe:
         check_linear_probe(args)
     if args.clip_grad is not None and args.clip_grad <= 0:
@@ -287,6 +292,8 @@ def build_loaders(args, device: torch.device) -> tuple[datasets.StepLoader, Data
     """The training loader, the evaluation loader unless --disable_eval, the number of classes and their names."""
     dataset, nb_classes = datasets.build_dataset(True, args)
     classes = getattr(dataset, "classes", None)
+    if args.images_per_class is not None:
+        dataset = datasets.first_of_each_class(dataset, args.images_per_class, f"--data_set {args.data_set}")
     dataset, prepare = datasets.finetune_in_memory(dataset, args, device)
     multiple = 2 if mixes(args) or args.linear_probe else 1
     loader = datasets.build_train_loader(dataset, args, multiple=multiple, prepare=prepare)

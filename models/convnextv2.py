@@ -102,9 +102,7 @@ class Encoder(nn.Module):
         """Recompute each block's activations in backward: about a third more time for a fraction of the memory."""
         self.grad_checkpointing = enable
 
-    def channels_last_stages(
-        self, imgs: torch.Tensor, visible: VisiblePatches | None = None
-    ) -> Iterator[torch.Tensor]:
+    def channels_last_stages(self, imgs: torch.Tensor, visible: VisiblePatches | None = None) -> Iterator[torch.Tensor]:
         """Yield the four stages' features: (N, H_i, W_i, dims[i]), or, with `visible`, (N, K, s_i*s_i, dims[i])."""
         if imgs.shape[1] != self.in_chans:
             raise ValueError(f"the images have {imgs.shape[1]} channels, the model has in_chans={self.in_chans}")

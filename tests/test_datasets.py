@@ -11,6 +11,7 @@ import sys
 import tarfile
 from collections import Counter
 from functools import partial
+from types import SimpleNamespace
 from urllib.error import URLError
 
 import numpy as np
@@ -35,6 +36,7 @@ from tools import benchmark_loader, mean_std
 from utils import memory
 from utils.crops import Box, crop, draw_box
 from utils.errors import UsageError, run
+from utils.files import TimmFiles
 from utils.seeding import seed_all
 from utils.shapes import Shapes
 
@@ -750,6 +752,55 @@ def test_pretraining_from_memory(scripts, tmp_path):
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
     pictures = [(tmp_path / mode / "reconstruction-0.png").read_bytes() for mode in ("no", "host")]
     assert pictures[0] == pictures[1]
+
+
+# ---- the first images of each class
+
+
+def test_first_of_each_class(folders):
+    dataset, _ = datasets.build_dataset(True, finetune_args(data_set="image_folder", data_path=folders / "train"))
+    own = dataset.transform
+    few = datasets.first_of_each_class(dataset, 3, "it")
+    chosen = [dataset.paths[i] for i in few.indices]
+    expected = [folders / "train" / name / f"{j}.png" for name in ("ant", "bee", "cat") for j in range(3)]
+    assert (len(few), chosen) == (9, [str(path) for path in expected])
+    assert len(datasets.first_of_each_class(dataset, 99, "it")) == len(dataset)
+    whole = memory.with_transform(few, torch.clone)
+    image, label = whole[4]
+    assert (label, few[4][0].shape) == (1, (3, 224, 224))
+    np.testing.assert_array_equal(image.permute(1, 2, 0), np.asarray(Image.open(expected[4])))
+    assert dataset.transform is few.transform is own
+
+
+def test_first_of_each_class_needs_labels(tmp_path):
+    save(picture(), tmp_path / "a" / "0.png")
+    files = datasets.build_dataset(True, finetune_args(data_set="torch/image_folder", data_path=tmp_path))[0]
+    assert len(datasets.first_of_each_class(files, 1, "it")) == 1
+    remote = TimmFiles(SimpleNamespace(reader=SimpleNamespace()), "hfds/it", in_chans=3)
+    for unlisted in (Stream(5), remote):
+        with pytest.raises(UsageError, match=r"--images_per_class 2: it does not list its labels; leave it out"):
+            datasets.first_of_each_class(unlisted, 2, "it")
+
+
+def test_training_on_few_images_of_each_class(scripts, tmp_path):
+    """The same bits as from a folder with nothing else in it, also from memory."""
+    for source in scripts.train.glob("*/*.png"):
+        kept = sorted(source.parent.iterdir())[:4]
+        if source in kept:
+            save(Image.open(source), tmp_path / "few" / source.parent.name / source.name)
+    for name, flags in {
+        "folder": ("--data_path", tmp_path / "few"),
+        "flag": ("--images_per_class", 4),
+        "memory": ("--images_per_class", 4, "--in_memory", "host"),
+    }.items():
+        result = scripts.finetune(*flags, "--output_dir", tmp_path / name)
+        assert (result.code, result.err) == (0, "")
+        assert "16 images of 4 classes" in result.out
+    models = [load(tmp_path / name / "checkpoint-2.pth")["model"] for name in ("folder", "flag", "memory")]
+    assert same(models[0], models[1])
+    assert same(models[0], models[2])
+    result = scripts.finetune("--images_per_class", 0)
+    assert (result.code, result.err) == (2, "error: --images_per_class 0: must be at least 1\n")
 
 
 # ---- channels and depths

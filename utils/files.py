@@ -215,7 +215,9 @@ class TimmFiles(Dataset):
 
     @property
     def targets(self) -> list[int]:
-        """Of a tar alone: other data sets are not read through for their labels."""
+        """Of a tar alone: other data sets are not read through for their labels. Raises AttributeError."""
+        if not hasattr(self.files.reader, "targets"):
+            raise AttributeError(f"{self.name}: not listed")
         numbers = self.numbers or range(len(self.classes))
         return [numbers[target] for target in self.files.reader.targets]
 

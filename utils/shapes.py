@@ -20,6 +20,7 @@ NUM_SAMPLES = {"train": 8000, "val": 2000}
 
 # Signed distances, negative inside, of shapes that about fill the unit disc. All are symmetric in x, y points up.
 
+
 def _disc(x, y, radius=0.8):
     return np.sqrt(x * x + y * y) - radius
 
