@@ -5,14 +5,14 @@ import shutil
 
 import numpy as np
 import pytest
-import small_runs
 import torch
 from PIL import Image
-from small_runs import STEPS, TINY, Scripts, load, records, same, snapshot, write_images
 
 import main_finetune
 from models import convnextv2, fcmae
 from models.convnextv2 import ConvNeXtV2
+from tests import small_runs
+from tests.small_runs import STEPS, TINY, Scripts, load, records, same, snapshot, write_images
 from utils.amp import Amp
 from utils.param_groups import decays
 

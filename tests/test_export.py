@@ -12,13 +12,13 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file
-from small_runs import TINY, Result
 
 import datasets
 from models import weights
 from models.convnextv2 import SIZES, ConvNeXtV2
 from models.fcmae import FCMAE
 from models.linear_probe import LinearProbe
+from tests.small_runs import TINY, Result
 from tools import export
 from utils import checkpoint
 from utils.errors import UsageError, run

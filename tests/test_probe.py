@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from small_runs import STEPS, TINY, Scripts, killed_after, load, records, same, write_images
 from test_distributed import launch
 
 import datasets
@@ -19,6 +18,7 @@ from main_finetune import build_optimizer, get_args_parser
 from models import weights
 from models.convnextv2 import ConvNeXtV2, Encoder
 from models.linear_probe import LinearProbe, ProbeHead, fold_batch_norm
+from tests.small_runs import STEPS, TINY, Scripts, killed_after, load, records, same, write_images
 from tools import probe
 from utils import knn
 from utils.amp import Amp

@@ -15,12 +15,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_runs import STEPS, killed_after, load, records, same
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from timm.optim import create_optimizer_v2
 
 import engine_finetune
 import main_finetune
+from tests.small_runs import STEPS, killed_after, load, records, same
 from tests.test_distributed import launch
 from utils import checkpoint, metrics, record
 from utils.amp import Amp

@@ -6,11 +6,11 @@ import shutil
 import pytest
 import torch
 from PIL import Image
-from small_runs import STEPS, TINY, killed_after, load, records, same, snapshot
 
 import datasets
 import main_finetune
 from models.convnextv2 import ConvNeXtV2
+from tests.small_runs import STEPS, TINY, killed_after, load, records, same, snapshot
 
 FLAGS = {
     "pretrain": ("--picture_freq", 0),

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from small_runs import TINY, load, same
 
 import datasets
 from models import weights
 from models.convnextv2 import Block, ConvNeXtV2, Encoder
 from models.fcmae import FCMAE
 from models.layers import GRN
+from tests.small_runs import TINY, load, same
 from tools import visualize
 from utils.amp import Amp
 from utils.pictures import reconstructions

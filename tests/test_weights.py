@@ -10,8 +10,6 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
-from small_runs import TINY
-from small_runs import load as load_file
 
 from models import convnextv2
 from models.convnextv2 import SIZES, ConvNeXtV2, convnextv2_atto, convnextv2_tiny
@@ -28,6 +26,8 @@ from models.weights import (
     to_timm,
     unwrap,
 )
+from tests.small_runs import TINY
+from tests.small_runs import load as load_file
 
 GOLDEN = Path(__file__).parent / "golden"
 fill_dense = runpy.run_path(str(GOLDEN / "fill.py"))["fill_dense"]
