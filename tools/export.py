@@ -195,14 +195,14 @@ def write_timm(source: Source, file: Path) -> Exported:
             "crop_mode": "squash" if warp else "center",
             **source.normalisation,
             "num_classes": model.num_classes,
-            "first_conv": "stem.0",
+            "first_conv": "stem.0" if model.in_chans == 3 else None,  # named, timm before 1.0.31 makes it RGB's anew
             "classifier": "head.fc",
             **({"label_names": source.classes} if source.classes else {}),
         },
     }
     in_folder = file.name == FILES["timm"][0]
     config_file = save_json(config, file.with_name("config.json") if in_folder else file.with_suffix(".json"))
-    overlay = {"file": str(file), "input_size": config["pretrained_cfg"]["input_size"]}
+    overlay = {"file": str(file)} | {key: config["pretrained_cfg"][key] for key in ("input_size", "first_conv")}
     calls = [
         {"num_classes": model.num_classes, **model_args, "checkpoint_path": str(file)},
         {"features_only": True, **model_args, "pretrained": True, "pretrained_cfg_overlay": overlay},
