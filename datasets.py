@@ -10,7 +10,7 @@ import logging
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sized
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -501,8 +501,12 @@ def labelled_splits(args) -> tuple[Dataset, Dataset]:
 
 def random_subset(dataset: Dataset, count: int | None) -> Dataset:
     """At most `count` images, the same ones in every run, so that runs can be compared."""
-    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[:count]
-    return Subset(dataset, order.sort().values.tolist())
+    return Subset(dataset, sorted(shuffled_indices(dataset)[:count]))
+
+
+def shuffled_indices(samples: Sized) -> list[int]:
+    """All indices, in an order that is the same in every run."""
+    return torch.randperm(len(samples), generator=torch.Generator().manual_seed(0)).tolist()
 
 
 class Selected(Dataset):

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 import datasets
+import main_pretrain
 from models import weights
 from models.convnextv2 import Block, ConvNeXtV2, Encoder
 from models.fcmae import FCMAE
@@ -162,18 +163,34 @@ def test_feature_maps_of_images_with_other_numbers_of_channels(draw, tmp_path):
     assert re.match("error: --images .*four.npy: has 2 channels", draw(*flags)[0].err)
 
 
-def test_pictures_show_the_evaluation_crop_of_the_images(scripts, checkpoint):
+def shown(imgs, folder: Path, args) -> list[Path]:
+    """Which of the folder's images these are, by their pixels."""
+    transform = datasets.build_transform(False, args)
+    crops = {path: transform(Image.open(path)) for path in sorted(folder.rglob("*.png"))}
+    return [path for img in imgs for path, crop in crops.items() if torch.equal(img, crop)]
+
+
+def test_pictures_show_the_evaluation_crop_of_some_images(scripts, checkpoint):
     args = visualize.get_args_parser().parse_args(
-        ["--checkpoint", str(checkpoint), "--images", str(scripts.val), "--max_images", "3", "--input_size", "16"]
+        ["--checkpoint", str(checkpoint), "--images", str(scripts.val), "--max_images", "5", "--input_size", "16"]
     )
     visualize.complete(args, *visualize.load_encoder(checkpoint))
-    imgs = visualize.load_images(args)
-    transform = datasets.build_transform(False, args)
-    paths = sorted(scripts.val.rglob("*.png"))[:3]
-    assert torch.equal(imgs, torch.stack([transform(Image.open(path)) for path in paths]))
-    assert not torch.equal(imgs[0], imgs[1])
+    paths = shown(visualize.load_images(args), scripts.val, args)
+    assert paths == sorted(set(paths))
+    assert (len(paths), len({path.parent for path in paths})) == (5, 3)  # the first five are of one class
+    args.images = [str(path) for path in reversed(paths)]
+    assert shown(visualize.load_images(args), scripts.val, args) == paths[::-1]
     args.images = None
-    assert visualize.load_images(args).shape == (3, 3, 16, 16)
+    assert visualize.load_images(args).shape == (5, 3, 16, 16)
+
+
+def test_pictures_of_pre_training_are_of_several_classes(scripts):
+    flags = f"--data_set image_folder --data_path {scripts.train} --input_size 16 --stem_stride 1"
+    args = main_pretrain.get_args_parser().parse_args(flags.split())
+    imgs = main_pretrain.picture_images(datasets.build_pretrain_dataset(args), args)
+    args.crop_pct = None
+    paths = shown(imgs, scripts.train, args)
+    assert (len(paths), len({path.parent for path in paths})) == (8, 4)
 
 
 # ---- diversity of features

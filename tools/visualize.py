@@ -43,8 +43,11 @@ def load_images(args) -> torch.Tensor:
         dataset = Shapes("val", args.input_size, num_samples=args.max_images)
         return torch.stack([transform(dataset[i][0]) for i in range(len(dataset))])
     for path in args.images:
-        folder = Path(path).is_dir()
-        paths += datasets.ImageTree(path, "--images", None, args.in_chans, False).paths if folder else [path]
+        if Path(path).is_dir():  # some from anywhere in it: the first may all be of one class
+            found = datasets.ImageTree(path, "--images", None, args.in_chans, False).paths
+            paths += [found[i] for i in sorted(datasets.shuffled_indices(found)[: args.max_images])]
+        else:
+            paths.append(path)
     for path in paths[: args.max_images]:
         try:
             image = load_tensor(path, args.in_chans)
@@ -181,7 +184,7 @@ def get_args_parser() -> ArgumentParser:
     add_bool(parser, "--features", False, "write features.png")
     add_bool(parser, "--diversity", False, "write diversity.png and print its numbers; needs matplotlib")
     parser.add_argument("--images", nargs="+", default=None, help="image files or folders; without, drawn shapes")
-    parser.add_argument("--max_images", type=int, default=8, help="at most so many, the first ones")
+    parser.add_argument("--max_images", type=int, default=8, help="at most so many, from anywhere in a folder")
     parser.add_argument("--mask_ratios", type=float, nargs="+", default=[0.4, 0.6, 0.75], help="of the reconstructions")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the masks; each has rows of its own")
     parser.add_argument("--output_dir", default="output/pictures", help="folder for the pictures")
