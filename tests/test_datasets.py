@@ -512,6 +512,7 @@ def test_cifar(cifar_files, name, classes, length):
     args = finetune_args(data_set=name, data_path=folder, input_size=32)
     train, nb_classes = datasets.build_dataset(True, args)
     assert (len(train), nb_classes, train[5][1]) == (length, classes, classes - 1)
+    assert datasets.first_of_each_class(train, 1, name).indices == list(range(6))
     val, nb_classes = datasets.build_dataset(False, args, train.classes)
     assert (len(val), nb_classes) == (6, classes)
     np.testing.assert_array_equal(pixels(val[2][0]), noise[2].reshape(3, 32, 32).transpose(1, 2, 0))
