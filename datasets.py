@@ -501,12 +501,12 @@ def labelled_splits(args) -> tuple[Dataset, Dataset]:
 
 def random_subset(dataset: Dataset, count: int | None) -> Dataset:
     """At most `count` images, the same ones in every run, so that runs can be compared."""
-    return Subset(dataset, sorted(shuffled_indices(dataset)[:count]))
+    return Subset(dataset, shuffled_indices(dataset)[:count].sort().values.tolist())
 
 
-def shuffled_indices(samples: Sized) -> list[int]:
-    """All indices, in an order that is the same in every run."""
-    return torch.randperm(len(samples), generator=torch.Generator().manual_seed(0)).tolist()
+def shuffled_indices(samples: Sized) -> torch.Tensor:
+    """All indices, in an order that is the same in every run: int64 (len(samples),)."""
+    return torch.randperm(len(samples), generator=torch.Generator().manual_seed(0))
 
 
 class Selected(Dataset):

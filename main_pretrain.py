@@ -109,7 +109,7 @@ def picture_images(dataset: Dataset, args, count: int = 8) -> torch.Tensor:
     """A few images, not augmented and the same in every run; of a stream, the first, augmented: (count, C, H, W)."""
     if not isinstance(dataset, IterableDataset):
         dataset = datasets.EvalSamples(datasets.with_transform(dataset, datasets.build_transform(False, args)))
-        samples = (dataset[i] for i in datasets.shuffled_indices(dataset))  # the first may all be of one class
+        samples = (dataset[int(i)] for i in datasets.shuffled_indices(dataset))  # the first may all be of one class
     else:
         samples = iter(dataset)
     readable = list(itertools.islice((sample[0] for sample in samples if sample is not None), count))

@@ -45,7 +45,7 @@ def load_images(args) -> torch.Tensor:
     for path in args.images:
         if Path(path).is_dir():  # some from anywhere in it: the first may all be of one class
             found = datasets.ImageTree(path, "--images", None, args.in_chans, False).paths
-            paths += [found[i] for i in sorted(datasets.shuffled_indices(found)[: args.max_images])]
+            paths += [found[i] for i in sorted(datasets.shuffled_indices(found)[: args.max_images].tolist())]
         else:
             paths.append(path)
     for path in paths[: args.max_images]:
