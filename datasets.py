@@ -509,11 +509,8 @@ def shuffled_indices(samples: Sized) -> torch.Tensor:
     return torch.randperm(len(samples), generator=torch.Generator().manual_seed(0))
 
 
-class Selected(Dataset):
-    """The images of a data set at some indices, under its transform; to set another leaves the data set alone."""
-
-    def __init__(self, dataset: Dataset, indices: list[int]):
-        self.dataset, self.indices = dataset, indices
+class TransformedSubset(Subset):
+    """A Subset under its data set's transform; to set another leaves the data set alone."""
 
     @property
     def transform(self) -> Callable:
@@ -523,14 +520,8 @@ class Selected(Dataset):
     def transform(self, transform: Callable) -> None:
         self.dataset = with_transform(self.dataset, transform)
 
-    def __len__(self) -> int:
-        return len(self.indices)
 
-    def __getitem__(self, index: int):
-        return self.dataset[self.indices[index]]
-
-
-def first_of_each_class(dataset: Dataset, count: int, name: str) -> Selected:
+def first_of_each_class(dataset: Dataset, count: int, name: str) -> TransformedSubset:
     """At most `count` images of each class, the first in the data set's order: the same ones under every seed.
 
     Raises:
@@ -544,7 +535,7 @@ def first_of_each_class(dataset: Dataset, count: int, name: str) -> Selected:
         seen[label] += 1
         if seen[label] <= count:
             indices.append(index)
-    return Selected(dataset, indices)
+    return TransformedSubset(dataset, indices)
 
 
 # ---- samples and steps -----------------------------------------------------------------------------------------------
