@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from test_distributed import launch
 
 import datasets
 import engine_finetune
@@ -19,6 +18,7 @@ from models import weights
 from models.convnextv2 import ConvNeXtV2, Encoder
 from models.linear_probe import LinearProbe, ProbeHead, fold_batch_norm
 from tests.small_runs import STEPS, TINY, Scripts, killed_after, load, records, same, write_images
+from tests.test_distributed import launch
 from tools import probe
 from utils import knn
 from utils.amp import Amp
