@@ -1,9 +1,10 @@
 """Transforms, data sets by name, samplers and loaders; files are read in utils/files.py and utils/images.py.
 
 Randomness: every sample is augmented under a seed of (seed, epoch, index), so a run does not depend on --num_workers,
-nor, for the data, on the number of processes.
+nor, for the data, on the number of processes. Streams (wds/, tfds/) have an order and augmentations of their own.
 """
 
+import dataclasses
 import importlib
 import itertools
 import logging
@@ -11,7 +12,6 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sized
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -34,7 +34,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2.functional import center_crop, resize, to_pil_image
 
 from utils.crops import Box, crop, crop_batch, draw_box, draw_shift
-from utils.distributed import get_rank, get_world_size, main_process_first
+from utils.distributed import check_same, get_rank, get_world_size, main_process_first
 from utils.errors import UsageError, suggest
 from utils.files import ClassFolders, ImageFiles, ImageList, ImageTree, TimmFiles, class_names, open_tar
 from utils.images import BadImage, load_image, to_tensor
@@ -53,8 +53,8 @@ SMALL = 32  # at this input size and below, a random resized crop of fine-tuning
 TIMM_SCHEMES = ("wds/", "hfds/", "hfids/", "tfds/", "torch/")
 DATA_SETS_HELP = (
     "IMNET (data_path/train and /val as 1000 class folders), image_folder (or a .tar of one), CIFAR (CIFAR-100), "
-    "CIFAR10, shapes (drawn, nothing to download), or a name with a scheme that timm's create_dataset knows: wds/, "
-    "hfds/, tfds/, torch/"
+    "CIFAR10, shapes (drawn, nothing to download), or a name with a scheme that timm's create_dataset knows: hfds/, "
+    "torch/, or a stream, whose order depends on --num_workers and is not kept in a resume inside an epoch: wds/, tfds/"
 )
 
 
@@ -614,12 +614,13 @@ def collate_readable(samples: list):
 class StepSampler(Sampler):
     """One process's batches of an epoch, as lists of (epoch, index); steps do not depend on how work is spread.
 
-    Every optimizer step takes the next batch_size * update_freq * world_size samples of the epoch's permutation; its
-    batches, and within each batch the processes, take even shares of them. The last step takes what is left.
+    Every optimizer step takes the next batch_size * update_freq * world_size samples of the epoch's permutation, the
+    global batch; its batches, and within each batch the processes, take even shares of them. The rest at the end is a
+    smaller step if it is at least a quarter of the global batch; else, other samples being left out in the next epoch,
+    it is left out of this one.
 
     Args:
-        multiple: every batch's size is a multiple of it (2 for Mixup). What the last step then leaves over, and what
-            does not go round all processes, is skipped this epoch: fewer than multiple * world_size samples.
+        multiple: every batch's size is a multiple of it (2 for Mixup): the last step leaves up to multiple - 1 out.
     """
 
     def __init__(self, num_samples, batch_size, update_freq=1, rank=0, world_size=1, seed=0, multiple=1):
@@ -631,7 +632,7 @@ class StepSampler(Sampler):
     def steps(self) -> int:
         """Optimizer steps per epoch."""
         full, rest = divmod(self.num_samples, self.global_batch)
-        return full + (self._usable(rest)[0] > 0)
+        return full + (4 * (rest - rest % self.multiple) >= self.global_batch)
 
     @property
     def global_batch(self) -> int:
@@ -640,43 +641,40 @@ class StepSampler(Sampler):
     def set_epoch(self, epoch: int, start_step: int = 0) -> None:
         self.epoch, self.start_step = epoch, start_step
 
-    def _usable(self, samples: int) -> tuple[int, int]:
-        """Of a step's samples, how many groups of `multiple` are used, and in how many batches."""
-        groups = samples // self.multiple
-        batches = -(-samples // (self.batch_size * self.world_size))
-        if batches and groups // batches < self.world_size:  # a process would be left without a sample
-            groups -= groups % self.world_size
-            batches = -(-groups * self.multiple // (self.batch_size * self.world_size))
-        return groups, batches
+    def step(self, step: int) -> list[tuple[int, int, float]]:
+        """(start, end) in the permutation, and `Batch.share`, of each of this process's batches.
 
-    def step(self, step: int) -> tuple[int, list[tuple[int, int]]]:
-        """Samples of a step over all processes, and (start, end) in the permutation of each batch of this one."""
+        Where a batch does not go round the processes, those left over take a group of another's, with the share 0.
+        """
         first = step * self.global_batch
-        groups, batches = self._usable(min(self.global_batch, self.num_samples - first))
-        bounds = []
+        groups = min(self.global_batch, self.num_samples - first) // self.multiple
+        batches = -(-groups * self.multiple // (self.batch_size * self.world_size))
+        parts = []
         for i in range(batches):
             start, end = i * groups // batches, (i + 1) * groups // batches
-            share = [start + (end - start) * r // self.world_size for r in (self.rank, self.rank + 1)]
-            bounds.append((first + share[0] * self.multiple, first + share[1] * self.multiple))
-        return groups * self.multiple, bounds
+            start, end = [start + (end - start) * r // self.world_size for r in (self.rank, self.rank + 1)]
+            share = (end - start) * self.world_size / groups
+            parts.append((first + start * self.multiple, first + max(end, start + 1) * self.multiple, share))
+        return parts
 
     def __len__(self) -> int:
-        return sum(len(self.step(step)[1]) for step in range(self.start_step, self.steps))
+        return sum(len(self.step(step)) for step in range(self.start_step, self.steps))
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         seed = np.random.SeedSequence((self.seed, self.epoch)).generate_state(1)[0]
         order = torch.randperm(self.num_samples, generator=torch.Generator().manual_seed(int(seed))).tolist()
         for step in range(self.start_step, self.steps):
-            for start, end in self.step(step)[1]:
+            for start, end, _ in self.step(step):
                 yield [(self.epoch, index) for index in order[start:end]]
 
 
-@dataclass
+@dataclasses.dataclass
 class Batch:
     """One forward pass of an optimizer step.
 
     data: what the loader collated. share: factor on the batch's mean loss, such that the gradients averaged over
-    processes and added up over a step's batches are those of the mean over the step's samples. last: in its step.
+    processes and added up over a step's batches are those of the mean over the step's samples; 0 where the samples are
+    another process's and must not be counted. last: in its step.
     """
 
     data: list
@@ -687,41 +685,45 @@ class Batch:
 class StepLoader:
     """A training loader by optimizer steps.
 
+    An iterable data set gives its own order, of which the sampler counts the steps alone: each is a full one.
+
     prepare: what turns a batch's images, once on the device, into the model's input (N, C, H, W).
     """
 
-    def __init__(self, loader: DataLoader, sampler: StepSampler | None, update_freq: int, prepare: Callable):
-        self.loader, self.sampler, self.update_freq, self.prepare = loader, sampler, update_freq, prepare
+    def __init__(self, loader: DataLoader, sampler: StepSampler, prepare: Callable):
+        self.loader, self.sampler, self.prepare = loader, sampler, prepare
 
     def __len__(self) -> int:
         """Optimizer steps per epoch."""
-        return self.sampler.steps if self.sampler is not None else -(-len(self.loader) // self.update_freq)
+        return self.sampler.steps
 
     @property
     def global_batch(self) -> int:
         """Samples of an optimizer step, over all processes."""
-        if self.sampler is not None:
-            return self.sampler.global_batch
-        return self.loader.batch_size * self.update_freq * get_world_size()
+        return self.sampler.global_batch
 
-    def steps(self, epoch: int, start_step: int = 0) -> Iterator[list[Batch]]:
-        """The batches of each optimizer step from start_step on; held in host memory for the length of their step."""
-        if self.sampler is None:
-            yield from itertools.islice(self._streamed_steps(epoch), start_step, None)  # a stream is read to there
-            return
+    def steps(self, epoch: int, start_step: int = 0) -> Iterator[Iterator[Batch]]:
+        """The batches of each optimizer step from start_step on, each loaded as it is asked for, in this order."""
         self.sampler.set_epoch(epoch, start_step)
-        loader = iter(self.loader)
+        streamed, full = isinstance(self.loader.dataset, IterableDataset), self.sampler.update_freq
+        loader = itertools.islice(self._stream(epoch), start_step * full, None) if streamed else iter(self.loader)
         for step in range(start_step, len(self)):
-            samples, bounds = self.sampler.step(step)
-            shares = [(end - start) * self.sampler.world_size / samples for start, end in bounds]
-            yield [Batch(next(loader), share, i == len(shares) - 1) for i, share in enumerate(shares)]
+            shares = [1 / full] * full if streamed else [share for *_, share in self.sampler.step(step)]
+            yield self._batches(loader, shares)
 
-    def _streamed_steps(self, epoch: int) -> Iterator[list[Batch]]:
-        """An iterable data set gives its own order, in full batches; its length may be an estimate."""
+    def _batches(self, loader: Iterator, shares: list[float]) -> Iterator[Batch]:
+        for i, share in enumerate(shares, 1):
+            yield Batch(next(loader), share, i == len(shares))
+
+    def _stream(self, epoch: int) -> Iterator:
+        """Without end: a stream's length may be an estimate, and every process needs as many batches."""
         self.loader.dataset.set_epoch(epoch)
-        loader = itertools.islice(self.loader, len(self.loader))
-        while window := list(itertools.islice(loader, self.update_freq)):
-            yield [Batch(data, 1 / len(window), i == len(window) - 1) for i, data in enumerate(window)]
+        data = True
+        while data:
+            data = None
+            for data in self.loader:
+                yield data
+        raise UsageError(f"--batch_size {self.loader.batch_size}: no loader process has as many images of the stream")
 
 
 def build_train_loader(
@@ -730,43 +732,85 @@ def build_train_loader(
     """The loader of this process's share of every optimizer step; see `TrainSamples`, `StepSampler`, `StepLoader`.
 
     Raises:
-        UsageError: fewer images than one optimizer step takes.
+        UsageError: fewer images than one optimizer step takes, fewer shards than processes, or processes that do not
+            see the same number of images.
     """
-    common = {
-        "num_workers": args.num_workers,
-        "pin_memory": args.pin_mem and torch.cuda.is_available(),
-        "persistent_workers": args.num_workers > 0,
-        "worker_init_fn": ignore_signals,
-    }
-    if isinstance(dataset, IterableDataset):
-        _tell_workers(dataset, args)
-        loader = DataLoader(dataset, batch_size=args.batch_size, drop_last=True, **common)
-        if len(loader) == 0:
-            raise UsageError(
-                f"--batch_size {args.batch_size}: the training set has {len(dataset)} images per process, or does not "
-                "tell how many it has"
-            )
-        return StepLoader(loader, None, args.update_freq, prepare)
+    streamed = isinstance(dataset, IterableDataset)
+    num_samples = dataset.reader.num_samples if streamed else len(dataset)
+    num_workers = _workers_with_shards(dataset, args) if streamed else args.num_workers
+    check_same(num_samples, "training images")
     sampler = StepSampler(
-        len(dataset), args.batch_size, args.update_freq, get_rank(), get_world_size(), args.seed, multiple
+        num_samples, args.batch_size, args.update_freq, get_rank(), get_world_size(), args.seed, multiple
     )
-    if len(dataset) < sampler.global_batch:
+    if num_samples < sampler.global_batch:
         raise UsageError(
             f"--batch_size {args.batch_size}: a step takes {sampler.global_batch} images (batch_size * update_freq * "
-            f"processes), the training set has {len(dataset)}; give a smaller --batch_size"
+            f"processes), the training set has {num_samples}; give a smaller --batch_size"
         )
-    loader = DataLoader(TrainSamples(dataset, args.seed, draw), batch_sampler=sampler, **common)
-    return StepLoader(loader, sampler, args.update_freq, prepare)
+    common = {
+        "num_workers": num_workers,
+        "pin_memory": args.pin_mem and torch.cuda.is_available(),
+        "persistent_workers": num_workers > 0,
+        "worker_init_fn": ignore_signals,
+    }
+    if streamed:
+        _tell_workers(dataset, num_workers)
+        loader = DataLoader(dataset, args.batch_size, drop_last=True, **common)
+    else:
+        loader = DataLoader(TrainSamples(dataset, args.seed, draw), batch_sampler=sampler, **common)
+    return StepLoader(loader, sampler, prepare)
 
 
-def _tell_workers(dataset: IterableDataset, args) -> None:
+def _workers_with_shards(dataset: IterableDataset, args) -> int:
+    """--num_workers, or of wds/, as many as each get a shard: one without would give no image."""
+    if not args.data_set.startswith("wds/"):
+        return args.num_workers
+    shards, processes = len(dataset.reader.split_info.filenames), get_world_size()
+    workers = min(args.num_workers, shards // processes)
+    if shards < processes:
+        raise UsageError(
+            f"--data_set {args.data_set}: has {shards} training shards, {processes} processes need one each; start "
+            f"{shards}, or write more shards"
+        )
+    if workers < args.num_workers:
+        log.info(
+            "--num_workers %d: lowered to %d, as %d processes share %d shards",
+            args.num_workers, workers, processes, shards,
+        )  # fmt: skip
+    return workers
+
+
+def _tell_workers(dataset: IterableDataset, num_workers: int) -> None:
     """timm's streams estimate their length, and spread their shards, by the number of loader processes."""
-    if args.num_workers and hasattr(dataset, "set_loader_cfg"):
-        dataset.set_loader_cfg(args.num_workers)
+    if num_workers and hasattr(dataset, "set_loader_cfg"):
+        dataset.set_loader_cfg(num_workers)
+
+
+def _own_shards(dataset: IterableDataset, args) -> Dataset:
+    """A stream for evaluation, each process with shards of its own: timm would cut or repeat them to one length."""
+    if get_world_size() == 1:
+        return dataset
+    if not args.data_set.startswith("wds/"):
+        log.info("--data_set %s: on several processes, some images may count twice or not at all", args.data_set)
+        return dataset
+    reader, mine = dataset.reader, slice(get_rank(), None, get_world_size())
+    files, lengths = reader.split_info.filenames[mine], reader.split_info.shard_lengths[mine]
+    if not files:
+        return Subset(dataset, [])
+    reader.split_info = dataclasses.replace(reader.split_info, filenames=files, shard_lengths=lengths)
+    reader.num_samples = sum(lengths) or reader.num_samples
+    reader.dist_rank, reader.dist_num_replicas = 0, 1
+    return dataset
 
 
 def build_eval_loader(dataset: Dataset, args, spread: bool) -> DataLoader:
-    """A loader that gives every image once: over all processes together if `spread`, else in each of them."""
+    """A loader that gives every image once: over all processes together if `spread`, else in each of them.
+
+    A stream's images are always spread.
+
+    Raises:
+        UsageError: processes do not see the same number of images.
+    """
     common = {
         "batch_size": args.batch_size,
         "num_workers": args.num_workers,
@@ -774,7 +818,9 @@ def build_eval_loader(dataset: Dataset, args, spread: bool) -> DataLoader:
         "worker_init_fn": ignore_signals,
     }
     if isinstance(dataset, IterableDataset):
-        _tell_workers(dataset, args)
+        dataset = _own_shards(dataset, args)
+        _tell_workers(dataset, args.num_workers)
         return DataLoader(dataset, **common)
+    check_same(len(dataset), "evaluation images")
     indices = range(get_rank(), len(dataset), get_world_size()) if spread else range(len(dataset))
     return DataLoader(EvalSamples(dataset), sampler=indices, collate_fn=collate_readable, **common)

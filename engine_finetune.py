@@ -40,8 +40,8 @@ def train_one_epoch(
     lr = schedule.apply(optimizer, epoch + max(tracker.start_step - 1, 0) / len(loader))  # if no step is left to do
     for step, batches in tracker(loader.steps(epoch, tracker.start_step)):
         lr = schedule.apply(optimizer, epoch + step / len(loader))
-        seed_all(run.seed, epoch, step, get_rank())
-        for batch in batches:
+        for i, batch in enumerate(batches):
+            seed_all(run.seed, epoch, step, get_rank(), i)  # here: without workers, to load a batch draws too
             imgs, labels = (x.to(amp.device, non_blocking=True) for x in batch.data)
             imgs = loader.prepare(imgs)
             if mixup:
@@ -52,7 +52,7 @@ def train_one_epoch(
                 loss = criterion(logits.float(), labels)
                 amp.backward(loss * batch.share)
             values = {"loss": loss} if mixup else {"loss": loss, "class_acc": top_k(logits, labels, 1)}
-            tracker.update(step, len(imgs), **values)
+            tracker.update(step, len(imgs) if batch.share else 0, **values)
         grad_norm = amp.step(optimizer, with_norm=tracker.due(step))
         if ema:
             ema.update(getattr(model, "module", model))

@@ -29,15 +29,15 @@ def train_one_epoch(
     lr = schedule.apply(optimizer, epoch + max(tracker.start_step - 1, 0) / len(loader))  # if no step is left to do
     for step, batches in tracker(loader.steps(epoch, tracker.start_step)):
         lr = schedule.apply(optimizer, epoch + step / len(loader))
-        seed_all(run.seed, epoch, step, get_rank())
-        for batch in batches:
+        for i, batch in enumerate(batches):
+            seed_all(run.seed, epoch, step, get_rank(), i)  # here: without workers, to load a batch draws too
             imgs, _, *mask = batch.data
             imgs = loader.prepare(imgs.to(amp.device, non_blocking=True))
             with accumulate(model, batch.last):
                 with amp.autocast():
                     loss, _, _ = model(imgs, mask=mask[0] if mask else None)  # the mask stays on the CPU, see FCMAE
                 amp.backward(loss * batch.share)
-            tracker.update(step, len(imgs), loss=loss)
+            tracker.update(step, len(imgs) if batch.share else 0, loss=loss)
         grad_norm = amp.step(optimizer, with_norm=tracker.due(step))
         tracker.report(step, lr, grad_norm)
         run.step_done(tracker, step)

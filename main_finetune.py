@@ -304,7 +304,7 @@ def build_loaders(args, device: torch.device) -> tuple[datasets.StepLoader, Data
         eval_loader = datasets.build_eval_loader(eval_dataset, args, spread=args.dist_eval)
     log.info(
         "%d images of %d classes, %d per optimizer step, %d steps per epoch",
-        len(dataset), nb_classes, args.batch_size * args.update_freq * distributed.get_world_size(), len(loader),
+        loader.sampler.num_samples, nb_classes, loader.global_batch, len(loader),
     )  # fmt: skip
     return loader, eval_loader, nb_classes, classes and list(classes)
 

@@ -4,6 +4,7 @@ python main_pretrain.py @recipes/demo_pretrain.args
 python main_pretrain.py @recipes/pretrain_base.args --data_path /data/imagenet --output_dir output/base
 """
 
+import copy
 import itertools
 import logging
 import sys
@@ -111,7 +112,9 @@ def picture_images(dataset: Dataset, args, count: int = 8) -> torch.Tensor:
         dataset = datasets.EvalSamples(datasets.with_transform(dataset, datasets.build_transform(False, args)))
         samples = (dataset[int(i)] for i in datasets.shuffled_indices(dataset))  # the first may all be of one class
     else:
-        samples = iter(dataset)
+        stream = copy.copy(dataset)
+        stream.reader = copy.copy(dataset.reader)  # once read, it would give all workers one and the same part
+        samples = iter(stream)
     readable = list(itertools.islice((sample[0] for sample in samples if sample is not None), count))
     if not readable:
         raise UsageError(f"--data_path {args.data_path}: none of its images can be read")
@@ -173,7 +176,7 @@ def build_loader(dataset: Dataset, args, device: torch.device) -> datasets.StepL
     loader = datasets.build_train_loader(dataset, args, draw, prepare=prepare)
     log.info(
         "%d images, %d per optimizer step, %d steps per epoch",
-        len(dataset), args.batch_size * args.update_freq * distributed.get_world_size(), len(loader),
+        loader.sampler.num_samples, loader.global_batch, len(loader),
     )  # fmt: skip
     return loader
 

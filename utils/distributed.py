@@ -16,6 +16,8 @@ from .errors import UsageError
 
 log = logging.getLogger("fcmae")
 
+_local_rank = 0  # of this process on its node
+
 
 def get_rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
@@ -36,13 +38,17 @@ def barrier() -> None:
 
 @contextmanager
 def main_process_first() -> Iterator[None]:
-    """The first process runs the block (a download, say) before the others do."""
-    if not is_main_process():
+    """The first process runs the block (a download, say), then one on each node, then the others.
+
+    So once in all where nodes share a file system, else once per node.
+    """
+    turn = 0 if is_main_process() else 1 if _local_rank == 0 else 2
+    for _ in range(turn):
         barrier()
     try:
         yield
     finally:  # also when it failed: the others then fail likewise instead of waiting for it
-        if is_main_process():
+        for _ in range(turn, 2):
             barrier()
 
 
@@ -60,6 +66,20 @@ def all_gather(tensor: torch.Tensor) -> list[torch.Tensor]:
     gathered = [torch.empty_like(tensor) for _ in range(get_world_size())]
     dist.all_gather(gathered, tensor)
     return gathered
+
+
+def check_same(count: int, what: str) -> None:
+    """Raise UsageError, on every process, unless all found the same number of `what`."""
+    if not dist.is_initialized():
+        return
+    counts = [0] * get_world_size()
+    dist.all_gather_object(counts, count)
+    other = next((rank for rank, value in enumerate(counts) if value != counts[0]), None)
+    if other is not None:
+        raise UsageError(
+            f"{what}: {counts[0]} on rank 0, {counts[other]} on rank {other}; all need the same files. A change on a "
+            "network file system takes a minute to reach every node: start again then"
+        )
 
 
 def setup_logging() -> None:
@@ -121,7 +141,9 @@ def init_distributed(
     Returns:
         this process's device.
     """
+    global _local_rank
     rank, world_size, local_rank = launched_ranks(world_size, local_rank, dist_on_itp)
+    _local_rank = local_rank
     picked = pick_device(device, local_rank)
     if world_size > 1:
         if dist_url == "env://" and "MASTER_ADDR" not in os.environ:

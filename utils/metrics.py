@@ -107,18 +107,22 @@ class Progress:
         self._since, self._data, self._steps, self._window_samples = time.perf_counter(), 0.0, 0, 0
 
     def __call__(self, items: Iterable) -> Iterator[tuple[int, object]]:
-        step, iterator = self.start, iter(items)
+        for step, item in enumerate(self.waited(items), self.start):
+            self._steps += 1
+            yield step, item
+        self.seconds = time.perf_counter() - self.begun
+
+    def waited(self, items: Iterable) -> Iterator:
+        """The items; the time until each is there counts as the step's `data`."""
+        iterator = iter(items)
         while True:
             asked = time.perf_counter()
             try:
                 item = next(iterator)
             except StopIteration:
-                break
+                return
             self._data += time.perf_counter() - asked
-            self._steps += 1
-            yield step, item
-            step += 1
-        self.seconds = time.perf_counter() - self.begun
+            yield item
 
     def count(self, samples: int) -> None:
         """A batch of this many samples is done in this process."""
@@ -171,13 +175,15 @@ class EpochTracker:
         return {"step": step, "averages": self.averages.state()}
 
     def __call__(self, steps: Iterable) -> Iterator[tuple[int, object]]:
-        return self.progress(steps)
+        for step, batches in self.progress(steps):
+            yield step, self.progress.waited(batches)
 
     def update(self, step: int, samples: int, **values: torch.Tensor) -> None:
-        """Add one batch of this process; `loss` is among the values."""
-        self.guard.watch(values["loss"], step)
-        self.averages.update(samples, **values)
-        self.progress.count(samples)
+        """Add one batch of this process; `loss` is among the values. 0 samples: a batch without weight."""
+        self.guard.watch(values["loss"], step)  # without weight too: 0 times NaN is NaN in the gradient
+        if samples:
+            self.averages.update(samples, **values)
+            self.progress.count(samples)
 
     def report(self, step: int, lr: float, grad_norm: torch.Tensor | None) -> None:
         """Every few steps: wait for the device, check the loss, print a line and draw the curves."""

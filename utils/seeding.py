@@ -1,8 +1,8 @@
 """Randomness as a function of what is being done, not of what was done before.
 
-Every sample is augmented and masked under a seed made of (seed, epoch, sample index), and every optimizer step draws
-(drop path, Mixup) under one made of (seed, epoch, step, rank). Nothing then depends on the number of workers, and a run
-can be taken up at any step without saving the state of a generator.
+Every sample is augmented and masked under a seed made of (seed, epoch, sample index), and every batch of a step draws
+(drop path, Mixup) under one made of (seed, epoch, step, rank, batch). Nothing then depends on the number of workers,
+and a run can be taken up at any step without saving the state of a generator.
 """
 
 import random
