@@ -1,8 +1,10 @@
 """datasets.py: pixels against PIL, samples that depend on their key alone, steps however work is spread, bad data."""
 
 import contextlib
+import dataclasses
 import gc
 import io
+import itertools
 import logging
 import pickle
 import random
@@ -357,7 +359,7 @@ def test_nothing_readable_ends_in_one_line(num_workers, capsys, monkeypatch):
     args = finetune_args(batch_size=4, num_workers=num_workers)
     steps = datasets.build_train_loader(OnlyBroken(), args).steps(0)
     with pytest.raises(SystemExit, match="2"):
-        run(lambda: list(steps))
+        run(lambda: next(next(steps)))
     gc.collect()  # while the worker is not waited for
     lines = capsys.readouterr().err.strip().splitlines()
     errors = [line for line in lines if line.startswith("error:")]
@@ -535,8 +537,8 @@ def test_timm_data_set_end_to_end(spoiled, logs):
     args = finetune_args(batch_size=7, **flags)
     dataset, nb_classes = datasets.build_dataset(True, args)
     assert (len(dataset), nb_classes) == (21, 3)
-    steps = list(datasets.build_train_loader(dataset, args).steps(0))
-    assert [step[0].data[0].shape for step in steps] == [(7, 3, 32, 32)] * 3
+    batches = [batch for step in datasets.build_train_loader(dataset, args).steps(0) for batch in step]
+    assert [batch.data[0].shape for batch in batches] == [(7, 3, 32, 32)] * 3
     assert "half.jpg" in logs.text
     assert len(datasets.build_pretrain_dataset(pretrain_args(**flags))) == 21
     with pytest.raises(UsageError, match="2 classes in its validation split, 3 were trained on"):
@@ -671,7 +673,7 @@ def test_the_device_cuts_what_the_host_would(folders, size):
         )
     ]
     for device, host in zip(*(loader.steps(3) for loader in loaders), strict=True):
-        (boxes, *rest), (images, *others) = device[0].data, host[0].data
+        (boxes, *rest), (images, *others) = next(device).data, next(host).data
         assert boxes.dtype == torch.int64
         assert boxes.shape == (len(images), 6)
         assert all(torch.equal(a, b) for a, b in zip(rest, others, strict=True))  # labels, masks
@@ -1159,50 +1161,62 @@ SPREADS = [
 def by_step(sampler, start_step=0):
     """The batches of every step, as the sampler yields them one after the other."""
     batches = iter(sampler)
-    steps = [[next(batches) for _ in sampler.step(step)[1]] for step in range(start_step, sampler.steps)]
+    steps = [[next(batches) for _ in sampler.step(step)] for step in range(start_step, sampler.steps)]
     assert next(batches, None) is None
     return steps
 
 
+def samples_of_steps(num_samples, batch_size, update_freq, world_size, multiple):
+    """The samples of each step over all processes, shares checked; and how many batches were another process's."""
+    samplers = [
+        StepSampler(num_samples, batch_size, update_freq, rank, world_size, seed=5, multiple=multiple)
+        for rank in range(world_size)
+    ]
+    for sampler in samplers:
+        sampler.set_epoch(3)
+    found, borrowed = [], 0
+    for step, ranks in enumerate(zip(*map(by_step, samplers), strict=True)):
+        assert len(set(map(len, ranks))) == 1  # or gradients could not be averaged
+        assert 1 <= len(ranks[0]) <= update_freq
+        shares = [share for sampler in samplers for *_, share in sampler.step(step)]
+        batches = [keys for batches in ranks for keys in batches]
+        samples = [key for keys, share in zip(batches, shares, strict=True) if share for key in keys]
+        assert len(set(samples)) == len(samples)
+        for keys, share in zip(batches, shares, strict=True):
+            assert 0 < len(keys) <= batch_size
+            assert len(keys) % multiple == 0
+            if share:  # every sample has the same part in the mean of the gradients over processes
+                assert share / len(keys) / world_size == pytest.approx(1 / len(samples))
+            else:
+                assert len(keys) == multiple
+                assert set(keys) <= set(samples)
+                borrowed += 1
+        found.append(set(samples))
+    return found, borrowed
+
+
 def test_steps_hold_the_same_samples_however_they_are_spread():
-    leftovers = 0
-    for num_samples, batch_size, update_freq, world_size, multiple in SPREADS:
-        case = (num_samples, batch_size, update_freq, world_size, multiple)
-        total = batch_size * update_freq * world_size
-        samplers = [
-            StepSampler(num_samples, batch_size, update_freq, rank, world_size, seed=5, multiple=multiple)
-            for rank in range(world_size)
-        ]
-        alone = StepSampler(num_samples, total, seed=5)
-        for sampler in [*samplers, alone]:
-            sampler.set_epoch(3)
-        expected = [step[0] for step in by_step(alone)]
-        ranks = [by_step(sampler) for sampler in samplers]
-        assert len({len(steps) for steps in ranks}) == 1, case
-        assert len(expected) - len(ranks[0]) in (0, 1), case
-        used = []
-        for step, reference in enumerate(expected[: len(ranks[0])]):
-            spread = [steps[step] for steps in ranks]
-            assert len({len(batches) for batches in spread}) == 1, case  # or gradients could not be averaged
-            assert 1 <= len(spread[0]) <= update_freq, case
-            sizes = [len(batch) for batches in spread for batch in batches]
-            assert all(0 < size <= batch_size and size % multiple == 0 for size in sizes), case
-            for together in zip(*spread, strict=True):  # even shares
-                assert max(map(len, together)) - min(map(len, together)) <= multiple, case
-            samples = [key for batches in spread for batch in batches for key in batch]
-            assert len(set(samples)) == len(samples), case
-            assert set(samples) == set(reference[: len(samples)]), case
-            if len(reference) == total:
-                assert len(samples) == total, case
-            used += samples
-        assert {epoch for epoch, _ in used} <= {3}
-        left = num_samples - len(used)
-        leftovers += left
-        assert left < multiple * world_size, case
-        rest = num_samples % total
-        if left >= multiple:  # only where the rest, in whole batches, does not go round the processes
-            assert rest // multiple // -(-rest // (batch_size * world_size)) < world_size, case
-    assert leftovers
+    """Every way to make up a global batch; the rest is a step from a quarter of it on."""
+    borrowed, cases = 0, Counter()
+    for total in (1, 2, 4, 6, 8, 12, 16, 30):
+        for num_samples in {*range(total, 2 * total), 3 * total + total // 4}:
+            for multiple in {1, 2 - total % 2}:
+                full, rest = divmod(num_samples, total)
+                rest -= rest % multiple
+                sizes = [total] * full + [rest] * (rest >= total / 4)
+                expected = None
+                sides = itertools.product(range(multiple, total + 1, multiple), range(1, total + 1))
+                for batch_size, world_size in sides:
+                    if total % (batch_size * world_size):
+                        continue
+                    update_freq = total // (batch_size * world_size)
+                    found, more = samples_of_steps(num_samples, batch_size, update_freq, world_size, multiple)
+                    expected, borrowed = expected or found, borrowed + more
+                    assert list(map(len, found)) == sizes, (num_samples, batch_size, update_freq, world_size)
+                    assert found == expected, (num_samples, batch_size, update_freq, world_size)
+                    cases[rest > 0, len(sizes) > full] += 1
+    assert borrowed
+    assert min(cases[False, False], cases[True, False], cases[True, True]) > 0
 
 
 def test_epochs_and_seeds_have_their_own_order():
@@ -1253,9 +1267,10 @@ def test_shares_weigh_every_sample_of_a_step_alike(monkeypatch):
             loaders.append(datasets.build_train_loader(Numbers(num_samples), args, multiple=multiple))
         assert len({len(loader) for loader in loaders}) == 1
         count = 0
-        for spread in zip(*(loader.steps(0) for loader in loaders), strict=True):
+        for steps in zip(*(loader.steps(0) for loader in loaders), strict=True):
+            spread = [list(step) for step in steps]
             batches = [batch for step in spread for batch in step]
-            values = torch.cat([batch.data[0] for batch in batches])
+            values = torch.cat([batch.data[0] for batch in batches if batch.share])
             # the mean over processes of the sum over batches, as gradients are combined
             combined = sum(batch.share * batch.data[0].mean() for batch in batches) / world_size
             torch.testing.assert_close(combined, values.mean())
@@ -1272,11 +1287,32 @@ def test_fewer_images_than_a_step():
     assert len(datasets.build_train_loader(Numbers(12), finetune_args(batch_size=4, update_freq=3, num_workers=0))) == 1
 
 
-class Stream(IterableDataset):
-    """Gives `count` samples (epoch, number) and claims `claimed`."""
+def test_batches_are_loaded_when_they_are_asked_for():
+    read = []
 
-    def __init__(self, count, claimed=None):
-        self.count, self.claimed, self.epoch, self.workers = count, claimed or count, None, None
+    class Watched(Numbers):
+        def __getitem__(self, index):
+            read.append(index)
+            return super().__getitem__(index)
+
+    loader = datasets.build_train_loader(Watched(24), finetune_args(batch_size=2, update_freq=3, num_workers=0))
+    for step, batches in enumerate(loader.steps(0)):
+        for i, batch in enumerate(batches):
+            assert len(read) == 6 * step + 2 * i + 2
+            assert batch.last == (i == 2)
+    assert len(read) == 24
+
+
+class Stream(IterableDataset):
+    """Gives `count` samples (epoch, number) and claims `claimed`; as its own reader, as timm's, of shards with `wds/`.
+
+    Shards are spread over processes and workers, and cut or repeated to one length on several processes, as timm does.
+    """
+
+    def __init__(self, count, claimed=None, shards=1):
+        self.count, self.num_samples, self.epoch, self.workers = count, claimed or count, None, None
+        self.reader, self.ds, self.dist_rank, self.dist_num_replicas = self, None, 0, 1
+        self.split_info = SplitInfo([range(i, count, shards) for i in range(shards)])
 
     def set_epoch(self, epoch):
         self.epoch = epoch
@@ -1285,47 +1321,153 @@ class Stream(IterableDataset):
         self.workers = num_workers
 
     def __len__(self):
-        return self.claimed
+        return self.num_samples
 
     def __iter__(self):
-        return iter([(self.epoch, i) for i in range(self.count)])
+        info = torch.utils.data.get_worker_info()
+        worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        if self.ds is None:
+            first, every = self.dist_rank * workers + worker, self.dist_num_replicas * workers
+            self.ds = [number for shard in self.split_info.filenames[first::every] for number in shard]
+        numbers = iter(self.ds)
+        if self.dist_num_replicas > 1:
+            numbers = itertools.islice(numbers, -(-self.count // (self.dist_num_replicas * workers)))
+        return ((torch.tensor(-1 if self.epoch is None else self.epoch), number) for number in numbers)
+
+
+@dataclasses.dataclass
+class SplitInfo:
+    filenames: list
+    shard_lengths: tuple = ()
 
 
 @pytest.mark.parametrize(
-    ("count", "claimed", "windows"),
+    ("count", "claimed", "steps"),
     [
-        (12, None, [2, 2, 2]),
-        (11, None, [2, 2, 1]),  # the last window is partial, the last batch, not full, is dropped
-        (3, None, [1]),
-        (11, 16, [2, 2, 1]),  # the stream ends before its word
-        (16, 11, [2, 2, 1]),  # and after it
+        (12, None, 3),
+        (11, None, 3),  # the rest of 3 is more than a quarter
+        (9, None, 3),
+        (4, None, 1),
+        (11, 16, 4),  # the stream ends before its word
+        (19, 11, 3),  # and after it
     ],
 )
-def test_streams(count, claimed, windows):
+def test_streams(count, claimed, steps):
+    """As many full steps as there are of files, also where the stream has to be read on from its beginning."""
     args = finetune_args(batch_size=2, update_freq=2, num_workers=0)
     stream = Stream(count, claimed)
-    loader = datasets.build_train_loader(stream, args, multiple=2)
+    loader = datasets.build_train_loader(stream, args, multiple=1)
     assert stream.workers is None
     for epoch in (0, 5):
-        steps = list(loader.steps(epoch))
-        assert [len(step) for step in steps] == windows
-        for step in steps:
-            assert [batch.share for batch in step] == [1 / len(step)] * len(step)
-            assert [batch.last for batch in step] == [False] * (len(step) - 1) + [True]
-        numbers = torch.cat([batch.data[1] for step in steps for batch in step])
-        assert numbers.tolist() == list(range(2 * sum(windows)))
-        assert {e for step in steps for batch in step for e in batch.data[0].tolist()} == {epoch}
-    if claimed is None:
-        assert len(loader) == len(windows)
-    assert sum(len(batch[1]) for batch in datasets.build_eval_loader(stream, args, True)) == count
+        found = [list(step) for step in loader.steps(epoch)]
+        assert len(found) == len(loader) == steps
+        for step in found:
+            assert [batch.share for batch in step] == [0.5, 0.5]
+            assert [batch.last for batch in step] == [False, True]
+        numbers = torch.cat([batch.data[1] for step in found for batch in step]).tolist()
+        again = list(range(count // 2 * 2))
+        assert numbers == (again * 9)[: 4 * steps]
+        assert {e for step in found for batch in step for e in batch.data[0].tolist()} == {epoch}
+        resumed = [batch.data[1].tolist() for step in loader.steps(epoch, start_step=1) for batch in step]
+        assert [n for batch in resumed for n in batch] == numbers[4:]
+
+
+def test_the_steps_of_a_stream_depend_on_the_global_batch_alone(monkeypatch):
+    """Processes whose parts differ take the same number of batches, or their collectives would not meet."""
+    for claimed in (12, 14, 15, 16, 40):
+        for processes, batch_size, update_freq in ((1, 12, 1), (2, 6, 1), (3, 2, 2), (1, 3, 4)):
+            monkeypatch.setattr(datasets, "get_world_size", lambda n=processes: n)
+            args = finetune_args(batch_size=batch_size, update_freq=update_freq, num_workers=0)
+            for count in (12, 13, 29):
+                loader = datasets.build_train_loader(Stream(count, claimed), args)
+                taken = [len(list(step)) for step in loader.steps(0)]
+                assert taken == [update_freq] * (claimed // 12 + (claimed % 12 >= 3))
+
+
+def test_a_stream_without_a_batch_is_one_line():
+    loader = datasets.build_train_loader(Stream(3, 9), finetune_args(batch_size=4, num_workers=0))
+    with pytest.raises(UsageError, match="--batch_size 4: no loader process has as many images of the stream"):
+        next(next(loader.steps(0)))
 
 
 def test_streams_know_the_loader_processes():
     stream = Stream(12)
     datasets.build_train_loader(stream, finetune_args(batch_size=2, num_workers=2))
     assert stream.workers == 2
-    with pytest.raises(UsageError, match=r"--batch_size 64: .* 12 images"):
+    with pytest.raises(UsageError, match=r"--batch_size 64: .* has 12"):
         datasets.build_train_loader(stream, finetune_args(num_workers=0))
+
+
+@pytest.mark.parametrize(
+    ("shards", "processes", "workers", "lowered"),
+    [(4, 2, 2, None), (4, 2, 3, 2), (5, 2, 3, 2), (1, 1, 10, 1), (2, 2, 0, None), (7, 3, 1, None)],
+)
+def test_each_loader_process_has_a_shard(shards, processes, workers, lowered, monkeypatch, logs):
+    monkeypatch.setattr(datasets, "get_world_size", lambda: processes)
+    args = finetune_args(data_set="wds/x", batch_size=2, num_workers=workers)
+    stream = Stream(40, shards=shards)
+    loader = datasets.build_train_loader(stream, args).loader
+    assert loader.num_workers == (stream.workers or 0) == (workers if lowered is None else lowered)
+    line = f"--num_workers {workers}: lowered to {lowered}, as {processes} processes share {shards} shards"
+    assert (line in logs.text) == (lowered is not None)
+    assert args.num_workers == workers
+
+
+def test_fewer_shards_than_processes(monkeypatch):
+    monkeypatch.setattr(datasets, "get_world_size", lambda: 3)
+    for workers in (0, 4):
+        args = finetune_args(data_set="wds/x", batch_size=2, num_workers=workers)
+        message = "--data_set wds/x: has 2 training shards, 3 processes need one each; start 2, or write more shards"
+        with pytest.raises(UsageError, match=message):
+            datasets.build_train_loader(Stream(40, shards=2), args)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_evaluation_of_shards_counts_every_image_once(workers, monkeypatch):
+    args = finetune_args(data_set="wds/x", batch_size=4, num_workers=workers)
+    for processes, shards in [(n, s) for n in (1, 2, 3) for s in (1, 2, 3, 5)] if not workers else [(2, 3), (2, 1)]:
+        monkeypatch.setattr(datasets, "get_world_size", lambda n=processes: n)
+        seen, claimed = [], 0
+        for rank in range(processes):
+            monkeypatch.setattr(datasets, "get_rank", lambda r=rank: r)
+            stream = Stream(23, shards=shards)
+            stream.dist_rank, stream.dist_num_replicas = rank, processes  # as timm finds them
+            stream.split_info.shard_lengths = [len(shard) for shard in stream.split_info.filenames]
+            loader = datasets.build_eval_loader(stream, args, spread=True)
+            seen += [number for batch in loader for number in batch[1].tolist()]
+            claimed += len(loader.dataset)
+        assert sorted(seen) == list(range(23)), (processes, shards)
+        assert claimed == 23
+
+
+def test_evaluation_of_other_streams_says_what_it_cannot(monkeypatch, logs):
+    for processes, told in ((1, False), (2, True)):
+        monkeypatch.setattr(datasets, "get_world_size", lambda n=processes: n)
+        datasets.build_eval_loader(Stream(9), finetune_args(data_set="tfds/x", num_workers=0), spread=True)
+        assert ("--data_set tfds/x: on several processes, some images may count twice" in logs.text) == told
+
+
+class Begun(Stream):
+    def __iter__(self):
+        self.reader.ds = "begun"
+        return iter([(torch.zeros(3, 32, 32, dtype=torch.uint8), 0)] * 9)
+
+
+def test_pictures_do_not_begin_the_stream():
+    """A reader that has begun before its workers are forked gives each of them the same part."""
+    stream = Begun(40)
+    assert main_pretrain.picture_images(stream, pretrain_args(data_set="wds/x", input_size=32)).shape == (8, 3, 32, 32)
+    assert stream.reader.ds is None
+
+
+def test_loaders_compare_the_number_of_images_between_processes(monkeypatch):
+    compared = []
+    monkeypatch.setattr(datasets, "check_same", lambda *values: compared.append(values))
+    args = finetune_args(batch_size=4, num_workers=0)
+    datasets.build_train_loader(Numbers(12), args)
+    datasets.build_train_loader(Stream(9), args)
+    datasets.build_eval_loader(Numbers(5), args, spread=True)
+    assert compared == [(12, "training images"), (9, "training images"), (5, "evaluation images")]
 
 
 # ---- evaluation

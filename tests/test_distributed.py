@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -38,9 +39,10 @@ def launch(scripts, name, processes, output_dir, *flags, torchrun=(), **more) ->
 
 @pytest.fixture(scope="module")
 def pretrained(scripts, tmp_path_factory):
-    """Two epochs of pre-training, 40 images in steps of 12 (the last of 4), spread in several ways."""
+    """Two epochs of pre-training, 40 images in steps of 12 (the last of 4, so two of six processes have none of it)."""
     folders = {}
-    for processes, batch_size, update_freq, workers in [(1, 12, 1, 0), (2, 6, 1, 2), (3, 4, 1, 0), (3, 2, 2, 1)]:
+    spreads = [(1, 12, 1, 0), (2, 6, 1, 2), (3, 4, 1, 0), (3, 2, 2, 1), (6, 2, 1, 0)]
+    for processes, batch_size, update_freq, workers in spreads:
         folder = tmp_path_factory.mktemp("spread")
         spread = ["--batch_size", batch_size, "--update_freq", update_freq, "--num_workers", workers]
         # SGD-like comparison would hide nothing, but AdamW is what people run: its first steps amplify rounding most
@@ -69,6 +71,49 @@ def test_training_moved_the_weights(pretrained, scripts, tmp_path):
     still = load(tmp_path / "checkpoint-1.pth")["model"]
     moved = load(pretrained[1, 12, 1] / "checkpoint-1.pth")["model"]
     assert max(float((moved[k] - still[k]).abs().max()) for k in still) > 1e-3
+
+
+IN_TURN = """
+import os, pathlib, sys, time
+from utils import distributed, errors
+
+def main():
+    rank, shared, own = os.environ["RANK"], *sys.argv[1:]
+    distributed.init_distributed("cpu")
+    for folder in (shared, own + ("A" if rank in "01" else "B")):
+        with distributed.main_process_first():
+            if not os.path.exists(folder + "/data"):
+                time.sleep(0.3)
+                pathlib.Path(folder, "download" + rank).touch()
+                pathlib.Path(folder, "data").touch()
+    distributed.check_same(5, "training images")
+    distributed.check_same(7 + (rank == "2"), "evaluation images")
+
+errors.run(main)
+"""
+
+
+def test_downloads_once_per_node_and_file_counts(tmp_path):
+    """Two nodes of two processes: a shared folder gets one download, a folder of each node one each."""
+    for name in ("shared", "ownA", "ownB"):
+        (tmp_path / name).mkdir()
+    words = [sys.executable, "-c", IN_TURN, str(tmp_path / "shared"), str(tmp_path / "own")]
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        meet = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "4"}
+    processes = [
+        subprocess.Popen(
+            words, env=environment(RANK=str(rank), LOCAL_RANK=str(rank % 2), **meet), cwd=ROOT, stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(4)
+    ]  # fmt: skip
+    for process in processes:
+        _, err = process.communicate(timeout=120)
+        assert process.returncode == 2, err
+        assert "error: evaluation images: 7 on rank 0, 8 on rank 2; all need the same files." in err
+    found = {name: sorted(x.name for x in (tmp_path / name).glob("down*")) for name in ("shared", "ownA", "ownB")}
+    assert found == {"shared": ["download0"], "ownA": ["download0"], "ownB": ["download2"]}
 
 
 def test_evaluation_counts_every_image_once(scripts, tmp_path):

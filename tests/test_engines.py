@@ -122,7 +122,7 @@ def moved(before, model):
 # ---- accumulation, clipping, moving average
 
 
-@pytest.mark.parametrize("count", [24, 22, 17], ids=["even", "uneven last window", "last window of one image"])
+@pytest.mark.parametrize("count", [24, 22, 18], ids=["even", "uneven last window", "last window of one batch"])
 def test_pretraining_accumulation_is_one_large_batch(count):
     """22 images, 8 a step: the last step's 6 are split 3 + 3."""
     results = []
@@ -155,6 +155,52 @@ def test_finetuning_accumulation_is_one_large_batch(count):
         assert other_stats[key] == pytest.approx(stats[key], rel=1e-5)
     for name in expected:  # the loss itself is float32
         torch.testing.assert_close(other[name], expected[name], rtol=1e-5, atol=1e-6, msg=name)
+
+
+def last_step(world_size, batch_size, monkeypatch, engine, build, draw=None):
+    """The mean over processes of the weights after the last step alone, and the mean loss that each of them counted."""
+    means, counted = None, []
+    monkeypatch.setattr(datasets, "get_world_size", lambda: world_size)
+    for rank in range(world_size):
+        monkeypatch.setattr(datasets, "get_rank", lambda r=rank: r)
+        model, loader = build(), train_loader(Noise(22, torch.float64), batch_size, draw=draw)
+        rest, names = ((nn.CrossEntropyLoss(),), 2) if engine is engine_finetune else ((), 1)
+        sums = torch.zeros(2, names + 1, dtype=torch.float64)
+        run = Run(RunLog("", None), partial={"step": 1, "averages": [sums]})
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        stats = engine.train_one_epoch(model, loader, *rest, optimizer, precise(), constant(0.1), run, 0)
+        counted.append(stats["loss"])
+        state = weights(model)
+        means = {name: (means[name] if means else 0) + value / world_size for name, value in state.items()}
+    return means, counted
+
+
+@pytest.mark.parametrize("engine", [engine_pretrain, engine_finetune])
+def test_a_process_without_a_share_of_the_last_step_changes_nothing(engine, monkeypatch):
+    """22 images, 16 a step: the last one's 6 on 8 processes leave two that go along with weight 0."""
+    build = (lambda: fcmae(torch.float64)) if engine is engine_pretrain else (lambda: classifier().double())
+    draw = draw_mask if engine is engine_pretrain else None
+    expected, (loss,) = last_step(1, 16, monkeypatch, engine, build, draw)
+    found, losses = last_step(8, 2, monkeypatch, engine, build, draw)
+    assert max((expected[name] - value).abs().max() for name, value in build().state_dict().items()) > 1e-4
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-7, msg=name)
+    assert losses.count(0) == 2  # nothing was counted
+    assert sum(losses) / 6 == pytest.approx(loss, rel=1e-5)
+
+
+def test_randomness_of_a_batch_does_not_depend_on_how_it_was_loaded():
+    """Without workers, loading a step's second batch draws augmentations between the forward passes."""
+    found = []
+    for num_workers in (0, 1):
+        args = finetune_args("--input_size", 32, "--batch_size", 2, "--update_freq", 3, "--num_workers", num_workers)
+        dataset = Shapes("train", size=32, num_samples=12, transform=datasets.build_transform(True, args))
+        model, drawn = classifier(classes=10, drop_path_rate=0.5), []
+        model.register_forward_hook(lambda *_, drawn=drawn: drawn.append(torch.rand(1).item()))
+        finetune(model, datasets.build_train_loader(dataset, args))
+        found.append((weights(model), drawn))
+    assert same(*found)
+    assert len(set(found[0][1])) == 6  # each batch draws anew
 
 
 def test_training_statistics_are_means_over_the_samples():

@@ -138,6 +138,32 @@ def test_progress_line(logs, clock):
     assert progress.seconds == pytest.approx(82)
 
 
+def test_waiting_for_batches_inside_a_step_counts_as_data(logs, clock):
+    def batches():
+        for _ in range(2):
+            clock.now += 0.5
+            yield "batch"
+
+    tracker = EpochTracker(("loss",), 0, 1, CPU, RunLog("", None))
+    for step, batches_of_step in tracker([batches()]):
+        for _ in batches_of_step:
+            clock.now += 1
+            tracker.update(step, 3, loss=torch.tensor(1.0))
+        tracker.report(step, 0.1, torch.tensor(0.0))
+    assert "time 3.000  data 1.000  img/s 2" in logs.text
+
+
+def test_a_batch_without_weight_is_not_counted_but_watched(clock):
+    tracker = EpochTracker(("loss",), 0, 1, CPU, RunLog("", None))
+    for step, _ in tracker([None]):
+        clock.now += 1
+        tracker.update(step, 4, loss=torch.tensor(2.0))
+        tracker.update(step, 0, loss=torch.tensor(NAN))
+    assert tracker.summary() == {"loss": 2.0, "images_per_second": 4.0}
+    with pytest.raises(NonFiniteLoss, match="in step 0"):
+        tracker.guard.check(0)
+
+
 def test_progress_counts_the_images_of_all_processes(logs, clock, monkeypatch):
     monkeypatch.setattr(metrics, "get_world_size", lambda: 4)
     progress = Progress("epoch 0", 1, CPU)
@@ -561,10 +587,11 @@ def test_devices(monkeypatch):
     assert pick_device("auto").type == "mps"
 
 
-@pytest.mark.parametrize(("is_first", "expected"), [(True, ["work", "barrier"]), (False, ["barrier", "work"])])
-def test_a_failing_first_process_does_not_hold_up_the_others(monkeypatch, is_first, expected):
+@pytest.mark.parametrize(("rank", "local_rank", "turn"), [(0, 0, 0), (2, 0, 1), (1, 1, 2)])
+def test_a_failing_first_process_does_not_hold_up_the_others(monkeypatch, rank, local_rank, turn):
     events = []
-    monkeypatch.setattr(distributed, "is_main_process", lambda: is_first)
+    monkeypatch.setattr(distributed, "get_rank", lambda: rank)
+    monkeypatch.setattr(distributed, "_local_rank", local_rank)
     monkeypatch.setattr(distributed, "barrier", lambda: events.append("barrier"))
 
     def download():
@@ -574,7 +601,7 @@ def test_a_failing_first_process_does_not_hold_up_the_others(monkeypatch, is_fir
 
     with pytest.raises(OSError, match="no route"):
         download()
-    assert events == expected
+    assert events == ["barrier"] * turn + ["work"] + ["barrier"] * (2 - turn)
 
 
 # ---- errors
