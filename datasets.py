@@ -4,7 +4,6 @@ Randomness: every sample is augmented under a seed of (seed, epoch, index), so a
 nor, for the data, on the number of processes. Streams (wds/, tfds/) have an order and augmentations of their own.
 """
 
-import dataclasses
 import importlib
 import itertools
 import logging
@@ -12,6 +11,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sized
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -616,8 +616,7 @@ class StepSampler(Sampler):
 
     Every optimizer step takes the next batch_size * update_freq * world_size samples of the epoch's permutation, the
     global batch; its batches, and within each batch the processes, take even shares of them. The rest at the end is a
-    smaller step if it is at least a quarter of the global batch; else, other samples being left out in the next epoch,
-    it is left out of this one.
+    smaller step if it is at least a quarter of the global batch, else it is left out of this epoch.
 
     Args:
         multiple: every batch's size is a multiple of it (2 for Mixup): the last step leaves up to multiple - 1 out.
@@ -668,7 +667,7 @@ class StepSampler(Sampler):
                 yield [(self.epoch, index) for index in order[start:end]]
 
 
-@dataclasses.dataclass
+@dataclass
 class Batch:
     """One forward pass of an optimizer step.
 
@@ -737,7 +736,7 @@ def build_train_loader(
     """
     streamed = isinstance(dataset, IterableDataset)
     num_samples = dataset.reader.num_samples if streamed else len(dataset)
-    num_workers = _workers_with_shards(dataset, args) if streamed else args.num_workers
+    num_workers = _stream_workers(dataset, args) if streamed else args.num_workers
     check_same(num_samples, "training images")
     sampler = StepSampler(
         num_samples, args.batch_size, args.update_freq, get_rank(), get_world_size(), args.seed, multiple
@@ -754,59 +753,47 @@ def build_train_loader(
         "worker_init_fn": ignore_signals,
     }
     if streamed:
-        _tell_workers(dataset, num_workers)
         loader = DataLoader(dataset, args.batch_size, drop_last=True, **common)
     else:
         loader = DataLoader(TrainSamples(dataset, args.seed, draw), batch_sampler=sampler, **common)
     return StepLoader(loader, sampler, prepare)
 
 
-def _workers_with_shards(dataset: IterableDataset, args) -> int:
-    """--num_workers, or of wds/, as many as each get a shard: one without would give no image."""
-    if not args.data_set.startswith("wds/"):
-        return args.num_workers
-    shards, processes = len(dataset.reader.split_info.filenames), get_world_size()
-    workers = min(args.num_workers, shards // processes)
-    if shards < processes:
-        raise UsageError(
-            f"--data_set {args.data_set}: has {shards} training shards, {processes} processes need one each; start "
-            f"{shards}, or write more shards"
-        )
-    if workers < args.num_workers:
-        log.info(
-            "--num_workers %d: lowered to %d, as %d processes share %d shards",
-            args.num_workers, workers, processes, shards,
-        )  # fmt: skip
+def _stream_workers(dataset: IterableDataset, args) -> int:
+    """--num_workers, or fewer, so that each gets a shard of wds/; timm's streams estimate their length by it."""
+    workers = args.num_workers
+    if args.data_set.startswith("wds/"):
+        shards, processes = len(dataset.reader.split_info.filenames), get_world_size()
+        if shards < processes:
+            raise UsageError(
+                f"--data_set {args.data_set}: {shards} shards for {processes} processes; start {shards}, or write more"
+            )
+        if workers * processes > shards:
+            workers = shards // processes
+            log.info("--num_workers %d: lowered to %d, for %d shards in all", args.num_workers, workers, shards)
+    if workers:
+        dataset.set_loader_cfg(workers)
     return workers
-
-
-def _tell_workers(dataset: IterableDataset, num_workers: int) -> None:
-    """timm's streams estimate their length, and spread their shards, by the number of loader processes."""
-    if num_workers and hasattr(dataset, "set_loader_cfg"):
-        dataset.set_loader_cfg(num_workers)
 
 
 def _own_shards(dataset: IterableDataset, args) -> Dataset:
     """A stream for evaluation, each process with shards of its own: timm would cut or repeat them to one length."""
-    if get_world_size() == 1:
-        return dataset
-    if not args.data_set.startswith("wds/"):
-        log.info("--data_set %s: on several processes, some images may count twice or not at all", args.data_set)
+    if get_world_size() == 1 or not args.data_set.startswith("wds/"):
+        if get_world_size() > 1:
+            log.info("--data_set %s: on several processes, images may count twice or not at all", args.data_set)
         return dataset
     reader, mine = dataset.reader, slice(get_rank(), None, get_world_size())
     files, lengths = reader.split_info.filenames[mine], reader.split_info.shard_lengths[mine]
     if not files:
         return Subset(dataset, [])
-    reader.split_info = dataclasses.replace(reader.split_info, filenames=files, shard_lengths=lengths)
+    reader.split_info = replace(reader.split_info, filenames=files, shard_lengths=lengths)
     reader.num_samples = sum(lengths) or reader.num_samples
     reader.dist_rank, reader.dist_num_replicas = 0, 1
     return dataset
 
 
 def build_eval_loader(dataset: Dataset, args, spread: bool) -> DataLoader:
-    """A loader that gives every image once: over all processes together if `spread`, else in each of them.
-
-    A stream's images are always spread.
+    """A loader that gives every image once: over all processes if `spread`, or of a stream, else in each of them.
 
     Raises:
         UsageError: processes do not see the same number of images.
@@ -818,9 +805,7 @@ def build_eval_loader(dataset: Dataset, args, spread: bool) -> DataLoader:
         "worker_init_fn": ignore_signals,
     }
     if isinstance(dataset, IterableDataset):
-        dataset = _own_shards(dataset, args)
-        _tell_workers(dataset, args.num_workers)
-        return DataLoader(dataset, **common)
+        return DataLoader(_own_shards(dataset, args), **common)
     check_same(len(dataset), "evaluation images")
     indices = range(get_rank(), len(dataset), get_world_size()) if spread else range(len(dataset))
     return DataLoader(EvalSamples(dataset), sampler=indices, collate_fn=collate_readable, **common)

@@ -302,10 +302,8 @@ def build_loaders(args, device: torch.device) -> tuple[datasets.StepLoader, Data
         eval_dataset, _ = datasets.build_dataset(False, args, classes)
         eval_dataset = datasets.in_memory(eval_dataset, args)
         eval_loader = datasets.build_eval_loader(eval_dataset, args, spread=args.dist_eval)
-    log.info(
-        "%d images of %d classes, %d per optimizer step, %d steps per epoch",
-        loader.sampler.num_samples, nb_classes, loader.global_batch, len(loader),
-    )  # fmt: skip
+    counts = loader.sampler.num_samples, nb_classes, loader.global_batch, len(loader)
+    log.info("%d images of %d classes, %d per optimizer step, %d steps per epoch", *counts)
     return loader, eval_loader, nb_classes, classes and list(classes)
 
 

@@ -174,10 +174,8 @@ def build_loader(dataset: Dataset, args, device: torch.device) -> datasets.StepL
     prepare = datasets.build_prepare(dataset, args, device)
     draw = partial(draw_mask, (args.input_size // (8 * args.stem_stride)) ** 2, args.mask_ratio)
     loader = datasets.build_train_loader(dataset, args, draw, prepare=prepare)
-    log.info(
-        "%d images, %d per optimizer step, %d steps per epoch",
-        loader.sampler.num_samples, loader.global_batch, len(loader),
-    )  # fmt: skip
+    counts = loader.sampler.num_samples, loader.global_batch, len(loader)
+    log.info("%d images, %d per optimizer step, %d steps per epoch", *counts)
     return loader
 
 

@@ -1408,7 +1408,7 @@ def test_each_loader_process_has_a_shard(shards, processes, workers, lowered, mo
     stream = Stream(40, shards=shards)
     loader = datasets.build_train_loader(stream, args).loader
     assert loader.num_workers == (stream.workers or 0) == (workers if lowered is None else lowered)
-    line = f"--num_workers {workers}: lowered to {lowered}, as {processes} processes share {shards} shards"
+    line = f"--num_workers {workers}: lowered to {lowered}, for {shards} shards in all"
     assert (line in logs.text) == (lowered is not None)
     assert args.num_workers == workers
 
@@ -1417,8 +1417,7 @@ def test_fewer_shards_than_processes(monkeypatch):
     monkeypatch.setattr(datasets, "get_world_size", lambda: 3)
     for workers in (0, 4):
         args = finetune_args(data_set="wds/x", batch_size=2, num_workers=workers)
-        message = "--data_set wds/x: has 2 training shards, 3 processes need one each; start 2, or write more shards"
-        with pytest.raises(UsageError, match=message):
+        with pytest.raises(UsageError, match="--data_set wds/x: 2 shards for 3 processes; start 2, or write more"):
             datasets.build_train_loader(Stream(40, shards=2), args)
 
 
@@ -1444,7 +1443,7 @@ def test_evaluation_of_other_streams_says_what_it_cannot(monkeypatch, logs):
     for processes, told in ((1, False), (2, True)):
         monkeypatch.setattr(datasets, "get_world_size", lambda n=processes: n)
         datasets.build_eval_loader(Stream(9), finetune_args(data_set="tfds/x", num_workers=0), spread=True)
-        assert ("--data_set tfds/x: on several processes, some images may count twice" in logs.text) == told
+        assert ("--data_set tfds/x: on several processes, images may count twice" in logs.text) == told
 
 
 class Begun(Stream):

@@ -111,7 +111,7 @@ def test_downloads_once_per_node_and_file_counts(tmp_path):
     for process in processes:
         _, err = process.communicate(timeout=120)
         assert process.returncode == 2, err
-        assert "error: evaluation images: 7 on rank 0, 8 on rank 2; all need the same files." in err
+        assert "error: evaluation images: 7 on rank 0, 8 on rank 2; all nodes need the same files." in err
     found = {name: sorted(x.name for x in (tmp_path / name).glob("down*")) for name in ("shared", "ownA", "ownB")}
     assert found == {"shared": ["download0"], "ownA": ["download0"], "ownB": ["download2"]}
 

@@ -101,8 +101,7 @@ def add_shared_arguments(
     group.add_argument(
         "--min_crop", type=float, default=min_crop, help="smallest share of an image that a training crop takes"
     )
-    workers_help = "loader processes; they change no result, except of streams (wds/, tfds/)"
-    group.add_argument("--num_workers", type=int, default=10, help=workers_help)
+    group.add_argument("--num_workers", type=int, default=10, help="loader processes; change no result but a stream's")
     add_bool(group, "--pin_mem", True, "page-locked host memory for faster copies to the GPU")
 
     group = parser.add_argument_group("checkpoints and logs")

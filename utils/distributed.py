@@ -38,10 +38,7 @@ def barrier() -> None:
 
 @contextmanager
 def main_process_first() -> Iterator[None]:
-    """The first process runs the block (a download, say), then one on each node, then the others.
-
-    So once in all where nodes share a file system, else once per node.
-    """
+    """The first process runs the block (a download, say), then one on each other node, then all others."""
     turn = 0 if is_main_process() else 1 if _local_rank == 0 else 2
     for _ in range(turn):
         barrier()
@@ -77,8 +74,8 @@ def check_same(count: int, what: str) -> None:
     other = next((rank for rank, value in enumerate(counts) if value != counts[0]), None)
     if other is not None:
         raise UsageError(
-            f"{what}: {counts[0]} on rank 0, {counts[other]} on rank {other}; all need the same files. A change on a "
-            "network file system takes a minute to reach every node: start again then"
+            f"{what}: {counts[0]} on rank 0, {counts[other]} on rank {other}; all nodes need the same files. Where a "
+            "network file system has yet to tell them of a change, start again in a minute"
         )
 
 
