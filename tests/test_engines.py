@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from timm.loss import SoftTargetCrossEntropy
 from timm.utils import ModelEmaV3
 from torch import nn
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset
 
 import datasets
 import engine_finetune
@@ -53,6 +53,7 @@ class Noise(Dataset):
 
 def train_loader(dataset, batch_size, update_freq=1, draw=None, multiple=1):
     args = SimpleNamespace(batch_size=batch_size, update_freq=update_freq, num_workers=0, pin_mem=False, seed=0)
+    args.data_set = "tfds/x"
     return datasets.build_train_loader(dataset, args, draw, multiple)
 
 
@@ -187,6 +188,37 @@ def test_a_process_without_a_share_of_the_last_step_changes_nothing(engine, monk
         torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-7, msg=name)
     assert losses.count(0) == 2  # nothing was counted
     assert sum(losses) / 6 == pytest.approx(loss, rel=1e-5)
+
+
+class Streamed(IterableDataset):
+    """16 images, one after the other, without masks, as timm's streams give them."""
+
+    reader = SimpleNamespace(num_samples=16)
+
+    def __len__(self):
+        return 16
+
+    def __iter__(self):
+        return iter([(torch.rand(3, 64, 64), 0)] * 16)
+
+    def set_epoch(self, epoch):
+        pass
+
+
+def test_masks_of_a_stream_are_drawn_anew_for_every_batch(monkeypatch):
+    """In every step, epoch and process, each under a seed of its own, so that a run can be repeated."""
+    found = []
+    for rank in (0, 1, 0):
+        monkeypatch.setattr(engine_pretrain, "get_rank", lambda r=rank: r)
+        model, masks = fcmae(), []
+        draw = model.gen_random_mask
+        monkeypatch.setattr(model, "gen_random_mask", lambda *a, m=masks, d=draw: m.append(d(*a)) or m[-1])
+        pretrain(model, train_loader(Streamed(), 4, update_freq=2), epochs=2)
+        found.append(torch.stack(masks))
+    assert found[0].shape == (2 * 2 * 2, 4, 64)
+    assert torch.equal(found[0], found[2])
+    rows = torch.cat(found[:2]).flatten(0, 1)
+    assert len(rows.unique(dim=0)) == len(rows)
 
 
 def test_randomness_of_a_batch_does_not_depend_on_how_it_was_loaded():
