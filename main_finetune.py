@@ -389,7 +389,7 @@ def evaluate_only(args, amp: Amp) -> None:
         evaluate(model, loader, amp, header)
 
 
-def train(args, amp: Amp, interrupts: Interrupts, lock: checkpoint.OutputLock) -> None:
+def train(args, amp: Amp, interrupts: Interrupts) -> None:
     """Fine-tune for all epochs that are still to be done, evaluating and saving after each."""
     loader, eval_loader, nb_classes, classes = build_loaders(args, amp.device)
     found = checkpoint.find(args.resume, args.auto_resume, args.output_dir)
@@ -432,7 +432,7 @@ def train(args, amp: Amp, interrupts: Interrupts, lock: checkpoint.OutputLock) -
 
     share = partial["step"] / len(loader) if partial else 0.0
     run_log = open_log(args, amp.device, found, start_epoch, share)
-    run = Run(run_log, args.seed, partial, save if saves else None, args.save_ckpt_steps, interrupts, lock)
+    run = Run(run_log, args.seed, partial, save if saves else None, args.save_ckpt_steps, interrupts)
     begun, rates = time.perf_counter(), []
     for epoch in range(start_epoch, args.epochs):
         stats = train_one_epoch(wrapped, loader, criterion, optimizer, amp, schedule, run, epoch, mixup=mixup, ema=ema)
@@ -476,9 +476,8 @@ def main(args) -> None:
         if args.eval:
             evaluate_only(args, amp)
             return
-        lock = checkpoint.OutputLock(args.output_dir)
-        with prepared_output_dir(args.output_dir), lock, Interrupts() as interrupts:
-            train(args, amp, interrupts, lock)
+        with prepared_output_dir(args.output_dir), checkpoint.OutputLock(args.output_dir), Interrupts() as interrupts:
+            train(args, amp, interrupts)
 
 
 if __name__ == "__main__":
