@@ -41,7 +41,7 @@ from utils.args import (
 from utils.errors import UsageError, suggest
 from utils.interrupts import Interrupts
 from utils.lr_sched import Schedule
-from utils.metrics import duration
+from utils.metrics import duration, speed
 from utils.param_groups import param_groups
 from utils.record import open_log, record_end
 from utils.run import Run
@@ -462,8 +462,8 @@ def train(args, amp: Amp, interrupts: Interrupts) -> None:
     known = {f"best_{k}": v for k, v in best.items() if v >= 0}
     record_end(args.output_dir, time.perf_counter() - begun, record | known)
     log.info(
-        "done: %d epochs in %s, %.0f img/s, loss %.4f%s; %s",
-        len(rates), duration(time.perf_counter() - begun), sum(rates) / len(rates), stats["loss"], best_so_far(best),
+        "done: %d epochs in %s%s, loss %.4f%s; %s",
+        len(rates), duration(time.perf_counter() - begun), speed(rates), stats["loss"], best_so_far(best),
         f"checkpoints and log.txt in {args.output_dir}" if args.output_dir else "nothing saved",
     )  # fmt: skip
 

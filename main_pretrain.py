@@ -33,7 +33,7 @@ from utils.errors import UsageError
 from utils.interrupts import Interrupts
 from utils.knn import knn_acc1
 from utils.lr_sched import Schedule
-from utils.metrics import duration
+from utils.metrics import duration, speed
 from utils.param_groups import param_groups
 from utils.pictures import reconstruction_grid
 from utils.record import open_log, record_end
@@ -248,8 +248,8 @@ def train(args, amp: Amp, interrupts: Interrupts) -> None:
     run_log.close()
     record_end(args.output_dir, time.perf_counter() - begun, record)
     log.info(
-        "done: %d epochs in %s, %.0f img/s, loss %.4f; %s",
-        len(rates), duration(time.perf_counter() - begun), sum(rates) / len(rates), stats["loss"],
+        "done: %d epochs in %s%s, loss %.4f; %s",
+        len(rates), duration(time.perf_counter() - begun), speed(rates), stats["loss"],
         f"checkpoints, log.txt and pictures in {args.output_dir}" if args.output_dir else "nothing saved",
     )  # fmt: skip
 

@@ -12,7 +12,16 @@ from timm.layers import DropPath
 from torch import nn
 
 from models import convnextv2
-from models.convnextv2 import SIZES, Block, ConvNeXtV2, convnextv2_atto, convnextv2_tiny, layer_id, num_layer_ids
+from models.convnextv2 import (
+    SIZES,
+    Block,
+    ConvNeXtV2,
+    Encoder,
+    convnextv2_atto,
+    convnextv2_tiny,
+    layer_id,
+    num_layer_ids,
+)
 from models.layers import GRN
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -334,3 +343,15 @@ def test_layer_ids(size, kind, table, count):
     assert seen == set(table)
     assert num_layer_ids(depths, kind) == count
     assert num_layer_ids((3, 3, 27, 3), "single") == 36
+
+
+def test_the_default_is_tiny():
+    """Names and shapes, without their memory."""
+    with torch.device("meta"):
+        tiny = convnextv2_tiny()
+        models = Encoder(), ConvNeXtV2(), ConvNeXtV2(num_classes=0)
+    for model in models:
+        names = {name: value.shape for name, value in tiny.state_dict().items() if name in model.state_dict()}
+        assert {name: value.shape for name, value in model.state_dict().items()} == names
+        assert (model.depths, model.dims) == (tiny.depths, tiny.dims)
+    assert models[1].head.out_features == 1000

@@ -625,3 +625,17 @@ def test_grad_checkpointing_gives_the_same_gradients():
     actual, twice = gradients()
     assert (once, twice) == (5, 10)  # backward ran every encoder block again
     assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+
+
+def test_a_mask_that_removes_nothing_is_refused():
+    model, imgs = small(), noise(2, 3, 64, 64)
+    with pytest.raises(ValueError, match="the mask removes no patch, so the loss is undefined"):
+        model(imgs, mask=torch.zeros(2, 4))
+
+
+def test_the_default_is_fcmae_tiny():
+    """Names and shapes, without their memory."""
+    with torch.device("meta"):
+        default, tiny = FCMAE(), convnextv2_tiny()
+    shapes = [{name: value.shape for name, value in model.state_dict().items()} for model in (default, tiny)]
+    assert shapes[0] == shapes[1]
