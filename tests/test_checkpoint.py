@@ -290,12 +290,6 @@ def test_find(tmp_path):
     assert checkpoint.find("", True, str(tmp_path / "here")) is None
 
 
-def test_without_output_dir_nothing_is_found(tmp_path, monkeypatch):
-    checkpoint.save(state_of(), tmp_path / "checkpoint-3.pth")
-    monkeypatch.chdir(tmp_path)
-    assert checkpoint.find("", True, "") is None
-
-
 def files(folder):
     return sorted(path.name for path in folder.iterdir())
 

@@ -226,16 +226,6 @@ def test_initial_weights():
     assert {nn.Conv2d, nn.Linear, nn.LayerNorm, GRN} <= kinds
 
 
-def test_head_init_scale():
-    heads = []
-    for scale in (1.0, 0.001):
-        torch.manual_seed(0)
-        heads.append(ConvNeXtV2(**SMALL, num_classes=100, head_init_scale=scale).head)
-    assert heads[0].weight.std().item() == pytest.approx(0.02, rel=0.1)
-    torch.testing.assert_close(heads[1].weight, 0.001 * heads[0].weight, rtol=1e-6, atol=0)
-    assert not heads[1].bias.any()
-
-
 def test_drop_path_rises_linearly():
     blocks = [m for m in convnextv2_atto(drop_path_rate=0.22).modules() if isinstance(m, Block)]
     rates = [b.drop_path.drop_prob if isinstance(b.drop_path, DropPath) else 0.0 for b in blocks]
