@@ -9,7 +9,7 @@ from timm.data import Mixup
 from timm.utils import ModelEmaV3
 
 from utils.amp import Amp
-from utils.distributed import accumulate, all_reduce_sum, get_rank, get_world_size
+from utils.distributed import accumulate, all_reduce_sum, broadcast, get_rank, get_world_size
 from utils.lr_sched import Schedule
 from utils.metrics import Averages, Progress
 from utils.run import Run
@@ -68,7 +68,7 @@ def share_buffers(model: torch.nn.Module) -> None:
     Without, each would be evaluated with the statistics of its own last batch, and none as the checkpoint is.
     """
     for buffer in model.buffers():
-        all_reduce_sum(buffer.mul_(get_rank() == 0))
+        broadcast(buffer)
 
 
 def top_k(logits: torch.Tensor, labels: torch.Tensor, k: int) -> torch.Tensor:

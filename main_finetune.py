@@ -41,7 +41,7 @@ from utils.args import (
 from utils.errors import UsageError, suggest
 from utils.interrupts import Interrupts
 from utils.lr_sched import Schedule
-from utils.metrics import duration
+from utils.metrics import duration, speed
 from utils.param_groups import param_groups
 from utils.record import open_log, record_end
 from utils.run import Run
@@ -387,7 +387,7 @@ def evaluate_only(args, amp: Amp) -> None:
         evaluate(model, loader, amp, header)
 
 
-def train(args, amp: Amp, interrupts: Interrupts, lock: checkpoint.OutputLock) -> None:
+def train(args, amp: Amp, interrupts: Interrupts) -> None:
     """Fine-tune for all epochs that are still to be done, evaluating and saving after each."""
     loader, eval_loader, nb_classes, classes = build_loaders(args, amp.device)
     found = checkpoint.find(args.resume, args.auto_resume, args.output_dir)
@@ -430,7 +430,7 @@ def train(args, amp: Amp, interrupts: Interrupts, lock: checkpoint.OutputLock) -
 
     share = partial["step"] / len(loader) if partial else 0.0
     run_log = open_log(args, amp.device, found, start_epoch, share)
-    run = Run(run_log, args.seed, partial, save if saves else None, args.save_ckpt_steps, interrupts, lock)
+    run = Run(run_log, args.seed, partial, save if saves else None, args.save_ckpt_steps, interrupts)
     begun, rates = time.perf_counter(), []
     for epoch in range(start_epoch, args.epochs):
         stats = train_one_epoch(wrapped, loader, criterion, optimizer, amp, schedule, run, epoch, mixup=mixup, ema=ema)
@@ -460,8 +460,8 @@ def train(args, amp: Amp, interrupts: Interrupts, lock: checkpoint.OutputLock) -
     known = {f"best_{k}": v for k, v in best.items() if v >= 0}
     record_end(args.output_dir, time.perf_counter() - begun, record | known)
     log.info(
-        "done: %d epochs in %s, %.0f img/s, loss %.4f%s; %s",
-        len(rates), duration(time.perf_counter() - begun), sum(rates) / len(rates), stats["loss"], best_so_far(best),
+        "done: %d epochs in %s%s, loss %.4f%s; %s",
+        len(rates), duration(time.perf_counter() - begun), speed(rates), stats["loss"], best_so_far(best),
         f"checkpoints and log.txt in {args.output_dir}" if args.output_dir else "nothing saved",
     )  # fmt: skip
 
@@ -474,9 +474,8 @@ def main(args) -> None:
         if args.eval:
             evaluate_only(args, amp)
             return
-        lock = checkpoint.OutputLock(args.output_dir)
-        with prepared_output_dir(args.output_dir), lock, Interrupts() as interrupts:
-            train(args, amp, interrupts, lock)
+        with prepared_output_dir(args.output_dir), checkpoint.OutputLock(args.output_dir), Interrupts() as interrupts:
+            train(args, amp, interrupts)
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ from utils.errors import UsageError
 from utils.interrupts import Interrupts
 from utils.knn import knn_acc1
 from utils.lr_sched import Schedule
-from utils.metrics import duration
+from utils.metrics import duration, speed
 from utils.param_groups import param_groups
 from utils.pictures import reconstruction_grid
 from utils.record import open_log, record_end
@@ -179,7 +179,7 @@ def build_loader(dataset: Dataset, args, device: torch.device) -> datasets.StepL
     return loader
 
 
-def train(args, amp: Amp, interrupts: Interrupts, lock: checkpoint.OutputLock) -> None:
+def train(args, amp: Amp, interrupts: Interrupts) -> None:
     """Pre-train for all epochs that are still to be done, saving and drawing pictures on the way."""
     device = amp.device
     dataset = datasets.in_memory(datasets.build_pretrain_dataset(args), args, datasets.pretrain_draw(args))
@@ -221,7 +221,7 @@ def train(args, amp: Amp, interrupts: Interrupts, lock: checkpoint.OutputLock) -
     saves = bool(args.output_dir and args.save_ckpt)
     share = partial["step"] / len(loader) if partial else 0.0
     run_log = open_log(args, device, found, start_epoch, share)
-    run = Run(run_log, args.seed, partial, save if saves else None, args.save_ckpt_steps, interrupts, lock)
+    run = Run(run_log, args.seed, partial, save if saves else None, args.save_ckpt_steps, interrupts)
     begun, rates = time.perf_counter(), []
     for epoch in range(start_epoch, args.epochs):
         stats = train_one_epoch(wrapped, loader, optimizer, amp, schedule, run, epoch)
@@ -249,8 +249,8 @@ def train(args, amp: Amp, interrupts: Interrupts, lock: checkpoint.OutputLock) -
     run_log.close()
     record_end(args.output_dir, time.perf_counter() - begun, record)
     log.info(
-        "done: %d epochs in %s, %.0f img/s, loss %.4f; %s",
-        len(rates), duration(time.perf_counter() - begun), sum(rates) / len(rates), stats["loss"],
+        "done: %d epochs in %s%s, loss %.4f; %s",
+        len(rates), duration(time.perf_counter() - begun), speed(rates), stats["loss"],
         f"checkpoints, log.txt and pictures in {args.output_dir}" if args.output_dir else "nothing saved",
     )  # fmt: skip
 
@@ -260,9 +260,8 @@ def main(args) -> None:
     with distributed.process_group(args) as device:
         use_amp = device.type == "cuda" if args.use_amp is None else args.use_amp
         amp = Amp(device, use_amp, getattr(torch, args.amp_dtype))
-        lock = checkpoint.OutputLock(args.output_dir)
-        with prepared_output_dir(args.output_dir), lock, Interrupts() as interrupts:
-            train(args, amp, interrupts, lock)
+        with prepared_output_dir(args.output_dir), checkpoint.OutputLock(args.output_dir), Interrupts() as interrupts:
+            train(args, amp, interrupts)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ if __name__ == "__main__":
     kill_file = os.environ.get("KILL_ONCE")
 
     def failing_step(*args, **kwargs):
-        if fail_on == os.environ.get("RANK"):
+        if fail_on and fail_on == os.environ.get("RANK"):
             raise RuntimeError("rank failed on purpose")
         if kill_file and os.environ.get("RANK") == "1" and not os.path.exists(kill_file) and failing_step.taken == 7:
             open(kill_file, "w").close()

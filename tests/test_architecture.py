@@ -124,11 +124,3 @@ def test_recipes_are_valid(path):
     args.finetune = ""  # what it starts from is not there
     module.check_args(args)
     assert args.model.split("_")[1] in path.stem or "demo" in path.stem or path.stem == "linear_probe"
-
-
-@pytest.mark.parametrize("name", ["main_pretrain", "main_finetune"])
-def test_help_shows_groups_and_defaults(name):
-    text = __import__(name).get_args_parser().format_help()
-    assert re.search(r"--mask_ratio|--mixup_mode", text)
-    assert "(default: 0.05)" in text
-    assert text.count("\n\n") > 6

@@ -2,7 +2,6 @@
 
 import errno
 import io
-import json
 import logging
 import os
 import pickle
@@ -12,7 +11,6 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
 from argparse import Namespace
 from pathlib import Path
 
@@ -292,12 +290,6 @@ def test_find(tmp_path):
     assert checkpoint.find("", True, str(tmp_path / "here")) is None
 
 
-def test_without_output_dir_nothing_is_found(tmp_path, monkeypatch):
-    checkpoint.save(state_of(), tmp_path / "checkpoint-3.pth")
-    monkeypatch.chdir(tmp_path)
-    assert checkpoint.find("", True, "") is None
-
-
 def files(folder):
     return sorted(path.name for path in folder.iterdir())
 
@@ -465,39 +457,3 @@ def training_parts():
 
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
-
-
-def test_two_runs_do_not_share_a_folder(tmp_path):
-    with pytest.raises(UsageError, match=rf"in use by process {os.getppid()} "):
-        other_owner(tmp_path, pid=os.getppid())
-    assert (tmp_path / ".lock").exists()
-    (tmp_path / ".lock").unlink()
-    with checkpoint.OutputLock(tmp_path):
-        assert (tmp_path / ".lock").exists()
-    assert not (tmp_path / ".lock").exists()
-
-
-def other_owner(folder, host=None, pid=1, job=None, age=0.0):
-    """Take the lock after somebody else left one behind."""
-    lock = checkpoint.OutputLock(folder)
-    started = checkpoint._started(pid) or "long ago"
-    owner = {"host": host or lock.owner["host"], "pid": pid, "started": started, "job": job}
-    lock.path.write_text(json.dumps(owner))
-    os.utime(lock.path, (time.time() - age,) * 2)
-    with lock:
-        assert json.loads(lock.path.read_text())["pid"] == os.getpid()
-
-
-def test_locks_of_the_dead_are_taken_over(tmp_path, monkeypatch):
-    child = os.fork()
-    if child == 0:
-        os._exit(0)
-    os.waitpid(child, 0)
-    other_owner(tmp_path, pid=child)  # it ran on this host and is gone
-    other_owner(tmp_path, host="elsewhere", age=checkpoint.OutputLock.STALE + 1)
-    with pytest.raises(UsageError, match=r"on elsewhere; .*remove"):
-        other_owner(tmp_path, host="elsewhere", age=10)
-    monkeypatch.setenv("SLURM_JOB_ID", "17")
-    other_owner(tmp_path, host="elsewhere", job="17")  # this very job, before it was requeued
-    with pytest.raises(UsageError, match="in use"):
-        other_owner(tmp_path, host="elsewhere", job="18")

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 import main_finetune
-from models import convnextv2, fcmae
+from models import fcmae
 from models.convnextv2 import ConvNeXtV2
 from tests import small_runs
 from tests.small_runs import STEPS, TINY, Scripts, load, records, same, snapshot, write_images
@@ -137,6 +137,24 @@ def test_log_dir_takes_the_curves(scripts, tmp_path):
     assert not list((tmp_path / "out").glob("events*"))
 
 
+def test_images_of_224_pixels(scripts, tmp_path, monkeypatch):
+    """Patches of 32 pixels, 49 of them, 19 visible: what the defaults come to."""
+    masks, forward = [], fcmae.FCMAE.forward
+
+    def watched(model, imgs, mask):
+        masks.append(mask)
+        return forward(model, imgs, mask=mask)
+
+    monkeypatch.setattr(fcmae.FCMAE, "forward", watched)
+    flags = ("--input_size", 224, "--stem_stride", 4, "--epochs", 1, "--warmup_epochs", 0, "--batch_size", 20)
+    result = scripts.pretrain("--output_dir", tmp_path, *flags)
+    assert result.code == 0, result.err
+    assert [tuple(mask.shape) for mask in masks] == [(20, 49)] * 2
+    assert all((mask == 0).sum(1).tolist() == [19] * 20 for mask in masks)
+    assert "patches of 32 pixels" in result.out
+    assert load(tmp_path / "checkpoint-0.pth")["model"]["pred.weight"].shape == (32 * 32 * 3, 16, 1, 1)
+
+
 # ---- --finetune
 
 
@@ -259,16 +277,37 @@ def test_amp_on_the_cpu(scripts, tmp_path):
 
 
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="needs a C++ compiler")
-def test_compile_on_the_cpu(scripts, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("stage", "flags"), [("pretrain", ("--picture_freq", 0, "--decoder_depth", 0)), ("finetune", ())]
+)
+def test_compile_on_the_cpu(stage, flags, scripts, tmp_path, monkeypatch):
+    """Blocks run as the code that the compiler made of them, and learn the same."""
     monkeypatch.setattr(small_runs, "TINY", {**TINY, "depths": (0, 0, 1, 0)})  # each shape of block takes seconds
-    flags = ("--epochs", 2, "--picture_freq", 0, "--decoder_depth", 0, "--batch_size", 20)
-    for compiled in ("true", "false"):
-        result = scripts.pretrain("--compile", compiled, "--output_dir", tmp_path / compiled, *flags)
+    compile, ran = torch.compile, []
+
+    def backend(graph, inputs):
+        compiled = torch._dynamo.lookup_backend("inductor")(graph, inputs)
+        return lambda *args: (ran.append("gelu" in graph.code), compiled(*args))[1]
+
+    monkeypatch.setattr(torch, "compile", lambda function, **options: compile(function, backend=backend, **options))
+
+    def call(compiled, *more):
+        ran.clear()
+        torch._dynamo.reset()
+        result = getattr(scripts, stage)("--compile", compiled, "--output_dir", tmp_path / compiled, *flags, *more)
         assert result.code == 0, result.err
+        assert all(ran)
+        return len(ran)
+
+    steps = ("--epochs", 2, "--batch_size", 20)
+    assert call("true", *steps) >= 4
+    assert call("false", *steps) == 0
     states = [load(tmp_path / compiled / "checkpoint-1.pth")["model"] for compiled in ("true", "false")]
     assert states[0].keys() == states[1].keys()
     for name, value in states[0].items():
         torch.testing.assert_close(value, states[1][name], rtol=0, atol=2e-3, msg=name)
+    if stage == "finetune":
+        assert call("true", "--eval", "true") > 0
 
 
 # ---- in a process of its own
@@ -360,6 +399,7 @@ PRETRAIN_MISTAKES = [
     ("--blr nan --lr 1", "--blr nan"),
     ("--batch_size 0", "--batch_size 0"),
     ("--num_workers -1", "--num_workers -1"),
+    *((f"--seed {seed}", f"argument --seed: '{seed}' is not a seed: .* to 4294967295") for seed in (2**32, -1, "1.0")),
     ("--min_crop 0", "--min_crop 0"),
     ("--resume $missing", "--resume .*missing: no such file"),
     ("--resume $nonsense", "nonsense.pth"),
@@ -502,9 +542,3 @@ def test_an_interruption_from_the_keyboard(stage, scripts, monkeypatch):
     assert result.code == 130
     assert result.err.startswith("interrupted; ")
     assert result.err.count("\n") == 1
-
-
-def test_names_of_models_are_those_of_the_factories():
-    for name in convnextv2.SIZES:
-        assert callable(getattr(convnextv2, name))
-        assert callable(getattr(fcmae, name))

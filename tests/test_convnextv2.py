@@ -12,7 +12,16 @@ from timm.layers import DropPath
 from torch import nn
 
 from models import convnextv2
-from models.convnextv2 import SIZES, Block, ConvNeXtV2, convnextv2_atto, convnextv2_tiny, layer_id, num_layer_ids
+from models.convnextv2 import (
+    SIZES,
+    Block,
+    ConvNeXtV2,
+    Encoder,
+    convnextv2_atto,
+    convnextv2_tiny,
+    layer_id,
+    num_layer_ids,
+)
 from models.layers import GRN
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -217,16 +226,6 @@ def test_initial_weights():
     assert {nn.Conv2d, nn.Linear, nn.LayerNorm, GRN} <= kinds
 
 
-def test_head_init_scale():
-    heads = []
-    for scale in (1.0, 0.001):
-        torch.manual_seed(0)
-        heads.append(ConvNeXtV2(**SMALL, num_classes=100, head_init_scale=scale).head)
-    assert heads[0].weight.std().item() == pytest.approx(0.02, rel=0.1)
-    torch.testing.assert_close(heads[1].weight, 0.001 * heads[0].weight, rtol=1e-6, atol=0)
-    assert not heads[1].bias.any()
-
-
 def test_drop_path_rises_linearly():
     blocks = [m for m in convnextv2_atto(drop_path_rate=0.22).modules() if isinstance(m, Block)]
     rates = [b.drop_path.drop_prob if isinstance(b.drop_path, DropPath) else 0.0 for b in blocks]
@@ -334,3 +333,15 @@ def test_layer_ids(size, kind, table, count):
     assert seen == set(table)
     assert num_layer_ids(depths, kind) == count
     assert num_layer_ids((3, 3, 27, 3), "single") == 36
+
+
+def test_the_default_is_tiny():
+    """Names and shapes, without their memory."""
+    with torch.device("meta"):
+        tiny = convnextv2_tiny()
+        models = Encoder(), ConvNeXtV2(), ConvNeXtV2(num_classes=0)
+    for model in models:
+        names = {name: value.shape for name, value in tiny.state_dict().items() if name in model.state_dict()}
+        assert {name: value.shape for name, value in model.state_dict().items()} == names
+        assert (model.depths, model.dims) == (tiny.depths, tiny.dims)
+    assert models[1].head.out_features == 1000

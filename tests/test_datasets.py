@@ -297,15 +297,6 @@ def test_broken_images_are_named(tmp_path):
         datasets.load_image(str(tmp_path / "missing.png"))
 
 
-def test_jpeg_cut_anywhere_is_refused(tmp_path):
-    save(picture(), tmp_path / "x.jpg")
-    whole = (tmp_path / "x.jpg").read_bytes()
-    for length in range(0, len(whole) - 2, max(1, len(whole) // 60)):
-        (tmp_path / "x.jpg").write_bytes(whole[:length])
-        with pytest.raises(BadImage):
-            datasets.load_image(str(tmp_path / "x.jpg"))
-
-
 @pytest.fixture
 def spoiled(folders):
     """Those folders, with every kind of broken file in train/bee and val/cat; 12 and 8 good ones remain."""

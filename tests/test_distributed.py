@@ -12,6 +12,8 @@ import pytest
 import torch
 
 from tests.small_runs import COMMON, Scripts, load, records, same
+from utils import distributed
+from utils.errors import UsageError
 from utils.interrupts import EXIT_CODE
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -129,6 +131,68 @@ def test_evaluation_counts_every_image_once(scripts, tmp_path):
     for line in lines[1:]:
         for key in ("test_acc1", "test_acc5", "test_loss"):
             assert line[key] == pytest.approx(lines[0][key], rel=1e-6)
+
+
+LAUNCHERS = {  # what they set for the second of two processes on each of two nodes
+    "torchrun": {"RANK": 3, "WORLD_SIZE": 4, "LOCAL_RANK": 1},
+    "mpirun": {"OMPI_COMM_WORLD_RANK": 3, "OMPI_COMM_WORLD_SIZE": 4, "OMPI_COMM_WORLD_LOCAL_RANK": 1},
+    "srun": {"SLURM_PROCID": 3, "SLURM_NTASKS": 4, "SLURM_LOCALID": 1},
+}
+OTHER = {"RANK": 7, "WORLD_SIZE": 9, "LOCAL_RANK": 5}
+
+
+@pytest.mark.parametrize(
+    ("variables", "flags", "ranks"),
+    [
+        ({}, (1, -1, False), (0, 1, 0)),
+        ({}, (4, 2, False), (2, 4, 2)),
+        *((variables, (1, -1, False), (3, 4, 1)) for variables in LAUNCHERS.values()),
+        ({"OMPI_COMM_WORLD_RANK": 3, "OMPI_COMM_WORLD_SIZE": 4}, (1, -1, False), (3, 4, 0)),
+        (LAUNCHERS["mpirun"] | OTHER, (1, -1, False), (7, 9, 5)),
+        (LAUNCHERS["mpirun"] | OTHER, (1, -1, True), (3, 4, 1)),
+        (LAUNCHERS["srun"] | OTHER, (1, -1, False), (7, 9, 5)),
+        (LAUNCHERS["srun"] | LAUNCHERS["mpirun"] | {"SLURM_PROCID": 0}, (1, -1, False), (3, 4, 1)),
+        ({"SLURM_PROCID": 0, "SLURM_NTASKS": 1, "SLURM_LOCALID": 0}, (4, 2, False), (2, 4, 2)),  # a shell of salloc
+        ({"SLURM_PROCID": 0, "SLURM_LOCALID": 0}, (1, -1, False), (0, 1, 0)),
+    ],
+)
+def test_ranks_from_the_launcher(variables, flags, ranks, monkeypatch):
+    for name in [name for launcher in LAUNCHERS.values() for name in launcher]:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, str(value))
+    assert distributed.launched_ranks(*flags) == ranks
+
+
+def test_openmpi_asked_for_and_absent(monkeypatch):
+    monkeypatch.delenv("OMPI_COMM_WORLD_RANK", raising=False)
+    with pytest.raises(UsageError, match="--dist_on_itp true: OMPI_COMM_WORLD_RANK is not set"):
+        distributed.launched_ranks(1, -1, True)
+
+
+@pytest.mark.parametrize("launcher", ["mpirun", "srun"])
+def test_processes_that_a_launcher_started(launcher, pretrained, scripts, tmp_path):
+    """By hand, as mpirun and srun would: two processes with the weights of two of torchrun's."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        url = f"tcp://127.0.0.1:{free.getsockname()[1]}"
+    flags = ["--batch_size", 6, "--epochs", 2, "--picture_freq", 0, "--dist_url", url]
+    words = command(scripts, "main_pretrain", 2, tmp_path, *flags)
+    words = [sys.executable, *words[words.index(str(ROOT / "tests/small_process.py")) :]]
+    names = LAUNCHERS[launcher]
+    processes = [
+        subprocess.Popen(
+            words, env=environment(**dict(zip(names, map(str, (rank, 2, rank)), strict=True))), cwd=ROOT,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    first, second = (process.communicate(timeout=240)[0] for process in processes)
+    assert [process.returncode for process in processes] == [0, 0], first + second
+    assert "40 images, 12 per optimizer step" in first
+    assert "optimizer step" not in second
+    weights, expected = (load(f / "checkpoint-1.pth")["model"] for f in (tmp_path, pretrained[2, 6, 1]))
+    assert same(weights, expected)
 
 
 def test_a_failing_rank_ends_the_job_with_its_own_message(scripts, tmp_path):

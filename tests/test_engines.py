@@ -503,17 +503,6 @@ def test_autocast_on_the_cpu(dtype):
     assert math.isfinite(scores["loss"])
 
 
-def test_gradient_checkpointing_gives_the_same_weights():
-    results = []
-    for enable in (False, True):
-        models = fcmae(), classifier(drop_path_rate=0.5)
-        for model, train in zip(models, (pretrain, finetune), strict=True):
-            model.set_grad_checkpointing(enable)
-            train(model, train_loader(Noise(24), 8))
-        results.append([model.state_dict() for model in models])
-    assert same(*results)
-
-
 def test_the_loss_goes_down():
     images = Shapes("train", size=16, num_samples=64, transform=datasets.transforms.ToTensor())
     model = fcmae()

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from models import fcmae, visible
-from models.convnextv2 import SIZES, Block, ConvNeXtV2
+from models.convnextv2 import SIZES, Block
 from models.fcmae import FCMAE, convnextv2_atto, convnextv2_tiny, random_mask
 from models.visible import VisiblePatches
 from tools.baselines import masked_dense_features
@@ -279,27 +279,6 @@ def test_removed_pixels_change_no_bit(form, junk):
     assert (clean[1][~removed] != 0).float().mean() > 0.99
 
 
-def test_features_are_zero_at_removed_patches_only():
-    model = small()
-    imgs = noise(2, 3, 96, 128)
-    mask = masks(model, imgs)
-    at_removed = spread(mask, (3, 4), 1).expand(2, 32, 3, 4) == 1
-    features = model.forward_encoder(imgs, mask)
-    assert not features[at_removed].any()
-    assert features[~at_removed].all()
-
-
-def test_samples_do_not_mix():
-    model = small()
-    imgs = noise(2, 3, 96, 96) * torch.tensor([1.0, 9.0]).view(2, 1, 1, 1)
-    mask = masks(model, imgs)
-    both = model.forward_encoder(imgs, mask)
-    for i in range(2):
-        assert_close(both[i : i + 1], model.forward_encoder(imgs[i : i + 1], mask[i : i + 1]), 1e-6)
-    changed = torch.cat([imgs[:1], 3 - imgs[1:]])
-    assert_close(model.forward_encoder(changed, mask)[0], both[0], 1e-6)
-
-
 # ---- masks
 
 
@@ -448,16 +427,6 @@ def test_loss_equals_loops(norm_pix_loss):
     assert model.forward_loss(imgs.double(), pred.double(), mask).item() == pytest.approx(expected, rel=1e-10)
 
 
-def test_visible_predictions_do_not_count():
-    model = FCMAE(**SMALL, patch_size=8, norm_pix_loss=True)
-    imgs, pred = noise(2, 3, 32, 32), noise(2, 192, 4, 4, seed=1).requires_grad_()
-    mask = masks(model, imgs)
-    model.forward_loss(imgs, pred, mask).backward()
-    kept = (mask == 0).view(2, 1, 4, 4).expand_as(pred)
-    assert not pred.grad[kept].any()
-    assert pred.grad[~kept].all()
-
-
 def test_autocast():
     model = small(norm_pix_loss=True)
     imgs = noise(2, 3, 96, 96)
@@ -564,18 +533,6 @@ def test_state_dict_names_and_shapes():
     assert [n.split(".")[1] for n in small(decoder_depth=2).state_dict() if n.endswith("grn.beta")][-2:] == ["0", "1"]
 
 
-def test_encoder_is_a_backbone_after_removing_the_prefix():
-    model = small()
-    encoder = {n.removeprefix("encoder."): p for n, p in model.state_dict().items() if n.startswith("encoder.")}
-    backbone = ConvNeXtV2(depths=SMALL["depths"], dims=SMALL["dims"])
-    missing, unexpected = backbone.load_state_dict(encoder, strict=False)
-    assert missing == ["norm.weight", "norm.bias", "head.weight", "head.bias"]
-    assert not unexpected
-    imgs = noise(2, 3, 64, 96)
-    expected = backbone.forward_stages(imgs)[-1]
-    assert_close(model.forward_encoder(imgs, torch.zeros(2, 6)), expected, 1e-5)
-
-
 def test_factories_take_all_arguments():
     for name in SIZES:
         assert getattr(fcmae, name).__name__ == name
@@ -625,3 +582,17 @@ def test_grad_checkpointing_gives_the_same_gradients():
     actual, twice = gradients()
     assert (once, twice) == (5, 10)  # backward ran every encoder block again
     assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+
+
+def test_a_mask_that_removes_nothing_is_refused():
+    model, imgs = small(), noise(2, 3, 64, 64)
+    with pytest.raises(ValueError, match="the mask removes no patch, so the loss is undefined"):
+        model(imgs, mask=torch.zeros(2, 4))
+
+
+def test_the_default_is_fcmae_tiny():
+    """Names and shapes, without their memory."""
+    with torch.device("meta"):
+        default, tiny = FCMAE(), convnextv2_tiny()
+    shapes = [{name: value.shape for name, value in model.state_dict().items()} for model in (default, tiny)]
+    assert shapes[0] == shapes[1]

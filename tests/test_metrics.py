@@ -27,7 +27,7 @@ from utils.args import (
 )
 from utils.distributed import pick_device
 from utils.errors import NonFiniteLoss, UsageError, run, suggest
-from utils.metrics import Averages, EpochTracker, LossGuard, Progress, RunLog, duration
+from utils.metrics import Averages, EpochTracker, LossGuard, Progress, RunLog, duration, speed
 
 CPU = torch.device("cpu")
 NAN = float("nan")
@@ -648,3 +648,8 @@ def test_run_tells_a_bad_loss_from_a_mistake(capsys, monkeypatch):
 def test_run_hides_no_other_error():
     with pytest.raises(ZeroDivisionError):
         run(lambda: 1 / 0)
+
+
+def test_speed_is_that_of_epochs_that_took_a_step():
+    assert speed([0.0, 100.0, 201.0]) == ", 150 img/s"
+    assert speed([0.0]) == ""

@@ -1,6 +1,7 @@
 """Frozen features: k-NN votes, k-NN during pre-training, linear probing by main_finetune.py and by tools/probe.py."""
 
 import math
+import multiprocessing
 import re
 import shutil
 
@@ -422,15 +423,29 @@ def test_processes_evaluate_with_the_statistics_that_are_saved(scripts, tmp_path
     assert f"loss {records(tmp_path)[1]['test_loss']:.4f}" in result.out
 
 
-def test_buffers_are_the_first_process_s(monkeypatch):
+def test_buffers_are_the_first_process_s(tmp_path):
+    """Also where another process's are NaN."""
     model = torch.nn.Sequential(torch.nn.BatchNorm1d(3))
     model(torch.randn(5, 3))
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    engine_finetune.share_buffers(model)
+
+    def share(rank):
+        torch.distributed.init_process_group("gloo", f"file://{tmp_path}/store", rank=rank, world_size=2)
+        if rank == 1:
+            model[0].running_mean.fill_(torch.nan)
+            model[0].num_batches_tracked.add_(5)
+        engine_finetune.share_buffers(model)
+        assert same(before, dict(model.named_buffers()))
+
+    fork = multiprocessing.get_context("fork")
+    processes = [fork.Process(target=share, args=(rank,)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
+    engine_finetune.share_buffers(model)  # alone, they stay
     assert same(before, dict(model.named_buffers()))
-    monkeypatch.setattr(engine_finetune, "get_rank", lambda: 1)
-    engine_finetune.share_buffers(model)  # the sum of its zeros and the first one's
-    assert not any(buffer.any() for buffer in model.buffers())
 
 
 @pytest.mark.parametrize(

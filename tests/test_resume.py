@@ -1,7 +1,9 @@
 """Resuming, keeping and evaluating checkpoints through the entry scripts."""
 
+import os
 import re
 import shutil
+import signal
 
 import pytest
 import torch
@@ -11,6 +13,8 @@ import datasets
 import main_finetune
 from models.convnextv2 import ConvNeXtV2
 from tests.small_runs import STEPS, TINY, killed_after, load, records, same, snapshot
+from utils.amp import Amp
+from utils.interrupts import EXIT_CODE
 
 FLAGS = {
     "pretrain": ("--picture_freq", 0),
@@ -95,6 +99,27 @@ def test_resume_of_a_named_file_into_another_folder(stage, scripts, whole, tmp_p
     assert result.code == 0, result.err
     assert same(content(tmp_path / LAST), content(whole[stage] / LAST))
     assert records(tmp_path) == records(whole[stage])[1:]
+
+
+@STAGES
+def test_resume_of_an_epoch_whose_steps_are_done(stage, scripts, whole, tmp_path):
+    """A signal in its last step; what is left is the line of log.txt, and the evaluation."""
+    run, step, taken = getattr(scripts, stage), Amp.step, []
+
+    def signalled(*args, **kwargs):
+        taken.append(1)
+        if len(taken) == 3 * STEPS:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Amp, "step", signalled)
+        assert run("--output_dir", tmp_path, *FLAGS[stage]).code == EXIT_CODE
+    assert (tmp_path / f"checkpoint-2-step{STEPS}.pth").exists()
+    result = run("--output_dir", tmp_path, *FLAGS[stage])
+    assert same(content(tmp_path / LAST), content(whole[stage] / LAST))
+    assert (tmp_path / "log.txt").read_text() == (whole[stage] / "log.txt").read_text()
+    assert re.match(r"done: 1 epochs in \S+, loss ", result.out.splitlines()[-1])  # and no rate, which would be 0
 
 
 def test_resume_of_the_best_checkpoint(scripts, whole, tmp_path, monkeypatch):

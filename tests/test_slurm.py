@@ -12,14 +12,20 @@ import time
 from pathlib import Path
 
 import pytest
+import submitit
 
+import main_pretrain
 from tests.small_runs import load, records, same
+from utils.errors import run
+from utils.slurm import check_job_dir, launch
 
 ROOT = Path(__file__).resolve().parent.parent
 LAB = ROOT / "tests/slurm"
 SMALL = "--data_set image_folder --model convnextv2_atto --input_size 16 --stem_stride 1 --batch_size 4 --epochs 4"
 SMALL += " --lr 1e-3 --warmup_epochs 1 --num_workers 0 --device cpu --nodes 2 --ngpus 1 --cpus_per_task 16"
 SMALL = [*SMALL.split(), "--signal_delay", "30"]
+
+COUNTS = ("nodes", "ngpus", "timeout", "cpus_per_task")
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +79,24 @@ class Job:
 
     def wait_until_completed(self) -> None:
         self.wait(lambda: self.field("JobState") == "COMPLETED")
+
+
+@pytest.fixture
+def submit(tmp_path, monkeypatch, capsys):
+    """submitit_pretrain.py, in this process: its exit code, stdout and stderr."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", "")  # which launch changes
+
+    def call(*flags):
+        monkeypatch.setattr("sys.argv", ["submitit_pretrain.py", "--data_set", "shapes", *flags])
+        code = 0
+        try:
+            run(lambda: launch(main_pretrain))
+        except SystemExit as error:
+            code = error.code
+        return code, *capsys.readouterr()
+
+    return call
 
 
 @pytest.fixture(scope="module")
@@ -166,12 +190,59 @@ def test_dry_run_prints_the_script(tmp_path):
 
 @pytest.mark.parametrize(
     ("flags", "message"),
-    [([], "--job_dir: give a folder"), (["--job_dir", "/proc/no/%j"], "--job_dir /proc/no/%j: /proc/no cannot be")],
+    [
+        ("", "--job_dir: give a folder"),
+        ("--job_dir /proc/no/%j", "--job_dir /proc/no/%j: /proc/no cannot be written"),
+        *((f"--{name} 0", f"--{name} 0: must be at least 1") for name in COUNTS),
+        ("--timeout 2 --signal_delay 60", "--signal_delay 60: must be a minute less than --timeout 2 min"),
+        ("--mask_ratio 2", "--mask_ratio 2.0: must lie between 0 and 1"),
+        ("--job_dir %j", "no SLURM here (Could not detect \"srun\", are you indeed on a slurm cluster?); --local true"),
+    ],
 )
-def test_mistakes_are_one_line(flags, message, tmp_path):
-    done = subprocess.run(
-        [sys.executable, ROOT / "submitit_pretrain.py", "--data_set", "shapes", *flags],
-        cwd=tmp_path, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    assert done.returncode == 2
-    assert done.stderr.startswith(f"error: {message}")
+def test_mistakes_are_one_line(flags, message, submit, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    code, _, error = submit(*flags.split())
+    assert code == 2
+    assert error.startswith(f"error: {message}")
+    assert error.count("\n") == 1
+
+
+def test_the_script_that_is_submitted(submit, tmp_path, monkeypatch):
+    """Not the dry run's: what a real submission hands to sbatch."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    (programs / "srun").touch(0o755)
+    (programs / "sbatch").write_text(f"#!/bin/sh\ncp $1 {tmp_path}/script\necho Submitted batch job 17\n")
+    (programs / "sbatch").chmod(0o755)
+    monkeypatch.setenv("PATH", str(programs), prepend=os.pathsep)
+    flags = "--nodes 3 --ngpus 4 --timeout 90 --job_dir jobs/run-%j --partition gpu --account lab --qos high"
+    flags += " --mem_gb 200 --signal_delay 45 --cpus_per_task 6 --constraint h100 --comment thesis --max_requeues 7"
+    code, out, error = submit(*flags.split(), "--setup", "module load cuda", "--setup", "ulimit -n 4096")
+    assert code == 0, error
+    folder = tmp_path / "jobs/run-17"
+    assert out == f"submitted job 17: logs in {folder}, results in jobs/run-%j\n"
+    lines = (tmp_path / "script").read_text().splitlines()
+    for line in (
+        "nodes=3", "ntasks-per-node=4", "gpus-per-node=4", "time=90", "partition=gpu", "account=lab", "qos=high",
+        "mem=200GB", "signal=USR2@45", "cpus-per-task=6", "constraint=h100", "comment=thesis", "requeue",
+        "job-name=pretrain",
+    ):  # fmt: skip
+        assert f"#SBATCH --{line}" in lines
+    setup = [f"export PYTHONPATH={ROOT}:$PYTHONPATH", "module load cuda", "ulimit -n 4096"]
+    begin = lines.index(setup[0])
+    assert lines[begin : begin + 3] == setup
+    assert any(line.startswith("srun ") and "--kill-on-bad-exit=1" in line for line in lines)
+    submission = submitit.core.utils.DelayedSubmission.load(folder / "17_submitted.pkl")
+    assert (submission.function.script, submission.function.args.output_dir) == ("main_pretrain", "jobs/run-%j")
+    assert submission._timeout_countdown == 7
+    assert {path.name for path in tmp_path.iterdir()} == {"bin", "script", "jobs"}
+
+
+@pytest.mark.parametrize(
+    ("job_dir", "made"),
+    [("a/b", "a/b"), ("a/%j", "a"), ("a/run-%j", "a"), ("a/%j/b", "a"), ("run-%j", "."), ("%j", ".")],
+)
+def test_of_job_dir_only_what_is_certain_is_made(job_dir, made, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    check_job_dir(job_dir)
+    assert {path.relative_to(tmp_path) for path in tmp_path.rglob("*")} == {Path(made), *Path(made).parents} - {Path()}

@@ -294,7 +294,7 @@ def test_any_layout_is_drawn(draw, scripts, checkpoint, tmp_path):
         ("--reconstructions --input_size 20", "--input_size 20: must be a multiple of the model's patch size 8"),
         ("--reconstructions --mask_ratios 0.6 1", "--mask_ratios 1.0: mask_ratio 1.0 keeps 0 of 4 patches"),
         ("--reconstructions --mask_ratios 0", "--mask_ratios 0.0: mask_ratio 0.0 keeps 4 of 4 patches"),
-        ("--reconstructions --seeds 0 -1", "--seeds -1: must not be negative"),
+        ("--reconstructions --seeds 0 -1", "argument --seeds: '-1' is not a seed"),
         ("--features --crop_pct 0", "--crop_pct 0.0: must be above 0"),
         ("--features --output_dir /proc/pictures", "--output_dir /proc/pictures: cannot be written"),
         ("--feature", "unknown argument --feature .did you mean --features"),

@@ -82,22 +82,6 @@ def test_sparse_kernels_have_the_row_offset_fastest(sparse):
     assert dense[9, 4, 1, 0] == sparse["encoder.downsample_layers.1.1.kernel"][1 + 2 * 0, 4, 9]
 
 
-def test_sparse_encoder_reproduces_the_golden_forward(sparse, dense):
-    golden = np.load(GOLDEN / "remap_dense_forward.npz")
-    model = convnextv2_atto().eval()
-    head = {name: value for name, value in dense.items() if name.startswith(("norm.", "head."))}
-    model.load_state_dict(to_backbone(sparse) | head)
-    x = torch.from_numpy(np.random.RandomState(0).standard_normal((2, 3, 224, 224)).astype(np.float32))
-    with torch.inference_mode():
-        out = {
-            "pooled": model.forward_stages(x)[-1].mean((2, 3)),
-            "forward_features": model.forward_features(x),
-            "logits": model(x),
-        }
-    for name, value in out.items():
-        np.testing.assert_allclose(value, golden[name], rtol=0, atol=1e-5, err_msg=name)
-
-
 def test_sparse_to_fcmae_has_the_dense_fcmae_names(sparse, fcmae):
     assert set(fcmae) == set(np.load(GOLDEN / "fcmae_sparse_atto_224.npz")["grad_names"].tolist())
     decoder, expected = ({n: v for n, v in s.items() if not n.startswith("encoder.")} for s in (fcmae, sparse))

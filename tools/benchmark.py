@@ -415,7 +415,8 @@ def plot(records: list[dict], name: str, path: str) -> None:
     for axes, (title, value) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
         for form in dict.fromkeys(r["form"] for r in records):
             own = [r for r in records if r["form"] == form]
-            axes.plot([str(r[name]) for r in own], [value(r) for r in own], marker="o", label=form)
+            settings = [str(r[name]).removeprefix("convnextv2_") for r in own]  # whole, models' names overlap
+            axes.plot(settings, [value(r) for r in own], marker="o", label=form)
         axes.set(title=title, xlabel=name, ylim=(0, None))
         axes.legend()
     figure.savefig(path, dpi=100)

@@ -28,7 +28,7 @@ from models import weights
 from models.convnextv2 import Encoder
 from utils import checkpoint
 from utils.amp import Amp
-from utils.args import ArgumentParser, add_bool
+from utils.args import ArgumentParser, add_bool, seed
 from utils.distributed import pick_device, setup_logging
 from utils.errors import UsageError, run
 from utils.knn import extract, knn_votes, pooled_features
@@ -176,12 +176,12 @@ def get_args_parser() -> ArgumentParser:
     add_bool(parser, "--pin_mem", True, "page-locked host memory for faster copies to the GPU")
     parser.add_argument("--device", default="auto", help="auto (cuda, else mps, else cpu), or a torch device")
     add_bool(parser, "--use_amp", None, "mixed precision; where not given: on cuda")
-    parser.add_argument("--seed", type=int, default=0, help="of the random weights")
+    parser.add_argument("--seed", type=seed, default=0, help="of the random weights")
     return parser
 
 
 def check_args(args) -> None:
-    for name, least in {"k": 1, "max_images": 10, "batch_size": 1, "num_workers": 0, "seed": 0}.items():
+    for name, least in {"k": 1, "max_images": 10, "batch_size": 1, "num_workers": 0}.items():
         if getattr(args, name) is not None and getattr(args, name) < least:
             raise UsageError(f"--{name} {getattr(args, name)}: must be at least {least}")
     if not args.temperature > 0:

@@ -28,7 +28,7 @@ from models.fcmae import FCMAE, num_visible
 from tools.probe import add_image_arguments, complete, load_encoder
 from utils import checkpoint
 from utils.amp import Amp
-from utils.args import ArgumentParser, add_bool, prepared_output_dir
+from utils.args import ArgumentParser, add_bool, prepared_output_dir, seed
 from utils.distributed import pick_device, setup_logging
 from utils.errors import UsageError, run
 from utils.images import BadImage, load_tensor
@@ -82,8 +82,8 @@ def reconstruction_rows(
 ) -> torch.Tensor:
     """A row per image and seed: the image, then for each ratio visible part and prediction: (3, height, width)."""
     rows = []
-    for seed in seeds:
-        triples = [reconstructions(model, imgs, amp, mean, std, ratio, seed) for ratio in mask_ratios]
+    for number in seeds:
+        triples = [reconstructions(model, imgs, amp, mean, std, ratio, number) for ratio in mask_ratios]
         rows.append(torch.cat([triples[0][:, :1], *(triple[:, 1:] for triple in triples)], dim=1))
     rows = torch.stack(rows, dim=1)  # (N, seeds, 1 + 2 * ratios, C, H, W)
     return tile(rows.flatten(0, 2), rows.shape[2])
@@ -186,7 +186,7 @@ def get_args_parser() -> ArgumentParser:
     parser.add_argument("--images", nargs="+", default=None, help="image files or folders; without, drawn shapes")
     parser.add_argument("--max_images", type=int, default=8, help="at most so many, from anywhere in a folder")
     parser.add_argument("--mask_ratios", type=float, nargs="+", default=[0.4, 0.6, 0.75], help="of the reconstructions")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the masks; each has rows of its own")
+    parser.add_argument("--seeds", type=seed, nargs="+", default=[0], help="of the masks; each has rows of its own")
     parser.add_argument("--output_dir", default="output/pictures", help="folder for the pictures")
     add_image_arguments(parser)
     parser.add_argument("--device", default="auto", help="auto (cuda, else mps, else cpu), or a torch device")
@@ -199,8 +199,6 @@ def check_args(args, patch_size: int) -> None:
         raise UsageError("nothing to draw: give --reconstructions, --features or --diversity, or several of them")
     if args.max_images < 1:
         raise UsageError(f"--max_images {args.max_images}: must be at least 1")
-    if min(args.seeds) < 0:
-        raise UsageError(f"--seeds {min(args.seeds)}: must not be negative")
     if args.reconstructions and args.input_size % patch_size:
         raise UsageError(f"--input_size {args.input_size}: must be a multiple of the model's patch size {patch_size}")
     for ratio in args.mask_ratios if args.reconstructions else ():

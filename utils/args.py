@@ -48,6 +48,13 @@ def boolean(text: str) -> bool:
     raise argparse.ArgumentTypeError(f"{text!r} is not a boolean: give true or false")
 
 
+def seed(text: str) -> int:
+    """An argparse type: 32 bits, since larger numbers would draw what others draw."""
+    if text.isdecimal() and int(text) < 2**32:
+        return int(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is not a seed: give a whole number from 0 to {2**32 - 1}")
+
+
 def add_bool(group, flag: str, default: bool | None, help: str) -> None:
     """A flag that takes a boolean; bare, it means true."""
     group.add_argument(flag, type=boolean, nargs="?", const=True, default=default, metavar="BOOL", help=help)
@@ -63,7 +70,7 @@ def add_shared_arguments(
     group.add_argument("--update_freq", type=int, default=1, help="batches accumulated for one optimizer step")
     group.add_argument("--epochs", type=int, default=epochs, help="length of the run")
     group.add_argument("--start_epoch", type=int, default=0, help="first epoch; a resume sets it")
-    group.add_argument("--seed", type=int, default=0, help="everything random follows from it")
+    group.add_argument("--seed", type=seed, default=0, help="everything random follows from it")
 
     group = parser.add_argument_group("model")
     sizes = "atto,femto,pico,nano,tiny,base,large,huge"
@@ -139,7 +146,7 @@ def check_shared_arguments(args: argparse.Namespace, models: list[str]) -> None:
     for name in counts.split():
         if getattr(args, name) < 1:
             raise UsageError(f"--{name} {getattr(args, name)}: must be at least 1")
-    amounts = "num_workers save_ckpt_steps warmup_epochs seed start_epoch min_lr weight_decay lr blr"
+    amounts = "num_workers save_ckpt_steps warmup_epochs start_epoch min_lr weight_decay lr blr"
     for name in amounts.split():
         value = getattr(args, name)
         if value is not None and not value >= 0:

@@ -1,12 +1,9 @@
 """Checkpoints on disk: written aside and renamed, verified and read without running code, newest good one first."""
 
-import json
 import logging
 import math
 import os
 import re
-import socket
-import time
 import zipfile
 from argparse import Namespace
 from pathlib import Path, PosixPath
@@ -17,6 +14,7 @@ from safetensors.torch import load_file
 
 from .distributed import is_main_process
 from .errors import UsageError
+from .lock import OutputLock as OutputLock
 
 log = logging.getLogger("fcmae")
 
@@ -213,84 +211,3 @@ def prune(output_dir: str | os.PathLike, keep: int, epoch: float = math.inf, ste
     inside = [path for _, steps, path in found if steps < math.inf]
     for path in finished[max(keep, 1) :] + (inside if step == math.inf else inside[2:]):
         path.unlink(missing_ok=True)
-
-
-class OutputLock:
-    """Keeps two runs from writing into one output_dir; a context manager, held by the first process.
-
-    The lock names its owner's host, pid and SLURM job, and is touched while the run lives. It is taken over from one
-    that is gone: a dead process of this host, an earlier attempt of this SLURM job, or, on another host, one that has
-    not touched it for STALE seconds.
-
-    Raises:
-        UsageError: on entry, where the owner is alive.
-    """
-
-    STALE = 900.0
-
-    def __init__(self, output_dir: str):
-        self.path = Path(output_dir) / ".lock" if output_dir and is_main_process() else None
-        self.owner = {
-            "host": socket.gethostname(),
-            "pid": os.getpid(),
-            "started": _started(os.getpid()),
-            "job": os.environ.get("SLURM_JOB_ID"),
-        }
-        self._touched = time.monotonic()
-
-    def __enter__(self) -> "OutputLock":
-        if self.path is None:
-            return self
-        for _ in range(2):
-            try:
-                with open(self.path, "x") as file:
-                    json.dump(self.owner, file)
-                return self
-            except FileExistsError:
-                self._take_over()
-        raise UsageError(f"--output_dir {self.path.parent}: another run is starting in it at this moment")
-
-    def _take_over(self) -> None:
-        try:
-            text = self.path.read_text()
-            other = json.loads(text) if text else {}
-            age = time.time() - self.path.stat().st_mtime
-        except (FileNotFoundError, ValueError):
-            return
-        if other.get("host") == self.owner["host"]:
-            started = _started(other["pid"])
-            alive = started is not None and started == other["started"] and other["pid"] != os.getpid()
-        else:
-            same_job = self.owner["job"] is not None and other.get("job") == self.owner["job"]
-            alive = age < self.STALE and not same_job
-        if alive:
-            raise UsageError(
-                f"--output_dir {self.path.parent}: in use by process {other.get('pid')} on {other.get('host')}; "
-                f"give another folder, or remove {self.path} if that run is dead"
-            )
-        log.info("taking over %s from process %s on %s, which is gone", self.path, other.get("pid"), other.get("host"))
-        self.path.unlink(missing_ok=True)
-
-    def touch(self) -> None:
-        """Show that the run lives; at most once a minute it costs a system call."""
-        if self.path and time.monotonic() - self._touched > 60:
-            self._touched = time.monotonic()
-            self.path.touch()
-
-    def __exit__(self, *_) -> None:
-        if self.path:
-            self.path.unlink(missing_ok=True)
-
-
-def _started(pid: int) -> str | None:
-    """When a process of this host started, as the kernel has it, which tells a reused pid; None: no such process."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    except (OSError, IndexError):
-        if Path("/proc/self/stat").exists():
-            return None
-    try:  # no /proc: a signal 0 at least tells whether there is such a process
-        os.kill(pid, 0)
-        return "running"
-    except OSError:
-        return None

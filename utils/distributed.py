@@ -56,6 +56,13 @@ def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def broadcast(tensor: torch.Tensor) -> torch.Tensor:
+    """The first process's tensor, in place; the tensor itself in a single process."""
+    if dist.is_initialized():
+        dist.broadcast(tensor, 0)
+    return tensor
+
+
 def all_gather(tensor: torch.Tensor) -> list[torch.Tensor]:
     """Every process's tensor, in the order of ranks."""
     if not dist.is_initialized():

@@ -207,6 +207,12 @@ def duration(seconds: float) -> str:
     return str(timedelta(seconds=round(seconds)))
 
 
+def speed(rates: list[float]) -> str:
+    """', N img/s' over epochs; those count that took a step in this run, one resumed after its last step does not."""
+    taken = [rate for rate in rates if rate]
+    return f", {sum(taken) / len(taken):.0f} img/s" if taken else ""
+
+
 def finite(record: dict) -> dict:
     """A record as JSON can hold it: NaN and infinities, which it has not, become null."""
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import torch
 
-from .checkpoint import OutputLock
 from .interrupts import Interrupts
 from .metrics import EpochTracker, RunLog
 
@@ -23,7 +22,7 @@ class Run:
         partial: of an epoch that a checkpoint had begun, to go on inside it.
         save: writes a checkpoint of (epoch, what `EpochTracker.partial` returned, or None); None: saves nothing.
         save_steps: optimizer steps between such checkpoints; 0: only where a signal asks for one.
-        interrupts, lock: to look at, and to touch, between steps.
+        interrupts: to look at between steps.
     """
 
     log: RunLog
@@ -32,7 +31,6 @@ class Run:
     save: Callable[[int, dict | None], None] | None = None
     save_steps: int = 0
     interrupts: Interrupts | None = None
-    lock: OutputLock | None = None
 
     def tracker(self, names: tuple[str, ...], epoch: int, steps: int, device: torch.device) -> EpochTracker:
         """The tracker of an epoch; of the first one after a resume, it knows where that goes on."""
@@ -48,8 +46,6 @@ class Run:
         if stop:
             log.warning("stopped after step %d of epoch %d; run the same command to go on", step + 1, tracker.epoch)
             self.interrupts.leave()
-        if self.lock:
-            self.lock.touch()
 
     def epoch_done(self, epoch: int, saved: bool) -> None:
         """After an epoch: leave if a signal came meanwhile, in an evaluation say, with the epoch on disk."""

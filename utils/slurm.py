@@ -65,7 +65,7 @@ def check_job_dir(job_dir: str) -> None:
     """Create the part of job_dir that does not depend on the job and see that it can be written."""
     if not job_dir:
         raise UsageError("--job_dir: give a folder on a file system that all nodes share; %j in it is the job id")
-    folder = Path(job_dir.split("%j")[0].rstrip("/") if "%j" in job_dir else job_dir).absolute()
+    folder = next(path for path in (Path(job_dir), *Path(job_dir).parents) if "%j" not in str(path)).absolute()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".writable.{os.getpid()}"
