@@ -177,7 +177,7 @@ def unwrap(checkpoint: dict, model_key: str = MODEL_KEY) -> dict[str, Tensor]:
     then takes the dictionary itself. Before MODEL_KEY comes the key that the checkpoint has under "scored": a moving
     average that was the best so far. Raises ValueError, naming the keys found, when none of them is a state dict.
     """
-    scored = [str(checkpoint.get("scored"))] if model_key == MODEL_KEY else []
+    scored = [str(checkpoint["scored"])] if model_key == MODEL_KEY and "scored" in checkpoint else []
     keys = dict.fromkeys([*scored, *model_key.split("|"), "state_dict", "model_ema", "module"])  # in order, each once
     candidates = [*(checkpoint.get(key) for key in keys), checkpoint]
     state_dict = next(filter(_is_state_dict, candidates), None)
