@@ -106,7 +106,8 @@ def as_trained(args, path: str | Path, content: dict, size, **shapes) -> None:
     shapes = {name: value for name, value in shapes.items() if value is not None}
     for name in shapes.keys() & given(args):
         if getattr(args, name) != shapes[name]:
-            raise UsageError(f"--{name} {getattr(args, name)}: {path} is of another model, with {shapes[name]}")
+            model = f"a checkpoint of another model, with --{name} {shapes[name]}"
+            raise UsageError(f"{path}: {model}, not {getattr(args, name)}")
     trained = content.get("args")
     trained = vars(trained) if isinstance(trained, Namespace) else trained if isinstance(trained, dict) else {}
     told = {name: trained[name] for name, kind in TOLD.items() if isinstance(trained.get(name, ...), kind)}

@@ -103,11 +103,11 @@ def check_args(args) -> None:
 
 def without_effect(args) -> list[tuple[str, object, str]]:
     """The rows of `tell_without_effect`."""
-    draws = args.picture_freq and (args.output_dir or args.log_dir or args.wandb)
+    shown = args.output_dir or args.log_dir or args.wandb
     return [
-        ("picture_freq", not draws, "without --output_dir, --log_dir and --wandb"),
+        ("picture_freq", not shown, "without --output_dir, --log_dir and --wandb"),
         ("knn_images nb_classes eval_data_path eval_list", not args.knn_freq, "without --knn_freq"),
-        ("crop_pct", not (draws or args.knn_freq), "without pictures and --knn_freq"),
+        ("crop_pct", not ((args.picture_freq and shown) or args.knn_freq), "without pictures and --knn_freq"),
         ("stem_average", not args.initial_checkpoint, "without --initial_checkpoint"),
     ]
 

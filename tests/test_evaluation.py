@@ -122,10 +122,10 @@ def test_a_default_said_aloud_is_no_difference(caplog):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--in_chans 1", "--in_chans 1: .*last.pth is of another model, with 3"),
-        ("--stem_stride 4", "--stem_stride 4: .* another model, with 1"),
-        ("--model convnextv2_femto", "--model convnextv2_femto: .* another model, with convnextv2_atto"),
-        ("--nb_classes 7", "--nb_classes 7: .* another model, with 4"),
+        ("--in_chans 1", ".*last.pth: a checkpoint of another model, with --in_chans 3, not 1"),
+        ("--stem_stride 4", ".*last.pth: .* with --stem_stride 1, not 4"),
+        ("--model convnextv2_femto", ".*last.pth: .* with --model convnextv2_atto, not convnextv2_femto"),
+        ("--nb_classes 7", ".*last.pth: .* with --nb_classes 4, not 7"),
         ("--input_size 7", "--input_size 7: must be at least the model's total stride 8"),
         ("--mean 1 2 3", "--mean: give --mean and --std, or neither"),
         ("--mean 1 --std 1", "--mean: has 1 numbers"),
@@ -193,7 +193,7 @@ def test_timm_crops_at_384_as_the_evaluation_does(crop_pct, mode, share, tmp_pat
     theirs = timm.data.create_transform((3, 384, 384), interpolation="bicubic", crop_pct=share, crop_mode=mode)
     ours = datasets.build_transform(False, Namespace(**trained, in_chans=3))(image)
     difference = (theirs(datasets.to_pil_image(image)) - ours).abs()
-    assert difference.max() <= 1.01 / 255 / 0.224  # a level of 0..255
+    assert difference.max() <= 2.01 / 255 / 0.224  # two levels of 0..255
 
 
 # ---- the best moving average
@@ -410,7 +410,7 @@ def test_a_flag_without_effect_is_told(script, flag, idle, at_work, tmp_path):
     words = [text and text.replace("$file", f"{tmp_path}/file").replace("$dir", str(tmp_path)).split()
              for text in (flag, idle, at_work)]  # fmt: skip
     name = flag.split()[0]
-    assert re.search(f"^({name}: has|{name}, .*: have) no effect", told(script, *words[1], *words[0]))
+    assert re.search(f"^({name}: has|{name}, .*: have) no effect", told(script, *words[1], *words[0]), re.M)
     assert name not in told(script, *words[1]), "it was not given"
     if at_work is not None:
         assert name not in told(script, *words[2], *words[0])
