@@ -109,8 +109,9 @@ def get_args_parser() -> ArgumentParser:
     group.add_argument("--aa", default="rand-m9-mstd0.5-inc1", help="timm auto-augment policy; '' for none")
     group.add_argument("--smoothing", type=float, default=0.1, help="label smoothing")
     group.add_argument(
-        "--train_interpolation", choices=("random", "bilinear", "bicubic"), default="bicubic", help="of the random crop"
-    )
+        "--train_interpolation", choices=("random", "bilinear", "bicubic"), default="bicubic",
+        help="of the random crop, above 32 px",
+    )  # fmt: skip
     group.add_argument("--reprob", type=float, default=0.25, help="chance that a rectangle of the image is erased")
     group.add_argument("--remode", choices=("const", "rand", "pixel"), default="pixel", help="what fills it")
     group.add_argument("--recount", type=int, default=1, help="rectangles erased")

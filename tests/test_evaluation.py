@@ -196,6 +196,15 @@ def test_timm_crops_at_384_as_the_evaluation_does(crop_pct, mode, share, tmp_pat
     assert difference.max() <= 2.01 / 255 / 0.224  # two levels of 0..255
 
 
+def test_the_head_tells_how_many_classes_a_data_set_has(scripts, tmp_path, monkeypatch):
+    """Where that does not tell, as a stream."""
+    monkeypatch.setattr("utils.shapes.NUM_SAMPLES", {"train": 16, "val": 12})
+    record = finetuned(scripts, tmp_path, "--model convnextv2_atto --input_size 32 --data_set shapes")
+    monkeypatch.setattr(datasets, "_count_classes", lambda dataset: None)
+    result = scripts.call(main_finetune, *EVAL, "--data_set", "shapes", "--resume", tmp_path / "checkpoint-0.pth")
+    assert scored(record) in result.out
+
+
 # ---- the best moving average
 
 

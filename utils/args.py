@@ -119,8 +119,9 @@ def add_shared_arguments(
     group.add_argument("--std", type=float, nargs="+", default=None, help="of each channel; ImageNet's for 8-bit RGB")
     group.add_argument("--crop_pct", type=float, default=None, help=CROP_HELP)
     group.add_argument(
-        "--min_crop", type=float, default=min_crop, help="smallest share of an image that a training crop takes"
-    )
+        "--min_crop", type=float, default=min_crop,
+        help="smallest share of an image that a training crop takes; in fine-tuning, above 32 px",
+    )  # fmt: skip
     group.add_argument("--num_workers", type=int, default=10, help="loader processes; changes no result")
     add_bool(group, "--pin_mem", True, "page-locked host memory for faster copies to the GPU")
 
