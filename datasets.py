@@ -9,10 +9,12 @@ import itertools
 import logging
 import os
 import sys
+from argparse import Namespace
 from collections import Counter
 from collections.abc import Callable, Iterator, Sized
 from dataclasses import dataclass, replace
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +35,7 @@ from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2.functional import center_crop, resize, to_pil_image
 
+from utils.args import check_image_arguments, given
 from utils.crops import Box, crop, crop_batch, draw_box, draw_shift
 from utils.distributed import check_same, get_rank, get_world_size, main_process_first
 from utils.errors import UsageError, suggest
@@ -49,6 +52,11 @@ DATA_SETS = ("IMNET", "image_folder", "CIFAR", "CIFAR10", "shapes")
 MEAN_STD_HINT = "--mean and --std, which python tools/mean_std.py --data_path FOLDER --in_chans {} computes"
 AS_LOADED = torch.nn.Identity()
 AUTO_AUGMENT = "rand-m9-mstd0.5-inc1"
+TOLD = {  # what a checkpoint tells of its training, and in which types
+    "input_size": int, "crop_pct": (float, int, type(None)), "mean": (list, type(None)), "std": (list, type(None)),
+    "imagenet_default_mean_and_std": bool, "norm_pix_loss": bool,
+}  # fmt: skip
+NORMALISATION = {"mean", "std", "imagenet_default_mean_and_std"}
 SMALL = 32  # at this input size and below, a random resized crop of fine-tuning would leave nothing to see
 TIMM_SCHEMES = ("wds/", "hfds/", "hfids/", "tfds/", "torch/")
 DATA_SETS_HELP = (
@@ -76,6 +84,47 @@ def mean_std(args) -> tuple[tuple[float, ...], tuple[float, ...]]:
     mean = IMAGENET_DEFAULT_MEAN if of_imagenet else IMAGENET_INCEPTION_MEAN
     std = IMAGENET_DEFAULT_STD if of_imagenet else IMAGENET_INCEPTION_STD
     return (mean, std) if in_chans == 3 else ((sum(mean) / 3,), (sum(std) / 3,))
+
+
+def eval_crop(args) -> float | None:
+    """Side of the evaluation crop, as a share of the resized short side; None: the whole image, warped to a square."""
+    if args.crop_pct or args.input_size >= 384:
+        return args.crop_pct
+    return 1.0 if args.input_size <= SMALL else 224 / 256
+
+
+def as_trained(args, path: str | Path, content: dict, size, **shapes) -> None:
+    """Let a checkpoint tell of model and images what no flag gives; a flag that differs from it stays, with a warning.
+
+    content: of the file `path`, whose "args", of any trainer, count where they make sense. size: what the shapes of its
+    weights tell, see `weights.infer_size`. shapes: what else they tell, by the names of flags; None: nothing.
+
+    Raises:
+        UsageError: a flag that contradicts the shapes, or what flags and checkpoint together say of the images.
+    """
+    shapes |= {"in_chans": size.in_chans, "stem_stride": size.stem_stride}
+    shapes = {name: value for name, value in shapes.items() if value is not None}
+    for name in shapes.keys() & given(args):
+        if getattr(args, name) != shapes[name]:
+            model = f"a checkpoint of another model, with --{name} {shapes[name]}"
+            raise UsageError(f"{path}: {model}, not {getattr(args, name)}")
+    trained = content.get("args")
+    trained = vars(trained) if isinstance(trained, Namespace) else trained if isinstance(trained, dict) else {}
+    told = {name: trained[name] for name, kind in TOLD.items() if isinstance(trained.get(name, ...), kind)}
+    was = Namespace(**({"input_size": 224, "crop_pct": None, "mean": None, "std": None} | shapes | told))
+    try:
+        check_image_arguments(was)
+        torch.tensor(mean_std(was))
+    except (TypeError, UsageError, ValueError):  # of a trainer that means something else by these names
+        told = {}
+    kept = given(args) | (NORMALISATION if NORMALISATION & given(args) else set())
+    vars(args).update(shapes | {name: value for name, value in told.items() if name not in kept})
+    check_image_arguments(args)
+    effect = {"crop_pct": eval_crop} | dict.fromkeys(NORMALISATION, mean_std)
+    for name in sorted(told.keys() & given(args)):
+        now, then = (effect.get(name, attrgetter(name))(x) for x in (args, was))
+        if now != then:
+            log.warning("--%s %s: %s was trained with %s", name, getattr(args, name), path, then)
 
 
 def picture_mean_std(args) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -107,8 +156,8 @@ def build_transform(is_train: bool, args, eight_bit: bool = True) -> Callable:
     if is_train:
         return _build_augmentation(args) if args.in_chans == 3 and eight_bit else _build_plain_augmentation(args)
     size = args.input_size
-    crop_pct = args.crop_pct or (1.0 if size <= SMALL else 224 / 256)
-    resized = [size, size] if size >= 384 else [int(size / crop_pct)]
+    crop_pct = eval_crop(args)
+    resized = [int(size / crop_pct)] if crop_pct else [size, size]
     in_chans = getattr(args, "in_chans", 3)
     return partial(_centre_crop, in_chans=in_chans, resized=resized, size=size, normalise=_build_normalise(args))
 

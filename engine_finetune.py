@@ -92,8 +92,8 @@ def evaluate(model: torch.nn.Module, loader, amp: Amp, header: str = "eval") -> 
         if batch is not None:
             imgs, labels = (x.to(amp.device, non_blocking=True) for x in batch)
             with amp.autocast():
-                logits = model(imgs)
-            logits = logits.float()
+                features = model.forward_features(imgs)
+            logits = model.head(features.float())  # bfloat16's would tie, and ties go by the order of classes
             acc1, acc5 = (top_k(logits, labels, k) for k in (1, 5))
             averages.update(len(imgs), loss=F.cross_entropy(logits, labels), acc1=acc1, acc5=acc5)
             progress.count(len(imgs))

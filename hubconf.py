@@ -2,8 +2,8 @@
 
 The convnextv2_* entries give classifiers, or encoders where the file has no head; the fcmae_* entries masked
 autoencoders. Each takes `checkpoint`, a file of any layout, and `model_key`, where in it the weights are, such as
-"model_ema". What the file tells (channels, stem stride, classes, the decoder's size) need not be given; further
-arguments are those of `ConvNeXtV2` and `FCMAE`, and come before the file's.
+"model_ema" (not needed for checkpoint-best-ema.pth). What the file tells (channels, stem stride, classes, the
+decoder's size) need not be given; further arguments are those of `ConvNeXtV2` and `FCMAE`, and come before the file's.
 """
 
 import logging

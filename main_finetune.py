@@ -6,7 +6,6 @@ python main_finetune.py @recipes/linear_probe.args --finetune base.pth --data_pa
 python main_finetune.py --eval true --resume out/ft/checkpoint-best.pth --data_path /data/imagenet
 """
 
-import argparse
 import copy
 import logging
 import sys
@@ -25,18 +24,21 @@ from torch.utils.data import DataLoader
 import datasets
 from engine_finetune import evaluate, train_one_epoch
 from models import convnextv2, weights
-from models.convnextv2 import SIZES, ConvNeXtV2, compile_blocks, layer_id, num_layer_ids
+from models.convnextv2 import SIZES, ConvNeXtV2, compile_blocks, layer_id, name_of, num_layer_ids
 from models.linear_probe import LinearProbe, fold_batch_norm
-from models.weights import fold
+from models.weights import MODEL_KEY, fold
 from utils import checkpoint, distributed, errors
 from utils.amp import Amp
 from utils.args import (
     ArgumentParser,
+    Arguments,
     add_bool,
     add_shared_arguments,
     check_shared_arguments,
     effective_lr,
+    given,
     prepared_output_dir,
+    tell_without_effect,
 )
 from utils.errors import UsageError, suggest
 from utils.interrupts import Interrupts
@@ -48,18 +50,27 @@ from utils.run import Run
 
 log = logging.getLogger("fcmae")
 
-MODEL_KEY = "model|module"
-BEST_NAMES = {"": "checkpoint-best.pth", "_ema": "checkpoint-best-ema.pth"}
+BEST_NAMES = {"": "checkpoint-best.pth", "_ema": checkpoint.BEST_AVERAGE}
+TRAINING_ALONE = (
+    "update_freq epochs start_epoch grad_checkpointing lr blr min_lr warmup_epochs warmup_steps weight_decay "
+    "weight_decay_end in_memory min_crop log_dir wandb save_ckpt save_ckpt_freq save_ckpt_steps save_ckpt_num "
+    "stem_average images_per_class head_init_scale drop_path layer_decay layer_decay_type linear_probe opt opt_eps "
+    "opt_betas momentum clip_grad color_jitter aa smoothing train_interpolation reprob remode recount resplit mixup "
+    "cutmix cutmix_minmax mixup_prob mixup_switch_prob mixup_mode model_ema model_ema_decay model_ema_force_cpu "
+    "eval_freq disable_eval"
+)
+EVALUATION = "eval_freq dist_eval eval_data_path eval_list crop_pct model_ema_eval"
 NO_BEST = {"acc1": -1.0, "epoch": -1, "acc1_ema": -1.0, "epoch_ema": -1}
 
 
 class FinetuneParser(ArgumentParser):
     """With --linear_probe true, training images are cropped and flipped alone unless flags ask for more."""
 
-    def parse_args(self, args=None, namespace=None) -> argparse.Namespace:
-        parsed = super().parse_args(args, namespace)
-        if parsed.linear_probe:  # what the namespace already holds stands in for the defaults
-            parsed = super().parse_args(args, argparse.Namespace(aa="", reprob=0.0, smoothing=0.0))
+    def parse_args(self, args=None) -> Arguments:
+        parsed = super().parse_args(args)
+        for name, value in {"aa": "", "reprob": 0.0, "smoothing": 0.0}.items() if parsed.linear_probe else ():
+            if name not in parsed.given:
+                setattr(parsed, name, value)
         return parsed
 
 
@@ -98,8 +109,9 @@ def get_args_parser() -> ArgumentParser:
     group.add_argument("--aa", default="rand-m9-mstd0.5-inc1", help="timm auto-augment policy; '' for none")
     group.add_argument("--smoothing", type=float, default=0.1, help="label smoothing")
     group.add_argument(
-        "--train_interpolation", choices=("random", "bilinear", "bicubic"), default="bicubic", help="of the random crop"
-    )
+        "--train_interpolation", choices=("random", "bilinear", "bicubic"), default="bicubic",
+        help="of the random crop, above 32 px",
+    )  # fmt: skip
     group.add_argument("--reprob", type=float, default=0.25, help="chance that a rectangle of the image is erased")
     group.add_argument("--remode", choices=("const", "rand", "pixel"), default="pixel", help="what fills it")
     group.add_argument("--recount", type=int, default=1, help="rectangles erased")
@@ -119,7 +131,8 @@ def get_args_parser() -> ArgumentParser:
     group.add_argument("--nb_classes", type=int, default=None, help="number of classes, where the data does not tell")
     group.add_argument("--eval_data_path", default=None, help="folder of the validation class folders")
     add_bool(group, "--imagenet_default_mean_and_std", True, "normalise as ImageNet models do; false: as Inception")
-    add_bool(group, "--eval", False, "only evaluate --resume, or --finetune with its head")
+    eval_help = "only evaluate --resume, or --finetune with its head; model and images are as in its training"
+    add_bool(group, "--eval", False, eval_help)
     group.add_argument("--eval_freq", type=int, default=1, help="epochs between evaluations; the last always has one")
     add_bool(group, "--dist_eval", True, "spread the evaluation over the processes")
     add_bool(group, "--disable_eval", False, "train without evaluating")
@@ -129,10 +142,11 @@ def get_args_parser() -> ArgumentParser:
 def check_args(args) -> None:
     """Refuse impossible arguments before anything is built. Raises UsageError."""
     check_shared_arguments(args, list(SIZES))
-    datasets.mean_std(args)
+    if not args.eval:
+        datasets.mean_std(args)
+        if args.input_size <= datasets.SMALL and (idle := {"min_crop", "train_interpolation"} & given(args)):
+            raise UsageError(f"--{min(idle)}: has no effect at --input_size {datasets.SMALL} and below; leave it out")
     depths = SIZES[args.model]["depths"]
-    if args.input_size < 8 * args.stem_stride:
-        raise UsageError(f"--input_size {args.input_size}: must be at least {8 * args.stem_stride} (8 * stem_stride)")
     opt = args.opt.lower().removeprefix("lookahead_")
     if opt not in list_optimizers():
         raise UsageError(f"--opt {args.opt}: unknown to timm{suggest(opt, list_optimizers())}")
@@ -166,6 +180,33 @@ def check_args(args) -> None:
         raise UsageError("--eval true and --disable_eval true leave nothing to do")
     if args.model_ema_eval and not args.model_ema and not args.eval:
         raise UsageError("--model_ema_eval true: there is no average without --model_ema true")
+
+
+def without_effect(args) -> list[tuple[str, object, str]]:
+    """The rows of `tell_without_effect`."""
+    if args.eval:
+        return [
+            (TRAINING_ALONE, True, "with --eval true"),
+            ("output_dir auto_resume", args.resume or args.finetune, "with --eval true of a named file"),
+        ]
+    opt, cutmix = get_optimizer_info(args.opt.lower().removeprefix("lookahead_")), args.cutmix > 0 or args.cutmix_minmax
+    return [
+        ("warmup_epochs", args.warmup_steps >= 0, "beside --warmup_steps"),
+        ("model_key model_prefix stem_average", not args.finetune, "without --finetune"),
+        ("head_init_scale", args.linear_probe, "with --linear_probe true"),
+        ("layer_decay_type", args.layer_decay == 1, "with --layer_decay 1"),
+        ("opt_eps", not opt.has_eps, f"with --opt {args.opt}"),
+        ("opt_betas", not opt.has_betas, f"with --opt {args.opt}"),
+        ("momentum", not opt.has_momentum, f"with --opt {args.opt}"),
+        ("color_jitter", args.aa and "3a" not in args.aa, "beside --aa; give --aa '' for it"),
+        ("remode recount resplit", not args.reprob, "with --reprob 0"),
+        ("cutmix", args.cutmix_minmax, "beside --cutmix_minmax"),
+        ("mixup_prob mixup_mode", not mixes(args), "without --mixup and --cutmix"),
+        ("mixup_switch_prob", not (args.mixup > 0 and cutmix), "unless both --mixup and --cutmix are on"),
+        ("model_ema_decay model_ema_force_cpu", not args.model_ema, "without --model_ema true"),
+        ("dist_eval", distributed.get_world_size() == 1, "on one process"),
+        (EVALUATION, args.disable_eval, "with --disable_eval true"),
+    ]
 
 
 def check_linear_probe(args) -> None:
@@ -276,7 +317,9 @@ def build_criterion(args, mixup: Mixup | None) -> nn.Module:
 
 def build_model(args, nb_classes: int) -> ConvNeXtV2:
     if args.linear_probe and not args.eval:  # evaluated, a probe is an ordinary classifier
-        return LinearProbe(nb_classes, in_chans=args.in_chans, stem_stride=args.stem_stride, **SIZES[args.model])
+        return LinearProbe(
+            nb_classes, args.batch_size, in_chans=args.in_chans, stem_stride=args.stem_stride, **SIZES[args.model]
+        )
     model = getattr(convnextv2, args.model)(
         in_chans=args.in_chans,
         num_classes=nb_classes,
@@ -356,7 +399,10 @@ def best_so_far(best: dict) -> str:
 
 
 def evaluate_only(args, amp: Amp) -> None:
-    """Score a checkpoint on the validation set; neither training data nor training state is needed."""
+    """Score a checkpoint on the validation set; neither training data nor training state is needed.
+
+    What no flag gives of the model and the images is as in its training.
+    """
     path = args.resume or args.finetune
     if not path and args.auto_resume and args.output_dir:
         best = Path(args.output_dir) / "checkpoint-best.pth"
@@ -372,6 +418,10 @@ def evaluate_only(args, amp: Amp) -> None:
     state = fold_batch_norm(state)
     if "head.weight" not in state:
         raise UsageError(f"--eval true: {path} holds an encoder without a classifier's head; fine-tune it first")
+    size = weights.infer_size(state)
+    same = SIZES[args.model] == {"depths": size.depths, "dims": size.dims}
+    model = args.model if same else name_of(size)
+    datasets.as_trained(args, path, content, size, model=model, nb_classes=size.num_classes)
     scored = {f"eval {path}": state}
     if args.model_ema_eval:
         if not content.get("model_ema"):
@@ -423,6 +473,8 @@ def train(args, amp: Amp, interrupts: Interrupts) -> None:
 
     def save(epoch: int, partial: dict | None = None, name: str = "") -> None:
         more = {"best": best, "classes": classes} | ({"model_ema": ema.module.state_dict()} if ema else {})
+        if name == checkpoint.BEST_AVERAGE:  # what to evaluate, export and fine-tune, under whatever name
+            more["scored"] = "model_ema"
         state = checkpoint.training_state(
             model, optimizer, amp.scaler, epoch, args, partial, loader.global_batch, **more
         )
@@ -471,6 +523,7 @@ def main(args) -> None:
     with distributed.process_group(args) as device:
         use_amp = device.type == "cuda" if args.use_amp is None else args.use_amp
         amp = Amp(device, use_amp, getattr(torch, args.amp_dtype), args.clip_grad)
+        tell_without_effect(args, use_amp, without_effect(args))
         if args.eval:
             evaluate_only(args, amp)
             return

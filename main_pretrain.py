@@ -29,6 +29,7 @@ from utils.args import (
     check_shared_arguments,
     effective_lr,
     prepared_output_dir,
+    tell_without_effect,
 )
 from utils.errors import UsageError
 from utils.interrupts import Interrupts
@@ -99,6 +100,17 @@ def check_args(args) -> None:
     for name in ("decoder_embed_dim", "knn_images"):
         if getattr(args, name) < 1:
             raise UsageError(f"--{name} {getattr(args, name)}: must be at least 1")
+
+
+def without_effect(args) -> list[tuple[str, object, str]]:
+    """The rows of `tell_without_effect`."""
+    shown = args.output_dir or args.log_dir or args.wandb
+    return [
+        ("picture_freq", not shown, "without --output_dir, --log_dir and --wandb"),
+        ("knn_images nb_classes eval_data_path eval_list", not args.knn_freq, "without --knn_freq"),
+        ("crop_pct", not ((args.picture_freq and shown) or args.knn_freq), "without pictures and --knn_freq"),
+        ("stem_average", not args.initial_checkpoint, "without --initial_checkpoint"),
+    ]
 
 
 def draw_mask(num_patches: int, mask_ratio: float) -> torch.Tensor:
@@ -260,6 +272,7 @@ def main(args) -> None:
     with distributed.process_group(args) as device:
         use_amp = device.type == "cuda" if args.use_amp is None else args.use_amp
         amp = Amp(device, use_amp, getattr(torch, args.amp_dtype))
+        tell_without_effect(args, use_amp, without_effect(args))
         with prepared_output_dir(args.output_dir), checkpoint.OutputLock(args.output_dir), Interrupts() as interrupts:
             train(args, amp, interrupts)
 

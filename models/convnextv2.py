@@ -169,6 +169,11 @@ class ConvNeXtV2(Encoder):
         return self.head(self.forward_features(x))
 
 
+def name_of(model) -> str | None:
+    """Which of the published sizes a model, or what `weights.infer_size` returned, has."""
+    return next((name for name in SIZES if SIZES[name] == {"depths": model.depths, "dims": model.dims}), None)
+
+
 def num_layer_ids(depths: tuple[int, ...], layer_decay_type: str = "single") -> int:
     """Layer ids below the head's; layer-wise decay scales by layer_decay ** (num_layer_ids + 1 - layer_id)."""
     return sum(depths) if layer_decay_type == "single" else 12

@@ -167,13 +167,18 @@ def _is_state_dict(value) -> bool:
     return isinstance(value, Mapping) and len(value) > 0 and all(isinstance(v, Tensor) for v in value.values())
 
 
-def unwrap(checkpoint: dict, model_key: str = "model|module") -> dict[str, Tensor]:
+MODEL_KEY = "model|module"
+
+
+def unwrap(checkpoint: dict, model_key: str = MODEL_KEY) -> dict[str, Tensor]:
     """The state dict inside a checkpoint, without the prefixes of DistributedDataParallel and torch.compile.
 
     Looks under the keys of `model_key`, separated by `|`, in their order; then under those that common trainers use;
-    then takes the dictionary itself. Raises ValueError, naming the keys found, when none of them is a state dict.
+    then takes the dictionary itself. Before MODEL_KEY comes the key that the checkpoint has under "scored": a moving
+    average that was the best so far. Raises ValueError, naming the keys found, when none of them is a state dict.
     """
-    keys = dict.fromkeys([*model_key.split("|"), "state_dict", "model_ema", "module"])  # in order, each once
+    scored = [str(checkpoint["scored"])] if model_key == MODEL_KEY and "scored" in checkpoint else []
+    keys = dict.fromkeys([*scored, *model_key.split("|"), "state_dict", "model_ema", "module"])  # in order, each once
     candidates = [*(checkpoint.get(key) for key in keys), checkpoint]
     state_dict = next(filter(_is_state_dict, candidates), None)
     if state_dict is None:

@@ -171,7 +171,8 @@ def test_train_transform_crops_then_resizes_as_pil():
         (32, None, (60, 40), (48, 32)),
         (383, None, (80, 40), (874, 437)),
         (384, None, (60, 40), (384, 384)),  # warped
-        (384, 0.5, (60, 40), (384, 384)),
+        (384, 0.5, (60, 40), (1152, 768)),
+        (384, 1.0, (60, 40), (576, 384)),
     ],
 )
 def test_evaluation_transform(input_size, crop_pct, image_size, resized):

@@ -404,7 +404,7 @@ MISTAKES = [
     ("--checkpoint $pre --ema true", "--ema true: .*pre.pth holds no moving average"),
     ("--checkpoint $pre --num_classes 10", "--num_classes 10: .*pre.pth has no head; 0 leaves a head out"),
     ("--checkpoint $fine --num_classes 10", "--num_classes 10: .*fine.pth has a head of 4 classes"),
-    ("--checkpoint $fine --input_size 7", "--input_size 7: must be at least 8"),
+    ("--checkpoint $fine --input_size 7", "--input_size 7: must be at least the model's total stride 8"),
     ("--checkpoint $fine --output $out.onnx", "--output .*out.onnx: --to timm takes a folder, or a file .*ends in "),
     ("--checkpoint $fine --to hf --output $out.safetensors", "--output .*: --to hf takes a folder$"),
     ("--checkpoint $fine --output $half/x", "--output .*half.pth/x: cannot be written"),

@@ -20,7 +20,8 @@ from timm.optim import create_optimizer_v2
 
 import engine_finetune
 import main_finetune
-from tests.small_runs import STEPS, killed_after, load, records, same
+from models.convnextv2 import ConvNeXtV2
+from tests.small_runs import STEPS, TINY, killed_after, load, records, same
 from tests.test_distributed import launch
 from utils import checkpoint, metrics, record
 from utils.amp import Amp
@@ -192,9 +193,10 @@ def test_images_that_every_process_sees_count_once(sampler, counted, monkeypatch
     monkeypatch.setattr(engine_finetune, "all_reduce_sum", lambda tensor: tensor * 2)
     monkeypatch.setattr(engine_finetune.log, "propagate", True)
     caplog.set_level("INFO", "fcmae")
-    images = [(torch.ones(2), 0)] * 8
+    model = ConvNeXtV2(num_classes=3, **TINY, stem_stride=1)
+    images = [(torch.ones(3, 16, 16), 0)] * 8
     loader = torch.utils.data.DataLoader(images, sampler=sampler, batch_size=4)
-    engine_finetune.evaluate(torch.nn.Linear(2, 3), loader, Amp(CPU, False, torch.bfloat16))
+    engine_finetune.evaluate(model, loader, Amp(CPU, False, torch.bfloat16))
     assert f"({counted} images)" in caplog.text
 
 

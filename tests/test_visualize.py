@@ -156,7 +156,7 @@ def test_feature_maps_of_images_with_other_numbers_of_channels(draw, tmp_path):
     shown = tiles(out / "features.png", 1, 5)[0, 0, ::8, ::8]
     assert abs(shown - pixels[..., :3]).max() <= 1
     result, _ = draw(*flags, "--mean", 0, "--std", 1)
-    assert result.err == "error: --mean and --std: need a number each, the latter above 0, for 4 channels\n"
+    assert result.err == "error: --mean: has 1 numbers, --in_chans 4 needs 4\n"
     np.save(tmp_path / "four.npy", pixels.astype(np.float32))
     assert draw(*flags)[0].code == 0
     np.save(tmp_path / "four.npy", pixels[..., :2])
@@ -174,7 +174,7 @@ def test_pictures_show_the_evaluation_crop_of_some_images(scripts, checkpoint):
     args = visualize.get_args_parser().parse_args(
         ["--checkpoint", str(checkpoint), "--images", str(scripts.val), "--max_images", "5", "--input_size", "16"]
     )
-    visualize.complete(args, *visualize.load_encoder(checkpoint))
+    visualize.load_encoder(args)
     paths = shown(visualize.load_images(args), scripts.val, args)
     assert paths == sorted(set(paths))
     assert (len(paths), len({path.parent for path in paths})) == (5, 3)  # the first five are of one class

@@ -10,7 +10,6 @@ again by the library that it is for, and has to give the same outputs on random 
 import json
 import sys
 import warnings
-from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -23,12 +22,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import datasets
 from models import weights
-from models.convnextv2 import SIZES, ConvNeXtV2
+from models.convnextv2 import ConvNeXtV2, name_of
 from models.linear_probe import fold_batch_norm
 from utils import checkpoint
 from utils.args import ArgumentParser, add_bool
 from utils.errors import UsageError, run
 
+KEYS = {None: weights.MODEL_KEY, True: "model_ema", False: "model|module|state_dict"}  # --ema -> where weights are
 OPSET = 18
 ONE_FILE = 2**31 - 2**24  # bytes of weights that an ONNX file may hold, with room for its graph
 FILES = {  # target: what the weights are called in a folder, and what a file of them may end in
@@ -48,7 +48,7 @@ class Source(NamedTuple):
     model: ConvNeXtV2
     input_size: int
     normalisation: dict[str, tuple[float, ...]]  # mean and std, empty where neither file nor convention tells
-    crop_pct: float
+    crop_pct: float | None  # None: height and width are resized to input_size
     classes: list[str]  # empty where the checkpoint does not name them
 
 
@@ -67,7 +67,7 @@ def read_source(args) -> tuple[Source, weights.Report]:
     if args.ema and not content.get("model_ema"):
         raise UsageError(f"--ema true: {args.checkpoint} holds no moving average")
     try:
-        state = fold_batch_norm(weights.unwrap(content, "model_ema" if args.ema else "model|module"))
+        state = fold_batch_norm(weights.unwrap(content, KEYS[args.ema]))
         size = weights.infer_size(weights.to_backbone(state))
         head = size.num_classes or 0
         num_classes = head if args.num_classes is None else args.num_classes
@@ -80,30 +80,19 @@ def read_source(args) -> tuple[Source, weights.Report]:
         raise UsageError(f"--checkpoint {args.checkpoint}: {error}") from error
     if "head.weight" in report.fresh:
         raise UsageError(f"--checkpoint {args.checkpoint}: its head is more than a linear layer; give --num_classes 0")
-    trained = content.get("args", {})
-    trained = Namespace(**trained) if isinstance(trained, dict) else trained
-    input_size = args.input_size or getattr(trained, "input_size", 224)
-    if input_size < model.patch_size:
-        raise UsageError(f"--input_size {input_size}: must be at least {model.patch_size}, the model's total stride")
-    crop_pct = getattr(trained, "crop_pct", None) or (1.0 if input_size <= 32 else 224 / 256)
-    trained.in_chans = size.in_chans
+    datasets.as_trained(args, args.checkpoint, content, size)
     try:
-        normalisation = dict(zip(("mean", "std"), datasets.mean_std(trained), strict=True))
+        normalisation = dict(zip(("mean", "std"), datasets.mean_std(args), strict=True))
     except UsageError:  # more channels than there are conventions for
         normalisation = {}
     classes = content.get("classes") or []
     classes = classes if len(classes) == num_classes else []
-    return Source(model, input_size, normalisation, crop_pct, classes), report
+    return Source(model, args.input_size, normalisation, datasets.eval_crop(args), classes), report
 
 
 def build(size: weights.Size, num_classes: int) -> ConvNeXtV2:
     model = ConvNeXtV2(size.in_chans, num_classes, size.depths, size.dims, stem_stride=size.stem_stride)
     return model.eval()
-
-
-def name_of(model: ConvNeXtV2) -> str | None:
-    """Which of the published sizes a model has."""
-    return next((name for name in SIZES if SIZES[name] == {"depths": model.depths, "dims": model.dims}), None)
 
 
 def check_target(target: str, model: ConvNeXtV2) -> None:
@@ -180,7 +169,6 @@ def write_timm(source: Source, file: Path) -> Exported:
         model_args["in_chans"] = model.in_chans
     if model.stem_stride != 4:
         model_args["patch_size"] = model.stem_stride
-    warp = side >= 384  # as the evaluation transform does
     config = {
         "architecture": name,
         "num_classes": model.num_classes,
@@ -191,8 +179,8 @@ def write_timm(source: Source, file: Path) -> Exported:
             "input_size": (model.in_chans, side, side),
             "pool_size": (side // model.patch_size,) * 2,
             "interpolation": "bicubic",
-            "crop_pct": 1.0 if warp else source.crop_pct,
-            "crop_mode": "squash" if warp else "center",
+            "crop_pct": source.crop_pct or 1.0,
+            "crop_mode": "center" if source.crop_pct else "squash",
             **source.normalisation,
             "num_classes": model.num_classes,
             "first_conv": "stem.0" if model.in_chans == 3 else None,  # named, timm before 1.0.31 makes it RGB's anew
@@ -264,6 +252,8 @@ def write_hf(source: Source, file: Path) -> Exported:
         return lambda x: [theirs(x).logits if model.num_classes else theirs(x).pooler_output]
 
     recipes = [f"transformers.{name}.from_pretrained({str(folder)!r})" for name in (kind, "AutoImageProcessor")]
+    if source.crop_pct and source.input_size >= 384:
+        recipes[1] += f"  # which warps the whole image at this size, where training cropped {source.crop_pct} of it"
     return Exported(files, recipes, "transformers", load)
 
 
@@ -341,8 +331,10 @@ def get_args_parser() -> ArgumentParser:
     parser.add_argument("--checkpoint", required=True, help=".pth, .pt, .bin or .safetensors, in any layout")
     parser.add_argument("--to", required=True, choices=list(TARGETS), help="the library to write for")
     parser.add_argument("--output", required=True, help="a folder, or (not for hf) a file with the format's ending")
-    parser.add_argument("--input_size", type=int, default=None, help="side of the images; without, as in training")
-    add_bool(parser, "--ema", False, "take the moving average of the weights (model_ema)")
+    parser.add_argument("--input_size", type=int, default=224, help="side of the images, if not as in training")
+    parser.set_defaults(crop_pct=None, mean=None, std=None)
+    ema_help = "take the moving average of the weights (model_ema); where not given: of checkpoint-best-ema.pth"
+    add_bool(parser, "--ema", None, ema_help)
     parser.add_argument("--num_classes", type=int, default=None, help="0 leaves the head out; without, as in the file")
     tolerance_help = "difference that passes, as a share of the largest output"
     parser.add_argument("--tolerance", type=float, default=1e-4, help=tolerance_help)

@@ -11,7 +11,6 @@ regression on standardised features, its L2 penalty picked on a held-out fifth o
 import logging
 import sys
 import time
-from argparse import Namespace
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -28,7 +27,7 @@ from models import weights
 from models.convnextv2 import Encoder
 from utils import checkpoint
 from utils.amp import Amp
-from utils.args import ArgumentParser, add_bool, seed
+from utils.args import CROP_HELP, ArgumentParser, add_bool, seed
 from utils.distributed import pick_device, setup_logging
 from utils.errors import UsageError, run
 from utils.knn import extract, knn_votes, pooled_features
@@ -39,13 +38,13 @@ PENALTIES = (10.0, 1.0, 0.1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)  # the strongest firs
 LOGITS = 2**26  # computed at once: 256 MiB
 
 
-def load_encoder(path: str) -> tuple[Encoder, dict]:
-    """The encoder of a checkpoint of any layout, and the arguments of its training where the file holds them.
+def load_encoder(args) -> Encoder:
+    """The encoder of --checkpoint, of any layout; `args` then tell of the images what its training did.
 
     Raises:
-        UsageError: no checkpoint of a whole ConvNeXt V2 encoder.
+        UsageError: no checkpoint of a whole ConvNeXt V2 encoder, or flags of the images that are impossible for it.
     """
-    content = checkpoint.read(path)
+    path, content = args.checkpoint, checkpoint.read(args.checkpoint)
     try:
         state = weights.unwrap(content)
         size = weights.infer_size(weights.to_backbone(state))
@@ -53,36 +52,14 @@ def load_encoder(path: str) -> tuple[Encoder, dict]:
         weights.load(encoder, state)
     except ValueError as error:
         raise UsageError(f"--checkpoint {path}: {error}") from error
-    trained_with = content.get("args") or {}
-    return encoder.eval(), vars(trained_with) if isinstance(trained_with, Namespace) else trained_with
-
-
-def complete(args, encoder: Encoder, trained_with: dict) -> None:
-    """Fill in what the flags leave open of the images: as in the checkpoint's training, else as for ImageNet.
-
-    Raises:
-        UsageError: what the flags then say of the images is impossible.
-    """
-    args.in_chans = encoder.in_chans
-    args.imagenet_default_mean_and_std = trained_with.get("imagenet_default_mean_and_std", True)
-    for name, default in {"input_size": 224, "crop_pct": None, "mean": None, "std": None}.items():
-        if getattr(args, name) is None:
-            setattr(args, name, trained_with.get(name, default))
-    if args.input_size < encoder.patch_size:
-        least = encoder.patch_size
-        raise UsageError(f"--input_size {args.input_size}: must be at least the model's total stride {least}")
-    if args.crop_pct is not None and not 0 < args.crop_pct <= 1:
-        raise UsageError(f"--crop_pct {args.crop_pct}: must be above 0 and at most 1")
-    given = [args.mean or [], args.std or []]
-    if any(given) and not (len(given[0]) == len(given[1]) == args.in_chans and min(given[1]) > 0):
-        raise UsageError(f"--mean and --std: need a number each, the latter above 0, for {args.in_chans} channels")
+    datasets.as_trained(args, path, content, size)
+    return encoder.eval()
 
 
 def add_image_arguments(parser: ArgumentParser) -> None:
-    """The flags that `complete` completes."""
-    size = "side of the images; where not given: as in training, else 224"
-    parser.add_argument("--input_size", type=int, default=None, help=size)
-    parser.add_argument("--crop_pct", type=float, default=None, help="evaluation crop; 224/256 where not given")
+    """The flags that a checkpoint completes."""
+    parser.add_argument("--input_size", type=int, default=224, help="side of the images, if not as in training")
+    parser.add_argument("--crop_pct", type=float, default=None, help=f"as in training, else: {CROP_HELP}")
     for name in ("--mean", "--std"):
         normalised = "of each channel; where not given: as in training, else ImageNet's"
         parser.add_argument(name, type=float, nargs="+", default=None, help=normalised)
@@ -193,8 +170,7 @@ def check_args(args) -> None:
 def main(args) -> None:
     setup_logging()
     check_args(args)
-    encoder, trained_with = load_encoder(args.checkpoint)
-    complete(args, encoder, trained_with)
+    encoder = load_encoder(args)
     device = pick_device(args.device)
     amp = Amp(device, device.type == "cuda" if args.use_amp is None else args.use_amp, torch.bfloat16)
     splits = (datasets.random_subset(x, args.max_images) for x in datasets.labelled_splits(args))

@@ -25,7 +25,7 @@ import datasets
 from models import weights
 from models.convnextv2 import Block, Encoder
 from models.fcmae import FCMAE, num_visible
-from tools.probe import add_image_arguments, complete, load_encoder
+from tools.probe import add_image_arguments, load_encoder
 from utils import checkpoint
 from utils.amp import Amp
 from utils.args import ArgumentParser, add_bool, prepared_output_dir, seed
@@ -179,6 +179,7 @@ def plot_diversity(rows: list[tuple], title: str, path: Path) -> None:
 
 def get_args_parser() -> ArgumentParser:
     parser = ArgumentParser(__doc__.splitlines()[0])
+    parser.set_defaults(norm_pix_loss=True)
     parser.add_argument("--checkpoint", required=True, help="file of any layout; its shapes tell the model")
     add_bool(parser, "--reconstructions", False, "write reconstructions.png; of a pre-training checkpoint")
     add_bool(parser, "--features", False, "write features.png")
@@ -218,8 +219,7 @@ def check_args(args, patch_size: int) -> None:
 
 def main(args) -> None:
     setup_logging()
-    encoder, trained_with = load_encoder(args.checkpoint)
-    complete(args, encoder, trained_with)
+    encoder = load_encoder(args)
     check_args(args, encoder.patch_size)
     device = pick_device(args.device)
     amp = Amp(device, device.type == "cuda" if args.use_amp is None else args.use_amp, torch.bfloat16)
@@ -227,7 +227,7 @@ def main(args) -> None:
     with prepared_output_dir(args.output_dir):
         folder, written = Path(args.output_dir), []
         if args.reconstructions:
-            model = load_fcmae(args.checkpoint, trained_with.get("norm_pix_loss", True)).to(device)
+            model = load_fcmae(args.checkpoint, args.norm_pix_loss).to(device)
             grid = reconstruction_rows(model, imgs, amp, mean, std, args.mask_ratios, args.seeds)
             written.append(folder / "reconstructions.png")
             save_image(grid, written[-1])

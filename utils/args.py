@@ -2,12 +2,29 @@
 
 import argparse
 import contextlib
+import logging
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
 from .distributed import main_process_first
 from .errors import UsageError, suggest
+
+log = logging.getLogger("fcmae")
+
+
+CROP_HELP = "evaluation crop; where not given: 224/256, 1 up to 32 px, from 384 px on the whole, warped to a square"
+
+
+class Arguments(argparse.Namespace):
+    """Parsed arguments; `given` names those of the command line and of argument files, and is not one of `vars`."""
+
+    __slots__ = ("given",)
+
+
+def given(args: argparse.Namespace) -> frozenset[str]:
+    """Names of the flags that a user gave, even if with the default's value; none of arguments built by hand."""
+    return getattr(args, "given", frozenset())
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -28,12 +45,15 @@ class ArgumentParser(argparse.ArgumentParser):
         except ValueError as error:
             self.error(f"argument file: {error} in the line {line}")
 
-    def parse_args(self, args=None, namespace=None) -> argparse.Namespace:
-        namespace, unknown = self.parse_known_args(args, namespace)
+    def parse_args(self, args=None) -> Arguments:
+        names = [action.dest for action in self._actions if action.default is not argparse.SUPPRESS]
+        parsed, unknown = self.parse_known_args(args, Arguments(**dict.fromkeys(names)))  # None: not given
         if unknown:
             flag = unknown[0].split("=")[0]
             self.error(f"unknown argument {flag}{suggest(flag, self._option_string_actions)}; see --help")
-        return namespace
+        parsed.given = frozenset(name for name in names if getattr(parsed, name) is not None)
+        vars(parsed).update({name: self.get_default(name) for name in names if name not in parsed.given})
+        return parsed
 
     def error(self, message: str):
         self.exit(2, f"error: {message}\n")
@@ -104,10 +124,11 @@ def add_shared_arguments(
     )  # fmt: skip
     group.add_argument("--mean", type=float, nargs="+", default=None, help="of each channel; ImageNet's for 8-bit RGB")
     group.add_argument("--std", type=float, nargs="+", default=None, help="of each channel; ImageNet's for 8-bit RGB")
-    group.add_argument("--crop_pct", type=float, default=None, help="evaluation crop; 224/256 where not given")
+    group.add_argument("--crop_pct", type=float, default=None, help=CROP_HELP)
     group.add_argument(
-        "--min_crop", type=float, default=min_crop, help="smallest share of an image that a training crop takes"
-    )
+        "--min_crop", type=float, default=min_crop,
+        help="smallest share of an image that a training crop takes; in fine-tuning, above 32 px",
+    )  # fmt: skip
     group.add_argument("--num_workers", type=int, default=10, help="loader processes; change no result but a stream's")
     add_bool(group, "--pin_mem", True, "page-locked host memory for faster copies to the GPU")
 
@@ -158,6 +179,22 @@ def check_shared_arguments(args: argparse.Namespace, models: list[str]) -> None:
         )
     if not 0 < args.min_crop <= 1:
         raise UsageError(f"--min_crop {args.min_crop}: must be above 0 and at most 1")
+    if not getattr(args, "eval", False):  # then the checkpoint tells what is not given
+        check_image_arguments(args)
+    if args.resume and not Path(args.resume).is_file():
+        raise UsageError(f"--resume {args.resume}: no such file")
+    if args.wandb:
+        try:
+            from wandb import init  # noqa: F401  (which a mere folder of this name has not)
+        except ImportError as error:
+            raise UsageError(f"--wandb {args.wandb}: needs a package more: pip install wandb") from error
+
+
+def check_image_arguments(args: argparse.Namespace) -> None:
+    """What `check_shared_arguments` refuses of the size of images, their crop, mean and deviation."""
+    if args.input_size < 8 * args.stem_stride:
+        least = f"the model's total stride {8 * args.stem_stride} (8 * stem_stride)"
+        raise UsageError(f"--input_size {args.input_size}: must be at least {least}")
     if args.crop_pct is not None and not 0 < args.crop_pct <= 1:
         raise UsageError(f"--crop_pct {args.crop_pct}: must be above 0 and at most 1")
     if bool(args.mean) != bool(args.std):
@@ -168,13 +205,31 @@ def check_shared_arguments(args: argparse.Namespace, models: list[str]) -> None:
             raise UsageError(f"--{name}: has {len(values)} numbers, --in_chans {args.in_chans} needs {args.in_chans}")
         if name == "std" and not min(values) > 0:
             raise UsageError(f"--std {min(values)}: must be above 0")
-    if args.resume and not Path(args.resume).is_file():
-        raise UsageError(f"--resume {args.resume}: no such file")
-    if args.wandb:
-        try:
-            from wandb import init  # noqa: F401  (which a mere folder of this name has not)
-        except ImportError as error:
-            raise UsageError(f"--wandb {args.wandb}: needs a package more: pip install wandb") from error
+    if args.mean and "imagenet_default_mean_and_std" in given(args):
+        raise UsageError("--imagenet_default_mean_and_std: has no effect beside --mean; give one or the other")
+
+
+def tell_without_effect(args: argparse.Namespace, use_amp: bool, rows: list[tuple[str, object, str]]) -> None:
+    """Name the given flags, defaults never, that do nothing in this combination, in a line for each reason.
+
+    rows: of each script's own flags, (their names, whether they do nothing, beside what).
+    """
+    left = set(given(args))  # each is named once
+    saving, data = "save_ckpt_freq save_ckpt_steps save_ckpt_num", f"with --data_set {args.data_set}"
+    for flags, idle, beside in [
+        *rows,
+        ("blr", args.lr is not None, "beside --lr"),
+        ("start_epoch", args.resume, "beside --resume"),
+        (f"save_ckpt auto_resume {saving}", not args.output_dir, "without --output_dir"),
+        (saving, not args.save_ckpt, "with --save_ckpt false"),
+        ("amp_dtype", not use_amp, "without mixed precision"),
+        ("data_path", args.data_set == "shapes", data),
+        ("eval_data_path", args.data_set.startswith(("shapes", "CIFAR")), data),
+        ("index_cache", args.data_set not in ("IMNET", "image_folder"), data),
+    ]:
+        if idle and (names := [name for name in flags.split() if name in left]):
+            left.difference_update(names)
+            log.warning("--%s: %s no effect %s", ", --".join(names), "has" if len(names) == 1 else "have", beside)
 
 
 def effective_lr(args: argparse.Namespace, world_size: int) -> float:

@@ -20,6 +20,7 @@ log = logging.getLogger("fcmae")
 
 # what checkpoints of MAE and its descendants keep their arguments in; neither runs anything when it is read
 PLAIN_CLASSES = [Namespace, (PosixPath, "pathlib.PosixPath")]
+BEST_AVERAGE = "checkpoint-best-ema.pth"
 SETTINGS = {"weight_decay", "lr_scale", "betas", "eps", "momentum"}  # of an optimizer's group, set by flags
 
 
@@ -78,6 +79,8 @@ def read(path: str | os.PathLike) -> dict:
         raise UsageError(f"{path}: cannot be read, truncated or damaged ({reason[:120]})") from error
     if not isinstance(state, dict):
         raise UsageError(f"{path}: holds a {type(state).__name__}, not a dictionary")
+    if path.name == BEST_AVERAGE and "model_ema" in state:  # older ones do not say so themselves
+        state.setdefault("scored", "model_ema")
     return state
 
 
