@@ -9,7 +9,6 @@ python main_finetune.py --eval true --resume out/ft/checkpoint-best.pth --data_p
 import copy
 import logging
 import sys
-import time
 from functools import partial
 from pathlib import Path
 
@@ -37,20 +36,15 @@ from utils.args import (
     check_shared_arguments,
     effective_lr,
     given,
-    prepared_output_dir,
     tell_without_effect,
 )
 from utils.errors import UsageError, suggest
-from utils.interrupts import Interrupts
 from utils.lr_sched import Schedule
-from utils.metrics import duration, speed
 from utils.param_groups import param_groups
-from utils.record import open_log, record_end
-from utils.run import Run
+from utils.run import Run, open_run
 
 log = logging.getLogger("fcmae")
 
-BEST_NAMES = {"": "checkpoint-best.pth", "_ema": checkpoint.BEST_AVERAGE}
 TRAINING_ALONE = (
     "update_freq epochs start_epoch grad_checkpointing lr blr min_lr warmup_epochs warmup_steps weight_decay "
     "weight_decay_end in_memory min_crop log_dir wandb save_ckpt save_ckpt_freq save_ckpt_steps save_ckpt_num "
@@ -60,7 +54,6 @@ TRAINING_ALONE = (
     "eval_freq disable_eval"
 )
 EVALUATION = "eval_freq dist_eval eval_data_path eval_list crop_pct model_ema_eval"
-NO_BEST = {"acc1": -1.0, "epoch": -1, "acc1_ema": -1.0, "epoch_ema": -1}
 
 
 class FinetuneParser(ArgumentParser):
@@ -366,36 +359,14 @@ def build_ema(model: ConvNeXtV2, args) -> ModelEmaV3 | None:
     return ModelEmaV3(model, decay=args.model_ema_decay, device="cpu" if args.model_ema_force_cpu else None)
 
 
-def restore(path: Path, state: dict, args, model, ema, optimizer, amp: Amp, global_batch: int):
-    """Take up the run of a checkpoint: the epoch to go on with, its part that is done, the best accuracies so far."""
-    was = state.get("args", {}).get("opt", args.opt)
-    if was.lower() != args.opt.lower():
-        raise UsageError(f"--opt {args.opt}: {path} was trained with {was}, whose state does not fit")
-    if ema and not state.get("model_ema"):
-        raise UsageError(f"--model_ema true: {path} holds no moving average to continue")
-    start_epoch, partial = checkpoint.load_training(path, state, model, optimizer, amp.scaler, global_batch)
-    if ema:
-        checkpoint.load_weights(ema.module, state["model_ema"], str(path))
-    log.info("resumed from %s, going on with epoch %d", path, start_epoch)
-    return start_epoch, partial, NO_BEST | state.get("best", {})
-
-
-def score(model: nn.Module, ema: ModelEmaV3 | None, loader: DataLoader, amp: Amp) -> dict[str, dict[str, float]]:
-    """Statistics of the model under "", and of its moving average, where given, under "_ema"."""
-    scored = {"": evaluate(model, loader, amp)}
+def score(model: nn.Module, ema: ModelEmaV3 | None, loader: DataLoader, amp: Amp) -> dict[str, float]:
+    """Statistics of the model, and, with "_ema" behind their names, of its moving average where given."""
+    scores = evaluate(model, loader, amp)
     if ema:
         # an average that is kept on the CPU stays there: only a copy moves
         average = ema.module if ema.device is None else copy.deepcopy(ema.module).to(amp.device)
-        scored["_ema"] = evaluate(average, loader, amp, "eval EMA")
-    return scored
-
-
-def best_so_far(best: dict) -> str:
-    """For console lines: ', best acc1 ...', or '' before the first evaluation."""
-    if best["epoch"] < 0:
-        return ""
-    average = f" (EMA {best['acc1_ema']:.2f} in epoch {best['epoch_ema']})" if best["epoch_ema"] >= 0 else ""
-    return f", best acc1 {best['acc1']:.2f} in epoch {best['epoch']}{average}"
+        scores |= {f"{name}_ema": value for name, value in evaluate(average, loader, amp, "eval EMA").items()}
+    return scores
 
 
 def evaluate_only(args, amp: Amp) -> None:
@@ -437,85 +408,36 @@ def evaluate_only(args, amp: Amp) -> None:
         evaluate(model, loader, amp, header)
 
 
-def train(args, amp: Amp, interrupts: Interrupts) -> None:
-    """Fine-tune for all epochs that are still to be done, evaluating and saving after each."""
+def train(args, amp: Amp, run: Run) -> None:
+    """Fine-tune for all epochs that are still to be done, evaluating after each."""
     loader, eval_loader, nb_classes, classes = build_loaders(args, amp.device)
-    found = checkpoint.find(args.resume, args.auto_resume, args.output_dir)
     torch.manual_seed(args.seed)
     model = build_model(args, nb_classes)
-    if args.finetune and not found:
+    if args.finetune and not run.resume_from:
         load_pretrained(model, args.finetune, args.model_key, args.model_prefix, args.stem_average)
     model.to(amp.device)
-    n_parameters = sum(p.numel() for p in model.parameters())
     ema = build_ema(model, args)
     lr = effective_lr(args, distributed.get_world_size())
     optimizer = build_optimizer(model, args, lr)
     schedule = build_schedule(args, lr, len(loader))
-    start_epoch, partial, best = args.start_epoch, None, NO_BEST
-    if found:
-        start_epoch, partial, best = restore(*found, args, model, ema, optimizer, amp, loader.global_batch)
-    if start_epoch >= args.epochs:
-        log.info("nothing to do: all %d epochs are done; a larger --epochs goes on", args.epochs)
-        return
     mixup = build_mixup(args, nb_classes)
     criterion = build_criterion(args, mixup)
-    if args.compile:
-        compile_blocks(model)
-    wrapped = distributed.data_parallel(model)
-    if args.linear_probe and not args.finetune and not found:
+    order = {"--seed": args.seed, "Mixup or CutMix": mixes(args), "number of images": loader.sampler.num_samples}
+    run.begin(model, optimizer, loader, ema=ema, classes=classes, order=order)
+    if args.linear_probe and not args.finetune and not run.resume_from:
         log.warning("--linear_probe true without --finetune: the frozen encoder is a random one")
     log.info(
         "%s: %.2f M parameters, lr %.3g, epochs %d to %d on %s",
-        args.model, n_parameters / 1e6, lr, start_epoch, args.epochs - 1, amp.device,
+        args.model, sum(p.numel() for p in model.parameters()) / 1e6, lr, run.start_epoch, args.epochs - 1, amp.device,
     )  # fmt: skip
-
-    saves = bool(args.output_dir and args.save_ckpt)
-
-    def save(epoch: int, partial: dict | None = None, name: str = "") -> None:
-        more = {"best": best, "classes": classes} | ({"model_ema": ema.module.state_dict()} if ema else {})
-        if name == checkpoint.BEST_AVERAGE:  # what to evaluate, export and fine-tune, under whatever name
-            more["scored"] = "model_ema"
-        state = checkpoint.training_state(
-            model, optimizer, amp.scaler, epoch, args, partial, loader.global_batch, **more
-        )
-        checkpoint.save_numbered(state, args.output_dir, args.save_ckpt_num, name)
-
-    share = partial["step"] / len(loader) if partial else 0.0
-    run_log = open_log(args, amp.device, found, start_epoch, share)
-    run = Run(run_log, args.seed, partial, save if saves else None, args.save_ckpt_steps, interrupts)
-    begun, rates = time.perf_counter(), []
-    for epoch in range(start_epoch, args.epochs):
+    if args.compile:
+        compile_blocks(model)
+    wrapped = distributed.data_parallel(model)
+    for epoch in run.epochs():
         stats = train_one_epoch(wrapped, loader, criterion, optimizer, amp, schedule, run, epoch, mixup=mixup, ema=ema)
-        rates.append(stats.pop("images_per_second"))
-        last = epoch + 1 == args.epochs
-        record = {f"train_{k}": v for k, v in stats.items()}
-        evaluates = eval_loader is not None and ((epoch + 1) % args.eval_freq == 0 or last)
-        scored = score(model, ema if args.model_ema_eval else None, eval_loader, amp) if evaluates else {}
-        for suffix, test in scored.items():
-            record |= {f"test_{k}{suffix}": v for k, v in test.items()}
-            run_log.scalars(epoch + 1, **{f"test/{k}{suffix}": v for k, v in test.items()})
-        improved = [suffix for suffix, test in scored.items() if test["acc1"] > best[f"acc1{suffix}"]]
-        for suffix in improved:
-            best = best | {f"acc1{suffix}": scored[suffix]["acc1"], f"epoch{suffix}": epoch}
-        for suffix in improved if saves else ():
-            save(epoch, name=BEST_NAMES[suffix])
-        record |= {"epoch": epoch, "n_parameters": n_parameters}
-        run_log.epoch(record)
-        due = (epoch + 1) % args.save_ckpt_freq == 0 or last
-        if saves and due:
-            save(epoch)
-        run.epoch_done(epoch, saved=due)
-        spent = time.perf_counter() - begun
-        left = spent / (epoch + 1 - start_epoch) * (args.epochs - epoch - 1)
-        log.info("epoch %d: loss %.4f%s, run eta %s", epoch, stats["loss"], best_so_far(best), duration(left))
-    run_log.close()
-    known = {f"best_{k}": v for k, v in best.items() if v >= 0}
-    record_end(args.output_dir, time.perf_counter() - begun, record | known)
-    log.info(
-        "done: %d epochs in %s%s, loss %.4f%s; %s",
-        len(rates), duration(time.perf_counter() - begun), speed(rates), stats["loss"], best_so_far(best),
-        f"checkpoints and log.txt in {args.output_dir}" if args.output_dir else "nothing saved",
-    )  # fmt: skip
+        evaluates = eval_loader is not None and run.due(epoch, args.eval_freq)
+        scores = score(model, ema if args.model_ema_eval else None, eval_loader, amp) if evaluates else {}
+        run.record(epoch, stats, scores)
 
 
 def main(args) -> None:
@@ -527,8 +449,8 @@ def main(args) -> None:
         if args.eval:
             evaluate_only(args, amp)
             return
-        with prepared_output_dir(args.output_dir), checkpoint.OutputLock(args.output_dir), Interrupts() as interrupts:
-            train(args, amp, interrupts)
+        with open_run(vars(args), amp) as run:
+            train(args, amp, run)
 
 
 if __name__ == "__main__":

@@ -8,13 +8,11 @@ import copy
 import itertools
 import logging
 import sys
-import time
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
-from torchvision.utils import save_image
 
 import datasets
 from engine_pretrain import train_one_epoch
@@ -28,18 +26,14 @@ from utils.args import (
     add_shared_arguments,
     check_shared_arguments,
     effective_lr,
-    prepared_output_dir,
     tell_without_effect,
 )
 from utils.errors import UsageError
-from utils.interrupts import Interrupts
 from utils.knn import knn_acc1
 from utils.lr_sched import Schedule
-from utils.metrics import duration, speed
 from utils.param_groups import param_groups
 from utils.pictures import reconstruction_grid
-from utils.record import open_log, record_end
-from utils.run import Run
+from utils.run import Run, open_run
 
 log = logging.getLogger("fcmae")
 
@@ -191,80 +185,43 @@ def build_loader(dataset: Dataset, args, device: torch.device) -> datasets.StepL
     return loader
 
 
-def train(args, amp: Amp, interrupts: Interrupts) -> None:
-    """Pre-train for all epochs that are still to be done, saving and drawing pictures on the way."""
+def train(args, amp: Amp, run: Run) -> None:
+    """Pre-train for all epochs that are still to be done, drawing pictures on the way."""
     device = amp.device
     dataset = datasets.in_memory(datasets.build_pretrain_dataset(args), args, datasets.pretrain_draw(args))
     loader = build_loader(dataset, args, device)
     labelled = knn_loaders(args)
     torch.manual_seed(args.seed)
     model = build_model(args).to(device)
-    n_parameters = sum(p.numel() for p in model.parameters())
     lr = effective_lr(args, distributed.get_world_size())
     optimizer = torch.optim.AdamW(
         param_groups(model.named_parameters(), args.weight_decay), lr=lr, betas=(0.9, 0.95), fused=device.type != "mps"
     )
     schedule = Schedule(lr, args.min_lr, args.warmup_epochs, args.epochs)
-    start_epoch, partial = args.start_epoch, None
-    if found := checkpoint.find(args.resume, args.auto_resume, args.output_dir):
-        start_epoch, partial = checkpoint.load_training(*found, model, optimizer, amp.scaler, loader.global_batch)
-        log.info("resumed from %s, going on with epoch %d", found[0], start_epoch)
-    elif args.initial_checkpoint:
+    if args.initial_checkpoint and not run.resume_from:
         load_initial(model, args.initial_checkpoint, args.stem_average)
-    if start_epoch >= args.epochs:
-        log.info("nothing to do: all %d epochs are done; a larger --epochs goes on", args.epochs)
-        return
+    run.begin(model, optimizer, loader, order={"--seed": args.seed, "number of images": loader.sampler.num_samples})
+    log.info(
+        "%s: %.2f M parameters, patches of %d pixels, lr %.3g, epochs %d to %d on %s",
+        args.model, sum(p.numel() for p in model.parameters()) / 1e6, model.patch_size, lr, run.start_epoch,
+        args.epochs - 1, device,
+    )  # fmt: skip
     if args.compile:
         compile_blocks(model)
     wrapped = distributed.data_parallel(model)
-    log.info(
-        "%s: %.2f M parameters, patches of %d pixels, lr %.3g, epochs %d to %d on %s",
-        args.model, n_parameters / 1e6, model.patch_size, lr, start_epoch, args.epochs - 1, device,
-    )  # fmt: skip
-
     picture_of = None
     if args.picture_freq and (args.output_dir or args.log_dir or args.wandb) and distributed.is_main_process():
         picture_of = picture_images(dataset, args)
-
-    def save(epoch: int, partial: dict | None = None) -> None:
-        state = checkpoint.training_state(model, optimizer, amp.scaler, epoch, args, partial, loader.global_batch)
-        checkpoint.save_numbered(state, args.output_dir, args.save_ckpt_num)
-
-    saves = bool(args.output_dir and args.save_ckpt)
-    share = partial["step"] / len(loader) if partial else 0.0
-    run_log = open_log(args, device, found, start_epoch, share)
-    run = Run(run_log, args.seed, partial, save if saves else None, args.save_ckpt_steps, interrupts)
-    begun, rates = time.perf_counter(), []
-    for epoch in range(start_epoch, args.epochs):
-        stats = train_one_epoch(wrapped, loader, optimizer, amp, schedule, run, epoch)
-        rates.append(stats.pop("images_per_second"))
-        last = epoch + 1 == args.epochs
-        record = {f"train_{k}": v for k, v in stats.items()}
-        if labelled and ((epoch + 1) % args.knn_freq == 0 or last):
-            record["test_knn_acc1"] = knn_acc1(model.encoder, labelled, amp)
-            run_log.scalars(epoch + 1, **{"test/knn_acc1": record["test_knn_acc1"]})
-            log.info("epoch %d: k-NN acc1 %.2f", epoch, record["test_knn_acc1"])
-        record |= {"epoch": epoch, "n_parameters": n_parameters}
-        run_log.epoch(record)
-        if picture_of is not None and ((epoch + 1) % args.picture_freq == 0 or last):
-            grid = reconstruction_grid(model, picture_of, amp, *datasets.picture_mean_std(args))
-            run_log.image("reconstruction", grid, epoch + 1)
-            if args.output_dir:
-                save_image(grid, Path(args.output_dir) / f"reconstruction-{epoch}.png")
-        due = (epoch + 1) % args.save_ckpt_freq == 0 or last
-        if saves and due:
-            save(epoch)
-        run.epoch_done(epoch, saved=due)
-        spent = time.perf_counter() - begun
-        left = spent / (epoch + 1 - start_epoch) * (args.epochs - epoch - 1)
-        log.info("epoch %d: loss %.4f, run eta %s", epoch, stats["loss"], duration(left))
-    run_log.close()
-    record_end(args.output_dir, time.perf_counter() - begun, record)
-    log.info(
-        "done: %d epochs in %s%s, loss %.4f; %s",
-        len(rates), duration(time.perf_counter() - begun), speed(rates), stats["loss"],
-        f"checkpoints, log.txt and pictures in {args.output_dir}" if args.output_dir else "nothing saved",
-    )  # fmt: skip
+    for epoch in run.epochs():
+        stats, scores = train_one_epoch(wrapped, loader, optimizer, amp, schedule, run, epoch), {}
+        if labelled and run.due(epoch, args.knn_freq):
+            scores["knn_acc1"] = knn_acc1(model.encoder, labelled, amp)
+            log.info("epoch %d: k-NN acc1 %.2f", epoch, scores["knn_acc1"])
+        if picture_of is not None and run.due(epoch, args.picture_freq):
+            run.picture(
+                "reconstruction", reconstruction_grid(model, picture_of, amp, *datasets.picture_mean_std(args)), epoch
+            )
+        run.record(epoch, stats, scores)
 
 
 def main(args) -> None:
@@ -273,8 +230,8 @@ def main(args) -> None:
         use_amp = device.type == "cuda" if args.use_amp is None else args.use_amp
         amp = Amp(device, use_amp, getattr(torch, args.amp_dtype))
         tell_without_effect(args, use_amp, without_effect(args))
-        with prepared_output_dir(args.output_dir), checkpoint.OutputLock(args.output_dir), Interrupts() as interrupts:
-            train(args, amp, interrupts)
+        with open_run(vars(args), amp) as run:
+            train(args, amp, run)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Checkpoints on disk: written aside and renamed, verified and read without running code, newest good one first."""
 
+import itertools
 import logging
 import math
 import os
@@ -12,7 +13,6 @@ from pickle import UnpicklingError
 import torch
 from safetensors.torch import load_file
 
-from .distributed import is_main_process
 from .errors import UsageError
 from .lock import OutputLock as OutputLock
 
@@ -81,7 +81,24 @@ def read(path: str | os.PathLike) -> dict:
         raise UsageError(f"{path}: holds a {type(state).__name__}, not a dictionary")
     if path.name == BEST_AVERAGE and "model_ema" in state:  # older ones do not say so themselves
         state.setdefault("scored", "model_ema")
+    if "args" in state:  # of other trainers a Namespace, or something else that tells nothing here
+        args = vars(state["args"]) if isinstance(state["args"], Namespace) else state["args"]
+        state["args"] = args if isinstance(args, dict) else {}
     return state
+
+
+def run_of(path: str | os.PathLike) -> str | None:
+    """The id of the run that wrote a checkpoint, read without its tensors; None where it does not tell."""
+    try:
+        with torch.serialization.safe_globals(PLAIN_CLASSES):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True).get("run")
+    except Exception:  # damaged, or another format
+        return None
+
+
+def finite(state_dict: dict) -> bool:
+    """Whether no weight is NaN or infinite."""
+    return all(bool(v.isfinite().all()) for v in state_dict.values() if v.is_floating_point())
 
 
 def numbered(output_dir: str | os.PathLike) -> list[tuple[int, float, Path]]:
@@ -96,62 +113,70 @@ def numbered(output_dir: str | os.PathLike) -> list[tuple[int, float, Path]]:
     return sorted(found, reverse=True)
 
 
-def newest(output_dir: str | os.PathLike) -> tuple[Path, dict] | None:
-    """The newest checkpoint of a folder that can be read whole; each that cannot is reported and left where it is."""
+def newest(output_dir: str | os.PathLike, *run: str | None) -> tuple[Path, dict] | None:
+    """The newest good checkpoint of a folder, of one run where its id is given.
+
+    One that cannot be read whole, or holds NaN, is reported and left where it is.
+    """
     for *_, path in numbered(output_dir):
+        if run and run_of(path) != run[0]:
+            continue
         try:
-            return path, read(path)
+            state = read(path)
+            if finite(state.get("model", {})):
+                return path, state
+            log.warning("skipping %s: its weights are not finite", path)
         except UsageError as error:
             log.warning("skipping %s", error)
     return None
 
 
-def training_state(
-    model, optimizer, scaler, epoch: int, args, partial: dict | None = None, global_batch: int = 0, **more
-) -> dict:
-    """What a training checkpoint holds: tensors and plain values only, readable without unpickling code.
-
-    partial: of an epoch that is not over, what `EpochTracker.partial` returned; global_batch: samples of a step of it.
-    """
+def training_state(model, optimizer, scaler, epoch: int, flags: dict, **more) -> dict:
+    """What a training checkpoint holds: tensors and plain values only, readable without unpickling code."""
     simple = (bool, int, float, str, list, type(None))
-    plain = {k: v if isinstance(v, simple) else str(v) for k, v in vars(args).items()}
     return {
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
         "scaler": scaler.state_dict(),
         "epoch": epoch,
-        "args": plain,
-        **({"step": partial["step"], "partial": partial, "global_batch": global_batch} if partial else {}),
+        "args": {k: v if isinstance(v, simple) else str(v) for k, v in flags.items()},
         **more,
     }
 
 
-def save_numbered(state: dict, output_dir: str | os.PathLike, keep: int, name: str = "") -> None:
+def save_numbered(state: dict, output_dir: str | os.PathLike, keep: int, name: str = "") -> Path | None:
     """Save checkpoint-{epoch}.pth, or with a `step` in the state checkpoint-{epoch}-step{step}.pth, then prune.
 
-    A name, such as checkpoint-best.pth, is not a number: it is overwritten and never pruned.
+    A name, such as checkpoint-best.pth, is not a number: it is overwritten and never pruned. What another run had saved
+    under the name is renamed first.
 
-    Only the first process writes. A full disk or a folder that became read-only is reported, and training goes on: the
-    checkpoints already there are whole, and the next one may succeed.
+    A full disk or a folder that became read-only is reported, and training goes on: the checkpoints already there are
+    whole, and the next one may succeed.
+
+    Returns:
+        where it was saved, or None.
     """
-    if not is_main_process():
-        return
     epoch, step = state["epoch"], state.get("step")
     number = f"{epoch}" if step is None else f"{epoch}-step{step}"
-    path = Path(output_dir) / (name or f"checkpoint-{number}.pth")
+    path, run = Path(output_dir) / (name or f"checkpoint-{number}.pth"), state.get("run")
     try:
+        if path.exists() and (other := run_of(path)) != run:
+            set_aside(path, other)
         save(state, path)
         if not name:
-            prune(output_dir, keep, epoch, math.inf if step is None else step)
+            prune(output_dir, keep, epoch, math.inf if step is None else step, run)
+        return path
     except OSError as error:
         log.error("%s was NOT saved (%s); earlier checkpoints are untouched, training goes on", path, error.strerror)
+        return None
 
 
-def find(resume: str, auto_resume: bool, output_dir: str) -> tuple[Path, dict] | None:
-    """What to continue from: the file --resume names, else with --auto_resume the newest good one of output_dir."""
-    if resume:
-        return Path(resume), read(resume)
-    return newest(output_dir) if auto_resume and output_dir else None
+def set_aside(path: Path, run: str | None) -> None:
+    """Give the file of another run a name that no run uses: x.pth becomes x.RUN.pth."""
+    names = itertools.chain([run or "earlier"], (f"{run or 'earlier'}-{i}" for i in itertools.count(2)))
+    aside = next(p for p in (path.with_name(f"{path.stem}.{name}{path.suffix}") for name in names) if not p.exists())
+    log.info("%s is of an earlier run, renamed to %s", path, aside.name)
+    os.replace(path, aside)
 
 
 def load_weights(model: torch.nn.Module, state_dict: dict, source: str) -> None:
@@ -165,7 +190,35 @@ def load_weights(model: torch.nn.Module, state_dict: dict, source: str) -> None:
         if names:
             shown = ", ".join(sorted(names)[:3])
             raise UsageError(f"{source}: a checkpoint of another model: it {problem} {shown} ({len(names)} in all)")
+    if not finite(state_dict):
+        raise UsageError(f"{source}: its weights are NaN or infinite; give an earlier checkpoint")
     model.load_state_dict(state_dict)
+
+
+def check_same_run(path: Path, state: dict, flags: dict, classes: list[str] | None, order: dict) -> None:
+    """Refuse to go on from a checkpoint where its numbers would mean something else now.
+
+    classes, order: as `Run.begin` has them. What it was trained with, the checkpoint tells, else nothing is compared.
+
+    Raises:
+        UsageError: another optimizer, other classes, or, inside an epoch, another order of the samples.
+    """
+    was = state.get("args", {}).get("opt", flags.get("opt"))
+    if was != flags.get("opt") and str(was).lower() != str(flags.get("opt")).lower():
+        raise UsageError(f"--opt {flags.get('opt')}: {path} was trained with {was}, whose state does not fit")
+    if classes and (known := state.get("classes")) and list(known) != list(classes):
+        pairs = itertools.zip_longest(known, classes, fillvalue="none")
+        label, old, new = next((i, old, new) for i, (old, new) in enumerate(pairs) if old != new)
+        raise UsageError(
+            f"{path}: was trained on other classes: class {label} was {old!r}, in the training data it is {new!r} "
+            f"({len(known)} and {len(classes)} classes); name the folders as they were, or start with --finetune {path}"
+        )
+    for name, before in state.get("order", {}).items() if "step" in state else ():
+        if name in order and order[name] != before:
+            raise UsageError(
+                f"{name} {order[name]}: {path} is inside an epoch that was begun with {before}, which decides its "
+                "order and sums; give that, or --resume a checkpoint from an epoch's end"
+            )
 
 
 def load_training(path: Path, state: dict, model, optimizer, scaler, global_batch: int = 0) -> tuple[int, dict | None]:
@@ -177,7 +230,8 @@ def load_training(path: Path, state: dict, model, optimizer, scaler, global_batc
     Raises:
         UsageError: a file without training state, or of another model or optimizer.
     """
-    missing = [key for key in ("model", "optimizer", "epoch") if key not in state]
+    kinds = {"model": dict, "optimizer": dict, "epoch": int}
+    missing = [key for key, kind in kinds.items() if not isinstance(state.get(key), kind)]
     if missing:
         raise UsageError(f"{path}: has no {' and no '.join(missing)}, so training cannot continue from it; see --help")
     load_weights(model, state["model"], str(path))
@@ -186,14 +240,17 @@ def load_training(path: Path, state: dict, model, optimizer, scaler, global_batc
     settings = [{name: group[name] for name in SETTINGS & group.keys()} for group in optimizer.param_groups]
     try:
         optimizer.load_state_dict(state["optimizer"])
-    except ValueError as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"{path}: its optimizer does not fit --opt or --layer_decay ({error})") from error
     if lost := sorted(options - optimizer.param_groups[0].keys()):
         raise UsageError(f"{path}: its optimizer does not fit --opt, it has no {', '.join(lost)}")
     for group, own in zip(optimizer.param_groups, settings, strict=True):
         group.update(own)
     if state.get("scaler"):
-        scaler.load_state_dict(state["scaler"])
+        try:
+            scaler.load_state_dict(state["scaler"])
+        except (RuntimeError, KeyError, TypeError) as error:
+            raise UsageError(f"{path}: its loss scaler cannot be taken up ({error})") from error
     if "step" not in state:
         return state["epoch"] + 1, None
     partial = dict(state["partial"])
@@ -203,13 +260,15 @@ def load_training(path: Path, state: dict, model, optimizer, scaler, global_batc
     return state["epoch"], partial
 
 
-def prune(output_dir: str | os.PathLike, keep: int, epoch: float = math.inf, step: float = math.inf) -> None:
-    """Delete all but the newest `keep` finished epochs up to `epoch`, and all but the two newest of its steps.
+def prune(
+    output_dir: str | os.PathLike, keep: int, epoch: float = math.inf, step: float = math.inf, run: str | None = None
+) -> None:
+    """Delete a run's checkpoints but the newest `keep` finished epochs up to `epoch`, and its steps but the newest two.
 
-    Call it once the newest is safely on disk. Files beyond (epoch, step) are another run's, which this one was started
-    again before the end of: they neither count nor go. A finished epoch needs its steps no more.
+    Call it once the newest is safely on disk: a finished epoch needs its steps no more. Files of other runs, and those
+    beyond (epoch, step), which are damaged or to be done again, neither count nor go.
     """
-    found = [entry for entry in numbered(output_dir) if entry[:2] <= (epoch, step)]
+    found = [entry for entry in numbered(output_dir) if entry[:2] <= (epoch, step) and run_of(entry[2]) == run]
     finished = [path for _, steps, path in found if steps == math.inf]
     inside = [path for _, steps, path in found if steps < math.inf]
     for path in finished[max(keep, 1) :] + (inside if step == math.inf else inside[2:]):

@@ -3,7 +3,7 @@
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 
@@ -61,6 +61,23 @@ def broadcast(tensor: torch.Tensor) -> torch.Tensor:
     if dist.is_initialized():
         dist.broadcast(tensor, 0)
     return tensor
+
+
+def from_main_process(call: Callable[[], object]) -> object:
+    """What a function returns in the first process, in all of them; a UsageError of it is raised in all."""
+    result, error = None, None
+    if is_main_process():
+        try:
+            result = call()
+        except UsageError as raised:
+            error = str(raised)
+    if dist.is_initialized():
+        told = [result, error]
+        dist.broadcast_object_list(told)
+        result, error = told
+    if error is not None:
+        raise UsageError(error)
+    return result
 
 
 def all_gather(tensor: torch.Tensor) -> list[torch.Tensor]:

@@ -17,10 +17,7 @@ EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: run the same command again
 
 
 class Interrupted(SystemExit):
-    """A run was stopped by a signal, its state is on disk. Leaves the interpreter with EXIT_CODE."""
-
-    def __init__(self):
-        super().__init__(EXIT_CODE)
+    """A run was stopped by a signal."""
 
 
 class Interrupts:
@@ -73,20 +70,24 @@ class Interrupts:
         self._pending = dist.all_reduce(self._sum, group=self._group, async_op=True)
         return False
 
-    def leave(self) -> None:
-        """Once everything is on disk: hand the signal to whoever handled it before, such as submitit, and exit.
+    def leave(self, goes_on: bool) -> None:
+        """Hand the signal to whoever handled it before, such as submitit, and exit, in all processes together.
+
+        goes_on: whether, in the first process, the same command would go on from a checkpoint. Then the exit code is
+        EXIT_CODE, else that of a process which the signal has ended, 128 + its number.
 
         submitit's handler requeues the job from rank 0. The other ranks wait for the end that this brings, because an
         exit of theirs could take rank 0 down before it has asked for the requeue.
         """
+        code = torch.tensor(EXIT_CODE if goes_on else 128 + (self.received or signal.SIGTERM))
         if self._group is not None:
-            dist.barrier(group=self._group)  # the first process has written the checkpoint before any of them ends
+            dist.broadcast(code, 0, group=self._group)  # comes once the first process has written the checkpoint
         handler = self._previous.get(self.received or signal.SIGUSR2)
         if "SUBMITIT_EXECUTOR" in os.environ and callable(handler):
             handler(self.received or signal.SIGUSR2, None)
             if dist.is_initialized() and dist.get_rank() > 0:
                 time.sleep(60)
-        raise Interrupted
+        raise Interrupted(code.item())
 
 
 def ignore_signals(_worker_id: int = 0) -> None:

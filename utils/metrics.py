@@ -84,10 +84,7 @@ class LossGuard:
         bad = all_reduce_sum((self.first >= 0).int())
         if bad.item() > 0:
             where = f"in step {self.first.item()} of epoch {epoch}" if self.first >= 0 else f"in epoch {epoch}"
-            raise NonFiniteLoss(
-                f"the loss became NaN or infinite {where}; the last checkpoint is untouched. "
-                "Try a lower --blr, a longer --warmup_epochs, --clip_grad or --amp_dtype bfloat16"
-            )
+            raise NonFiniteLoss(f"the loss became NaN or infinite {where}")
 
 
 class Progress:
@@ -226,24 +223,23 @@ class RunLog:
     Args:
         output_dir: where log.txt goes.
         log_dir: where TensorBoard files go; output_dir by default.
-        start_epoch: lines of log.txt from this epoch on, left by an interrupted run, are dropped once it is redone.
-        share: part of that epoch that is done already, whose curves stay.
+        done: epochs that are done already, with the begun part of one. Curves beyond it, and lines of log.txt from its
+            epoch on, were left by an interrupted run, and go once this is redone.
         hparams: arguments by name, for TensorBoard's table of runs.
         wandb_run: what wandb.init returned: it gets the same curves and pictures.
     """
 
     def __init__(
-        self, output_dir: str, log_dir: str | None, start_epoch: int = 0, share: float = 0.0,
-        hparams: dict | None = None, wandb_run=None,
-    ):  # fmt: skip
+        self, output_dir: str, log_dir: str | None, done: float = 0.0, hparams: dict | None = None, wandb_run=None
+    ):
         self.path = Path(output_dir) / "log.txt" if output_dir and get_rank() == 0 else None
-        self.stale_from = start_epoch if self.path and self.path.exists() else None
+        self.stale_from = int(done) if self.path and self.path.exists() else None
         self.wandb_run, self.board = wandb_run, None
         log_dir = log_dir or output_dir
         if log_dir and get_rank() == 0:
-            done = round((start_epoch + share) * 1000)
+            step = round(done * 1000)
             # hides, in the same way, the curves beyond the point of the resume, but not those up to it
-            self.board = SummaryWriter(log_dir, purge_step=done + 1 if done else 0)
+            self.board = SummaryWriter(log_dir, purge_step=step + 1 if step else 0)
             # an exception or a signal would take the last two minutes of the curves along
             self.close_board = weakref.finalize(self, _close, self.board)
             if hparams:

@@ -9,6 +9,7 @@ import platform
 import re
 import secrets
 import shlex
+import shutil
 import socket
 import subprocess
 import sys
@@ -28,20 +29,24 @@ from .metrics import RunLog, finite
 
 log = logging.getLogger("fcmae")
 
+# arguments that change no result
+PLACES = {
+    *("output_dir", "log_dir", "job_dir", "auto_resume", "num_workers", "pin_mem", "local_rank", "world_size"),
+    *("dist_url", "device"),
+}
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def open_log(
-    args, device: torch.device, found: tuple[Path, dict] | None, start_epoch: int, share: float = 0.0
-) -> RunLog:
+def open_log(flags: dict, device: torch.device, run: str | None, resumed_from: Path | None, done: float) -> RunLog:
     """Add this start to output_dir/run.json and open log.txt, TensorBoard and, with --wandb, a run there.
 
     All processes call it together.
 
     Args:
-        found: the checkpoint that the run goes on from, as `checkpoint.find` returned it.
-        start_epoch: epoch that the run goes on with.
-        share: part of that epoch that the checkpoint has done already.
+        flags: the script's arguments by name.
+        run: the run's id.
+        resumed_from: the checkpoint that the run goes on from.
+        done: epochs that it has done already, with the begun part of one.
 
     Raises:
         UsageError: wandb refuses to start a run.
@@ -49,16 +54,55 @@ def open_log(
     machines = gather((socket.gethostname(), device_name(device)))
     if not is_main_process():
         return RunLog("", None)
-    start = describe(args, machines) | {"resumed_from": found and str(found[0]), "start_epoch": start_epoch}
-    starts, wandb_run = read(args.output_dir), None
-    if args.wandb:
-        earlier = [s["wandb"]["id"] for s in starts if s.get("wandb", {}).get("project") == args.wandb]
+    output_dir, log_dir, project = flags["output_dir"], flags["log_dir"], flags["wandb"]
+    start = describe(flags, machines) | {"run": run, "launch": launch(), "start_epoch": int(done)}
+    start["resumed_from"] = resumed_from and str(resumed_from)
+    starts, wandb_run = read(output_dir), None
+    if project:
+        earlier = [s["wandb"]["id"] for s in starts if s.get("wandb", {}).get("project") == project]
         # where there is no checkpoint to go on from, the curves begin anew
-        run_id = earlier[-1] if earlier and found else secrets.token_hex(4)
-        start["wandb"] = {"project": args.wandb, "id": run_id}
-        wandb_run = start_wandb(args.wandb, run_id, args.log_dir or args.output_dir, start["args"])
-    write(args.output_dir, [*starts, start])
-    return RunLog(args.output_dir, args.log_dir, start_epoch, share, start["args"], wandb_run)
+        wandb_id = earlier[-1] if earlier and resumed_from else new_id()
+        start["wandb"] = {"project": project, "id": wandb_id}
+        wandb_run = start_wandb(project, wandb_id, log_dir or output_dir, start["args"])
+    write(output_dir, [*starts, start])
+    return RunLog(output_dir, log_dir, done, start["args"], wandb_run)
+
+
+def new_id() -> str:
+    return secrets.token_hex(4)
+
+
+def launch() -> str:
+    """What stays the same when a launcher starts a run again: the SLURM job, or torchrun's process."""
+    return os.environ.get("SLURM_JOB_ID") or f"{socket.gethostname()}:{os.getppid()}"
+
+
+def restarted(last: dict) -> bool:
+    """Whether a launcher has started this process again, after an attempt that added the entry `last` to run.json."""
+    counts = (os.environ.get(name, "") for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
+    return any(count.isdecimal() and int(count) > 0 for count in counts) and last.get("launch") == launch()
+
+
+def same_command(last: dict, flags: dict) -> bool:
+    """Whether an entry of run.json was started with these arguments, but for those that say where and on what."""
+    then, now = (
+        {k: v for k, v in args.items() if k not in PLACES} for args in (last.get("args", {}), plain_arguments(flags))
+    )
+    return then == json.loads(json.dumps(now, default=str))
+
+
+def set_earlier_aside(output_dir: str, start_epoch: int) -> None:
+    """Keep what an earlier run recorded in the folder from being overwritten by a new one, which begins at an epoch."""
+    folder, starts = Path(output_dir), read(output_dir)
+    if not output_dir or not is_main_process() or not starts:
+        return
+    run = starts[-1].get("run") or "earlier"
+    if (lines := folder / "log.txt").exists():
+        shutil.copy2(lines, folder / f"log.{run}.txt")
+    for path in folder.glob("*-*.png"):
+        number = path.stem.rpartition("-")[2]
+        if number.isdecimal() and int(number) >= start_epoch:
+            os.replace(path, path.with_name(f"{path.stem}.{run}.png"))
 
 
 def record_end(output_dir: str, seconds: float, metrics: dict) -> None:
@@ -76,12 +120,17 @@ def gather(value: object) -> list:
     return values
 
 
-def describe(args, machines: list[tuple[str, str]]) -> dict:
+def plain_arguments(flags: dict) -> dict:
+    """Arguments as JSON can hold them."""
+    return {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in flags.items()}
+
+
+def describe(flags: dict, machines: list[tuple[str, str]]) -> dict:
     """Command, arguments, time, versions, revision of the code, and the machines: (host, device) of every process."""
     hosts, devices = zip(*machines, strict=True)
     return {
         "command": shlex.join(sys.orig_argv),
-        "args": {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in vars(args).items()},
+        "args": plain_arguments(flags),
         "started": now(),
         "hosts": list(dict.fromkeys(hosts)),
         "devices": dict(Counter(devices)),

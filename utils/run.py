@@ -1,56 +1,259 @@
-"""What the epochs of a run share beside model and data, and what happens between two of its optimizer steps."""
+"""One training run: what it goes on from, its epochs, its records and checkpoints, and how it ends."""
 
+import contextlib
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
 
 import torch
+from timm.utils import ModelEmaV3
+from torch import nn
+from torchvision.utils import save_image
 
+from . import checkpoint, record
+from .amp import Amp
+from .args import prepared_output_dir
+from .distributed import all_reduce_sum, from_main_process, is_main_process
+from .errors import NonFiniteLoss, UsageError
 from .interrupts import Interrupts
-from .metrics import EpochTracker, RunLog
+from .lock import OutputLock
+from .metrics import EpochTracker, RunLog, duration, speed
 
 log = logging.getLogger("fcmae")
 
+BEST_NAMES = {"": "checkpoint-best.pth", "_ema": checkpoint.BEST_AVERAGE}
+NO_BEST = {"acc1": -1.0, "epoch": -1, "acc1_ema": -1.0, "epoch_ema": -1}
 
-@dataclass
+
+@contextlib.contextmanager
+def open_run(flags: dict, amp: Amp) -> Iterator["Run"]:
+    """A `Run` that owns its --output_dir and hears signals.
+
+    Raises:
+        UsageError: the folder cannot be written or is in use, or --resume cannot be read.
+        NonFiniteLoss: of the run, with the checkpoint that is good added to it.
+    """
+    with prepared_output_dir(flags["output_dir"]), OutputLock(flags["output_dir"]), Interrupts() as interrupts:
+        run = Run(flags, amp, interrupts)
+        try:
+            yield run
+        except NonFiniteLoss as error:
+            kept = f"{run.kept} is good, the same command goes on from it" if run.kept else "no checkpoint was saved"
+            rate = "blr" if flags["lr"] is None else "lr"
+            raise NonFiniteLoss(
+                f"{error}; {kept}. Try a lower --{rate}, a longer --warmup_epochs, --clip_grad or --amp_dtype bfloat16"
+            ) from error
+
+
 class Run:
-    """A training run as the engines see it.
+    """A training run. `begin` gives it what to train, `epochs` is its loop, `record` ends each epoch.
+
+    A run has an id, which its checkpoints and run.json carry. It goes on by itself from checkpoints of this id alone;
+    files of other runs in its folder stay, under another name where theirs is needed.
 
     Args:
-        log: where curves and records go.
-        seed: what everything random follows from.
-        partial: of an epoch that a checkpoint had begun, to go on inside it.
-        save: writes a checkpoint of (epoch, what `EpochTracker.partial` returned, or None); None: saves nothing.
-        save_steps: optimizer steps between such checkpoints; 0: only where a signal asks for one.
-        interrupts: to look at between steps.
+        flags: the script's arguments by name.
+
+    Attributes:
+        resume_from: the checkpoint that it goes on from, or None.
+        start_epoch: the first epoch still to be done, once `begin` was called.
+        kept: the newest checkpoint that is known to be good, or None.
     """
 
-    log: RunLog
-    seed: int = 0
-    partial: dict | None = None
-    save: Callable[[int, dict | None], None] | None = None
-    save_steps: int = 0
-    interrupts: Interrupts | None = None
+    def __init__(self, flags: dict, amp: Amp, interrupts: Interrupts | None = None):
+        self.flags, self.amp, self.interrupts = flags, amp, interrupts
+        self.seed, self.output_dir, self.start_epoch = flags["seed"], flags["output_dir"], flags["start_epoch"]
+        self.saves = bool(self.output_dir and flags["save_ckpt"])
+        self.log, self.best, self.epoch_progress = RunLog("", None), NO_BEST, None
+        self._content = None
+        self.id, self.new, path, self._position = from_main_process(self._choose)
+        self.resume_from = self.kept = Path(path) if path else None
+
+    def _choose(self) -> tuple[str | None, bool, str | None, tuple | None]:
+        """The run's id, whether it is a new one, and the checkpoint to go on from with its (epoch, step).
+
+        What a launcher starts again, and the same command started again, is the run that run.json tells of last, unless
+        --auto_resume false. It goes on from the newest checkpoint of its own, else from what it had gone on from.
+        """
+        file, found, run_id = self.flags["resume"], None, None
+        last = (record.read(self.output_dir) or [None])[-1]
+        if last is None:
+            if self.flags["auto_resume"] and self.output_dir and not file:
+                found = checkpoint.newest(self.output_dir)
+                run_id = found and found[1].get("run")
+        elif record.restarted(last) or (
+            self.flags["auto_resume"] and (not file or record.same_command(last, self.flags))
+        ):
+            run_id = last.get("run")
+            found = checkpoint.newest(self.output_dir, run_id)
+            begun_from = last.get("resumed_from")
+            if not found and begun_from and Path(begun_from).is_file():
+                found = Path(begun_from), checkpoint.read(begun_from)
+        new = found is None
+        if new:
+            run_id = record.new_id()
+            found = (Path(file), checkpoint.read(file)) if file else None
+        if not found:
+            return run_id, new, None, None
+        self._content = found[1]
+        return run_id, new, str(found[0]), (self._content.get("epoch"), self._content.get("step"))
+
+    def begin(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, loader, *, ema: ModelEmaV3 | None = None,
+        classes: list[str] | None = None, order: dict | None = None,
+    ) -> None:  # fmt: skip
+        """Take what is to be trained, and restore it where the run goes on.
+
+        Args:
+            loader: a `datasets.StepLoader`.
+            ema: the moving average of the model's weights.
+            classes: names of the classes by their number.
+            order: what the samples, their order and the sums of an epoch follow from, by what a user calls it.
+
+        Raises:
+            UsageError: a checkpoint of another model, optimizer, or data.
+        """
+        self.model, self.optimizer, self.loader, self.ema, self.classes = model, optimizer, loader, ema, classes
+        self.order = order or {}
+        if self.resume_from is None:
+            return
+        path, state = self.resume_from, self._content or self._read_as_told()
+        self._content = None
+        checkpoint.check_same_run(path, state, self.flags, classes, self.order)
+        if ema and not state.get("model_ema"):
+            raise UsageError(f"--model_ema true: {path} holds no moving average to continue")
+        self.start_epoch, self.epoch_progress = checkpoint.load_training(
+            path, state, model, optimizer, self.amp.scaler, loader.global_batch
+        )
+        if ema:
+            checkpoint.load_weights(ema.module, state["model_ema"], str(path))
+        self.best = NO_BEST | state.get("best", {})
+        log.info("resumed from %s, going on with epoch %d", path, self.start_epoch)
+
+    def _read_as_told(self) -> dict:
+        """The first process's choice, read by another one: a network file system may show it the file late."""
+        deadline = time.monotonic() + 60
+        while not self.resume_from.exists() and time.monotonic() < deadline:
+            time.sleep(1)
+        state = checkpoint.read(self.resume_from)
+        if (state.get("epoch"), state.get("step")) != self._position:
+            raise UsageError(f"{self.resume_from}: another file here than the first process has; start again")
+        return state
+
+    def epochs(self) -> Iterator[int]:
+        """The epochs still to be done. After each it saves where that is due, obeys a signal and tells an eta."""
+        total = self.flags["epochs"]
+        if self.start_epoch >= total:
+            log.info("nothing to do: all %d epochs are done; a larger --epochs goes on", total)
+            return
+        done = self.start_epoch + (self.epoch_progress["step"] / len(self.loader) if self.epoch_progress else 0.0)
+        if self.new:
+            record.set_earlier_aside(self.output_dir, self.start_epoch)
+        self.log = record.open_log(self.flags, self.amp.device, self.id, self.resume_from, done)
+        begun, self._rates = time.perf_counter(), []
+        for epoch in range(self.start_epoch, total):
+            yield epoch
+            saved = self.due(epoch, self.flags["save_ckpt_freq"])
+            if self.saves and saved:
+                self.save(epoch)
+            if self.interrupts is not None and self.interrupts.agreed(now=True):
+                if self.saves and not saved:
+                    self.save(epoch)
+                self._leave(f"epoch {epoch}")
+            left = (time.perf_counter() - begun) / (epoch + 1 - self.start_epoch) * (total - epoch - 1)
+            log.info("epoch %d: loss %.4f%s, run eta %s", epoch, self._loss, self._best_so_far(), duration(left))
+        self.log.close()
+        known = {f"best_{k}": v for k, v in self.best.items() if v >= 0}
+        record.record_end(self.output_dir, time.perf_counter() - begun, self._record | known)
+        log.info(
+            "done: %d epochs in %s%s, loss %.4f%s; %s",
+            len(self._rates), duration(time.perf_counter() - begun), speed(self._rates), self._loss,
+            self._best_so_far(), f"results in {self.output_dir}" if self.output_dir else "nothing saved",
+        )  # fmt: skip
+
+    def due(self, epoch: int, freq: int) -> bool:
+        """Whether something is to be done after this epoch that is done every `freq` of them, and after the last."""
+        return (epoch + 1) % freq == 0 or epoch + 1 == self.flags["epochs"]
+
+    def record(self, epoch: int, stats: dict[str, float], scores: dict[str, float]) -> None:
+        """Write an epoch's figures to log.txt and the curves, and save the weights if no epoch's scored as high.
+
+        stats: of training. scores: of an evaluation, where there was one; acc1 and acc1_ema tell what is best.
+        """
+        self._rates.append(stats.pop("images_per_second"))
+        self._loss = stats["loss"]
+        self.log.scalars(epoch + 1, **{f"test/{k}": v for k, v in scores.items()})
+        for suffix, name in BEST_NAMES.items():
+            if scores.get(f"acc1{suffix}", -1.0) > self.best[f"acc1{suffix}"]:
+                self.best = self.best | {f"acc1{suffix}": scores[f"acc1{suffix}"], f"epoch{suffix}": epoch}
+                if self.saves:
+                    self.save(epoch, name=name)
+        n_parameters = sum(p.numel() for p in self.model.parameters())
+        self._record = {f"train_{k}": v for k, v in stats.items()} | {f"test_{k}": v for k, v in scores.items()}
+        self._record |= {"epoch": epoch, "n_parameters": n_parameters}
+        self.log.epoch(self._record)
+
+    def picture(self, name: str, image: torch.Tensor, epoch: int) -> None:
+        """Show a picture (C, H, W) in 0..1 beside the curves, and keep it in output_dir."""
+        self.log.image(name, image, epoch + 1)
+        if self.output_dir:
+            save_image(image, Path(self.output_dir) / f"{name}-{epoch}.png")
 
     def tracker(self, names: tuple[str, ...], epoch: int, steps: int, device: torch.device) -> EpochTracker:
         """The tracker of an epoch; of the first one after a resume, it knows where that goes on."""
-        partial, self.partial = self.partial, None
-        return EpochTracker(names, epoch, steps, device, self.log, partial)
+        progress, self.epoch_progress = self.epoch_progress, None
+        return EpochTracker(names, epoch, steps, device, self.log, progress)
 
     def step_done(self, tracker: EpochTracker, step: int) -> None:
         """Save if it is time or a signal came, and leave if one came. All processes call it after every step."""
-        stop = self.interrupts is not None and self.interrupts.agreed()
-        due = self.save_steps and (step + 1) % self.save_steps == 0 and step + 1 < tracker.steps
-        if self.save and (stop or due):
+        stop, freq = self.interrupts is not None and self.interrupts.agreed(), self.flags["save_ckpt_steps"]
+        if self.saves and (stop or (freq and (step + 1) % freq == 0 and step + 1 < tracker.steps)):
+            tracker.guard.check(tracker.epoch)
             self.save(tracker.epoch, tracker.partial(step + 1))
         if stop:
-            log.warning("stopped after step %d of epoch %d; run the same command to go on", step + 1, tracker.epoch)
-            self.interrupts.leave()
+            self._leave(f"step {step + 1} of epoch {tracker.epoch}")
 
-    def epoch_done(self, epoch: int, saved: bool) -> None:
-        """After an epoch: leave if a signal came meanwhile, in an evaluation say, with the epoch on disk."""
-        if self.interrupts is not None and self.interrupts.agreed(now=True):
-            if self.save and not saved:
-                self.save(epoch, None)
-            log.warning("stopped after epoch %d; run the same command to go on", epoch)
-            self.interrupts.leave()
+    def save(self, epoch: int, progress: dict | None = None, name: str = "") -> None:
+        """Write a checkpoint, called checkpoint-{epoch}[-step{step}].pth without a name. All processes call it.
+
+        Raises:
+            NonFiniteLoss: the weights or their average are not finite; nothing is written then.
+        """
+        models = [self.model, self.ema.module] if self.ema else [self.model]
+        bad = not all(checkpoint.finite(m.state_dict()) for m in models)
+        if all_reduce_sum(torch.tensor(float(bad), device=self.amp.device)).item():
+            raise NonFiniteLoss(f"the weights became NaN or infinite in epoch {epoch}")
+        if not is_main_process():
+            return
+        more = {"run": self.id, "classes": self.classes, "best": self.best}
+        if self.ema:
+            more["model_ema"] = self.ema.module.state_dict()
+        if name == checkpoint.BEST_AVERAGE:  # what to evaluate, export and fine-tune, under whatever name
+            more["scored"] = "model_ema"
+        if progress:
+            more |= {"step": progress["step"], "partial": progress, "global_batch": self.loader.global_batch}
+            more["order"] = self.order
+        state = checkpoint.training_state(self.model, self.optimizer, self.amp.scaler, epoch, self.flags, **more)
+        saved = checkpoint.save_numbered(state, self.output_dir, self.flags["save_ckpt_num"], name)
+        self.kept = saved or self.kept
+
+    def _leave(self, where: str) -> None:
+        goes_on = self.saves and self.kept is not None
+        if goes_on:
+            more = "" if self.flags["auto_resume"] else " without --auto_resume false"
+            if "SUBMITIT_EXECUTOR" in os.environ:  # with %j in --job_dir it would begin anew in another folder
+                more += f" with --output_dir {self.output_dir}"
+            log.info("stopped after %s; run the same command%s to go on", where, more)
+        else:
+            log.info("stopped after %s; nothing was saved, so the same command begins anew", where)
+        self.interrupts.leave(goes_on)
+
+    def _best_so_far(self) -> str:
+        """For console lines: ', best acc1 ...', or '' before the first evaluation."""
+        best = self.best
+        if best["epoch"] < 0:
+            return ""
+        average = f" (EMA {best['acc1_ema']:.2f} in epoch {best['epoch_ema']})" if best["epoch_ema"] >= 0 else ""
+        return f", best acc1 {best['acc1']:.2f} in epoch {best['epoch']}{average}"

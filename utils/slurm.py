@@ -56,8 +56,7 @@ class Trainer:
         importlib.import_module(self.script).main(self.args)
 
     def checkpoint(self) -> submitit.helpers.DelayedSubmission:
-        """Requeue: main has written its state by now, and finds it again in output_dir, ahead of any --resume."""
-        self.args.resume, self.args.auto_resume = "", True
+        """Requeue: main has written its state by now, and finds it again in output_dir."""
         return submitit.helpers.DelayedSubmission(Trainer(self.script, self.args))
 
 
