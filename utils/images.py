@@ -23,6 +23,11 @@ WIDE_MODES = ("I", "I;16", "I;16B", "I;16L", "F")  # of Pillow, those beyond 8 b
 LUMINANCE = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601, as Pillow has it
 
 
+def hidden(name: str) -> bool:
+    """Whether a file or folder is one of those that notebooks, macOS and version control leave beside images."""
+    return name.startswith((".", "__MACOSX"))
+
+
 class BadImage(Exception):
     """An image file that cannot be decoded; the message names the file."""
 

@@ -81,7 +81,7 @@ def describe(args, machines: list[tuple[str, str]]) -> dict:
     hosts, devices = zip(*machines, strict=True)
     return {
         "command": shlex.join(sys.orig_argv),
-        "args": {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in vars(args).items()},
+        "args": {k: _plain(v) for k, v in vars(args).items()},
         "started": now(),
         "hosts": list(dict.fromkeys(hosts)),
         "devices": dict(Counter(devices)),
@@ -89,6 +89,13 @@ def describe(args, machines: list[tuple[str, str]]) -> dict:
         "versions": versions(),
         "git": git_revision(ROOT),
     }
+
+
+def _plain(value: object) -> object:
+    """What JSON and protocol buffers take: NaN by name, bytes of a path that are no text escaped."""
+    if isinstance(value, str):
+        return value.encode(errors="backslashreplace").decode()
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def now() -> str:
