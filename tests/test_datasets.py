@@ -5,7 +5,6 @@ import dataclasses
 import gc
 import io
 import itertools
-import logging
 import pickle
 import random
 import re
@@ -79,16 +78,6 @@ def assert_about_equal(found, expected):
     difference = np.abs(found.astype(int) - expected)
     assert difference.max() <= 2
     assert difference.mean() < 0.2
-
-
-@pytest.fixture
-def logs(caplog, monkeypatch):
-    """The log, whether or not a script run by another test has redirected it."""
-    log = logging.getLogger("fcmae")
-    monkeypatch.setattr(log, "handlers", [caplog.handler])
-    monkeypatch.setattr(log, "propagate", False)
-    caplog.set_level(logging.INFO, "fcmae")
-    return caplog
 
 
 @pytest.fixture

@@ -256,7 +256,7 @@ def open_tar(
     with main_process_first():
         index = open_index(tar_shards(path, EXTENSIONS) or [path], flag, EXTENSIONS)
     if not index.groups:
-        raise UsageError(f"{source}: not a tar of images (holds no {', '.join(EXTENSIONS)})")
+        raise UsageError(f"{source}: not a tar of images (holds no {', '.join(EXTENSIONS)}; unpack tars in it)")
     folders = [folder.split("/") if folder else [] for folder, *_ in index.groups]
     while labelled and all(len(x) > 1 and x[0] == folders[0][0] and x[0] not in (classes or ()) for x in folders):
         folders = [parts[1:] for parts in folders]

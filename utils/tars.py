@@ -102,7 +102,7 @@ def open_index(shards: list[str], flag: str, extensions: tuple[str, ...]) -> Tar
     folder = os.path.dirname(shards[0])
     names = [os.path.relpath(shard, folder) for shard in shards]
     try:
-        stamp = [(status.st_size, status.st_mtime_ns) for status in map(os.stat, shards)]
+        stamp = [(status.st_ino, status.st_size, status.st_mtime_ns) for status in map(os.stat, shards)]
     except OSError as error:
         raise UsageError(f"{flag} {error.filename}: {error.strerror}") from error
     stamp = json.dumps([VERSION, extensions, names, stamp])
