@@ -39,7 +39,7 @@ from utils.args import check_image_arguments, given
 from utils.crops import Box, crop, crop_batch, draw_box, draw_shift
 from utils.distributed import check_same, get_rank, get_world_size, main_process_first
 from utils.errors import UsageError, suggest
-from utils.files import EXTENSIONS, ClassFolders, ImageFiles, ImageList, ImageTree, TimmFiles, class_names, open_tar
+from utils.files import ClassFolders, ImageFiles, ImageList, ImageTree, TimmFiles, class_names, open_tar
 from utils.images import BadImage, load_image, to_tensor
 from utils.interrupts import ignore_signals
 from utils.memory import CropsInMemory, InMemory, with_transform
@@ -302,7 +302,7 @@ def build_pretrain_dataset(args) -> Dataset:
                     f"--data_path {args.data_path}: has no folder 'train'; "
                     "for any folder of images give --data_set image_folder"
                 )
-        if tar_shards(root, EXTENSIONS):
+        if tar_shards(root):
             dataset = open_tar(root, "--data_path", args.in_chans, labelled=False)
         else:
             dataset = ImageTree(root, "--data_path", None, args.in_chans, args.index_cache)
@@ -350,7 +350,7 @@ def labelled_files(is_train: bool, args, classes: list[str] | None = None) -> Im
     """The files of --data_set IMNET or image_folder, without a transform; `classes` as for `build_dataset`."""
     file, flag = (args.train_list, "--train_list") if is_train else (args.eval_list, "--eval_list")
     if not is_train and classes is None and args.data_path:
-        if args.train_list or tar_shards(_class_root(True, args)[0], EXTENSIONS):
+        if args.train_list or tar_shards(_class_root(True, args)[0]):
             classes = labelled_files(True, args).classes
         elif os.path.isdir(_class_root(True, args)[0]):
             classes = class_names(*_class_root(True, args))
@@ -358,7 +358,7 @@ def labelled_files(is_train: bool, args, classes: list[str] | None = None) -> Im
         root = args.data_path if is_train else args.eval_data_path or args.data_path
         return ImageList(file, flag, root, classes or [], args.in_chans, args.nb_classes)
     root, flag = _class_root(is_train, args)
-    if tar_shards(root, EXTENSIONS):
+    if tar_shards(root):
         return open_tar(root, flag, args.in_chans, classes, nb_classes=args.nb_classes)
     return ClassFolders(root, flag, None, classes, args.in_chans, args.index_cache)
 

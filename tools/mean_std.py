@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from utils.args import ArgumentParser, add_bool
 from utils.errors import UsageError, run
-from utils.files import EXTENSIONS, ImageTree, open_tar
+from utils.files import ImageTree, open_tar
 from utils.images import BadImage
 from utils.tars import tar_shards
 
@@ -77,7 +77,7 @@ def main() -> None:
     for name in ("in_chans", "max_images", "num_workers"):
         if getattr(args, name) < (name == "in_chans"):
             raise UsageError(f"--{name} {getattr(args, name)}: must be at least {int(name == 'in_chans')}")
-    if tar_shards(args.data_path, EXTENSIONS):
+    if tar_shards(args.data_path):
         images = open_tar(args.data_path, "--data_path", args.in_chans, labelled=False)
     else:
         images = ImageTree(args.data_path, "--data_path", None, args.in_chans, args.index_cache)

@@ -17,13 +17,12 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from .distributed import main_process_first
 from .errors import UsageError, suggest
-from .images import ARRAY_EXTENSIONS, BadImage, decode, hidden, load_tensor
+from .images import EXTENSIONS, BadImage, decode, hidden, load_tensor
 from .index import list_files
-from .tars import open_index, tar_shards
+from .tars import TarIndex, open_index, tar_shards
 
 log = logging.getLogger("fcmae")
 
-EXTENSIONS = (*IMG_EXTENSIONS, *ARRAY_EXTENSIONS)
 MANY_CLASSES = 1000  # beyond which a list of fewer images holds ids, not numbers of classes
 LINE = "a line is the path of an image, then, after a tab, a space or a comma, its label"
 
@@ -254,7 +253,7 @@ def open_tar(
     """
     source = f"{flag} {path}"
     with main_process_first():
-        index = open_index(tar_shards(path, EXTENSIONS) or [path], flag, EXTENSIONS)
+        index = open_index(tar_shards(path) or [path], flag)
     if not index.groups:
         raise UsageError(f"{source}: not a tar of images (holds no {', '.join(EXTENSIONS)}; unpack tars in it)")
     folders = [folder.split("/") if folder else [] for folder, *_ in index.groups]
@@ -268,14 +267,15 @@ def open_tar(
         skipped = (is_array and without_arrays) or (labelled and names[-1] is None)
         keys.append(None if skipped else (names[-1], folder) if labelled else ())
     ranks = {key: i for i, key in enumerate(sorted(set(keys) - {None}))}
-    ranks = np.array([ranks.get(key, -1) for key in keys])[index.group]
-    images = index.take(np.argsort(ranks, kind="stable")[np.count_nonzero(ranks < 0) :])
+    ranks = np.array([ranks.get(key, -1) for key in keys])[index.rows["group"]]
+    rows = index.rows[np.argsort(ranks, kind="stable")[np.count_nonzero(ranks < 0) :]]
+    images = TarIndex(index.shards, index.groups, rows, index.names)
     dataset = TarFiles(images, [0] * len(images), None, in_chans)
     if not labelled:
         return dataset
     if not images:
         raise UsageError(f"{source}: holds no labels; a labelled image is CLASS/NAME.jpg, or NAME.jpg beside NAME.cls")
-    names = [names[group] for group in images.group.tolist()]
+    names = [names[group] for group in rows["group"].tolist()]
     if by_label:
         if "" in names:
             raise UsageError(f"{source}: {images[names.index('')]} has no .cls file, as others have")
