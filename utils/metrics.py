@@ -246,7 +246,7 @@ class RunLog:
             try:
                 self.board = SummaryWriter(log_dir, purge_step=done + 1 if done else 0)
             except UnicodeEncodeError as error:
-                raise UsageError(f"{log_dir}: TensorBoard writes to UTF-8 paths alone; give such a --log_dir") from error
+                raise UsageError(f"{log_dir}: TensorBoard writes to UTF-8 paths alone; give a --log_dir") from error
             # an exception or a signal would take the last two minutes of the curves along
             self.close_board = weakref.finalize(self, _close, self.board)
             if hparams:
