@@ -426,7 +426,8 @@ TAR_CHANGES = {
 
 @pytest.mark.parametrize("change", TAR_CHANGES)
 def test_changes_of_tars_are_seen(tars, reads, change):
-    open_tar(str(tars / "shards"), "--data_path", 3)
+    before = open_tar(str(tars / "shards"), "--data_path", 3).paths
+    assert all(before.read(i) for i in range(len(before)))  # the tars are open
     TAR_CHANGES[change](tars / "shards")
     del reads[:]
     found = open_tar(str(tars / "shards"), "--data_path", 3)
