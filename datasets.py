@@ -45,6 +45,7 @@ from utils.interrupts import ignore_signals
 from utils.memory import CropsInMemory, InMemory, with_transform
 from utils.seeding import seed_cpu, seed_words
 from utils.shapes import Shapes
+from utils.tars import tar_shards
 
 log = logging.getLogger("fcmae")
 
@@ -60,7 +61,7 @@ NORMALISATION = {"mean", "std", "imagenet_default_mean_and_std"}
 SMALL = 32  # at this input size and below, a random resized crop of fine-tuning would leave nothing to see
 TIMM_SCHEMES = ("wds/", "hfds/", "hfids/", "tfds/", "torch/")
 DATA_SETS_HELP = (
-    "IMNET (data_path/train and /val as 1000 class folders), image_folder (or a .tar of one), CIFAR (CIFAR-100), "
+    "IMNET (data_path/train and /val as 1000 class folders), image_folder (or .tar shards), CIFAR (CIFAR-100), "
     "CIFAR10, shapes (drawn, nothing to download), or a name with a scheme that timm's create_dataset knows: hfds/, "
     "torch/, or a stream, whose order depends on --num_workers and is not kept in a resume inside an epoch: wds/, tfds/"
 )
@@ -301,8 +302,8 @@ def build_pretrain_dataset(args) -> Dataset:
                     f"--data_path {args.data_path}: has no folder 'train'; "
                     "for any folder of images give --data_set image_folder"
                 )
-        if root.endswith(".tar"):
-            dataset = open_tar(root, "--data_path", args.in_chans)
+        if tar_shards(root):
+            dataset = open_tar(root, "--data_path", args.in_chans, labelled=False)
         else:
             dataset = ImageTree(root, "--data_path", None, args.in_chans, args.index_cache)
     settle_depth(dataset, args)
@@ -345,11 +346,11 @@ def build_dataset(is_train: bool, args, classes: list[str] | None = None) -> tup
     return dataset, nb_classes
 
 
-def labelled_files(is_train: bool, args, classes: list[str] | None = None) -> ImageFiles | TimmFiles:
+def labelled_files(is_train: bool, args, classes: list[str] | None = None) -> ImageFiles:
     """The files of --data_set IMNET or image_folder, without a transform; `classes` as for `build_dataset`."""
     file, flag = (args.train_list, "--train_list") if is_train else (args.eval_list, "--eval_list")
     if not is_train and classes is None and args.data_path:
-        if args.train_list:
+        if args.train_list or tar_shards(_class_root(True, args)[0]):
             classes = labelled_files(True, args).classes
         elif os.path.isdir(_class_root(True, args)[0]):
             classes = class_names(*_class_root(True, args))
@@ -357,8 +358,8 @@ def labelled_files(is_train: bool, args, classes: list[str] | None = None) -> Im
         root = args.data_path if is_train else args.eval_data_path or args.data_path
         return ImageList(file, flag, root, classes or [], args.in_chans, args.nb_classes)
     root, flag = _class_root(is_train, args)
-    if root.endswith(".tar"):
-        return open_tar(root, flag, args.in_chans, classes)
+    if tar_shards(root):
+        return open_tar(root, flag, args.in_chans, classes, nb_classes=args.nb_classes)
     return ClassFolders(root, flag, None, classes, args.in_chans, args.index_cache)
 
 

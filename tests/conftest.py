@@ -1,5 +1,6 @@
 """Shared fixtures: small runs of the entry scripts on the drawn data set."""
 
+import logging
 import os
 import subprocess
 import sys
@@ -26,6 +27,16 @@ def cache_home(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture
+def logs(caplog, monkeypatch):
+    """The log, whether or not a script run by another test has redirected it."""
+    log = logging.getLogger("fcmae")
+    monkeypatch.setattr(log, "handlers", [caplog.handler])
+    monkeypatch.setattr(log, "propagate", False)
+    caplog.set_level(logging.INFO, "fcmae")
+    return caplog
 
 
 @pytest.fixture(scope="session")

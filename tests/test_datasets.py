@@ -5,10 +5,12 @@ import dataclasses
 import gc
 import io
 import itertools
-import logging
+import json
+import os
 import pickle
 import random
 import re
+import shutil
 import sys
 import tarfile
 from collections import Counter
@@ -33,7 +35,7 @@ import datasets
 import main_finetune
 import main_pretrain
 from datasets import BadImage, ClassFolders, EvalSamples, ImageTree, StepSampler, TrainSamples
-from tests.small_runs import load, records, same
+from tests.small_runs import COMMON, STEPS, killed_after, load, records, same
 from tools import benchmark_loader, mean_std
 from utils import memory
 from utils.crops import Box, crop, draw_box
@@ -79,16 +81,6 @@ def assert_about_equal(found, expected):
     difference = np.abs(found.astype(int) - expected)
     assert difference.max() <= 2
     assert difference.mean() < 0.2
-
-
-@pytest.fixture
-def logs(caplog, monkeypatch):
-    """The log, whether or not a script run by another test has redirected it."""
-    log = logging.getLogger("fcmae")
-    monkeypatch.setattr(log, "handlers", [caplog.handler])
-    monkeypatch.setattr(log, "propagate", False)
-    caplog.set_level(logging.INFO, "fcmae")
-    return caplog
 
 
 @pytest.fixture
@@ -998,6 +990,117 @@ def test_tars_end_to_end(scripts, tmp_path):
     assert "(22 images)" in result.out
     result = scripts.finetune(*flags)  # folders are numbered by the classes in the tar
     assert "(22 images)" in result.out, result.err
+
+
+def shards_of(root, folder, count=3):
+    """The files of a folder, spread over a folder of tars."""
+    for i, path in enumerate(sorted(folder.rglob("*.png"))):
+        root.mkdir(exist_ok=True)
+        with tarfile.open(root / f"{i % count}.tar", "a") as tar:
+            tar.add(path, path.relative_to(folder))
+    return root
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
+def test_training_on_shards_gives_the_bits_of_files(scripts, tmp_path, stage):
+    """Also when it is stopped inside an epoch and goes on, and with loader processes."""
+    train, val = (shards_of(tmp_path / folder.name, folder) for folder in (scripts.train, scripts.val))
+    flags = ("--data_path", train, *(["--eval_data_path", f"{val}/*.tar"] if stage == "finetune" else []))
+    common = ("--epochs", 2, "--save_ckpt_steps", 3)
+    script = getattr(scripts, stage)
+    assert script(*common, "--output_dir", tmp_path / "files").code == 0
+    with killed_after(STEPS + 4):
+        script(*common, *flags, "--output_dir", tmp_path / "tars")
+    result = script(*common, *flags, "--output_dir", tmp_path / "tars", "--num_workers", 2)
+    assert "resumed from" in result.out, result.err
+    assert same(*(load(tmp_path / name / "checkpoint-1.pth")["model"] for name in ("files", "tars")))
+    scores = [records(tmp_path / name)[-1].get("test_loss") for name in ("files", "tars")]
+    assert scores[0] == scores[1]
+
+
+def test_shards_are_evaluated_by_the_classes_of_training(scripts, tmp_path):
+    """Of shards, folders or lists, whichever was trained on."""
+    train = shards_of(tmp_path / "train", scripts.train)
+    few = shards_of(tmp_path / "few", scripts.val / "c2")
+    with pytest.raises(UsageError, match=r"few: holds no labels"):
+        datasets.labelled_files(True, finetune_args(data_set="image_folder", data_path=few))
+    with tarfile.open(tmp_path / "few.tar", "w") as tar:
+        tar.add(scripts.val / "c2", "c2")
+    for path in (train, scripts.train):
+        args = finetune_args(data_set="image_folder", data_path=path, eval_data_path=tmp_path / "few.tar")
+        found = datasets.labelled_files(False, args)
+        assert (found.classes, set(found.targets)) == (["c0", "c1", "c2", "c3"], {2})
+    args = finetune_args(data_set="IMNET", data_path=tmp_path)
+    assert len(datasets.build_pretrain_dataset(pretrain_args(data_set="IMNET", data_path=tmp_path))) == 40
+    with pytest.raises(UsageError, match="4 class folders, --data_set IMNET has 1000"):
+        datasets.build_dataset(True, args)
+
+
+def test_ranks_make_one_index_of_tars(tmp_path, monkeypatch):
+    """The first process goes first, the others find it."""
+    entered = []
+
+    @contextlib.contextmanager
+    def first():
+        entered.append(not list(tmp_path.glob(".fcmae*")))
+        yield
+        entered.append(bool(list(tmp_path.glob(".fcmae*"))))
+
+    monkeypatch.setattr("utils.files.main_process_first", first)
+    save(picture(8, 8), tmp_path / "x/a/0.png")
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        tar.add(tmp_path / "x", "x")
+    datasets.open_tar(str(tmp_path / "x.tar"), "--data_path", 3)
+    assert entered == [True, True]
+
+
+def test_mean_and_deviation_of_shards(scripts, tmp_path, capsys, monkeypatch):
+    printed = []
+    for path in (scripts.train, shards_of(tmp_path / "train", scripts.train)):
+        monkeypatch.setattr(sys, "argv", ["mean_std.py", "--data_path", str(path), "--num_workers", "0"])
+        mean_std.main()
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1] != ""
+
+
+def test_hidden_folders_are_no_classes(scripts, tmp_path):
+    for split, folder in (("train", scripts.train), ("val", scripts.val)):
+        shutil.copytree(folder, tmp_path / split)
+        (tmp_path / split / ".ipynb_checkpoints").mkdir()
+    save(picture(24, 24), tmp_path / "train/.ipynb_checkpoints/0.png")
+    save(picture(24, 24), tmp_path / "train/c0/.ipynb_checkpoints/0.png")
+    (tmp_path / "train/c0/._0.png").write_text("Mac OS X")
+    flags = ("--data_path", tmp_path / "train", "--eval_data_path", tmp_path / "val", "--epochs", 1)
+    result = scripts.finetune(*flags, "--warmup_epochs", 0)
+    assert "40 images of 4 classes" in result.out, result.err
+    assert "unreadable" not in result.out
+    args = finetune_args(data_set="image_folder", data_path=tmp_path / "train", eval_data_path=tmp_path / "val")
+    assert datasets.labelled_files(False, args).classes == ["c0", "c1", "c2", "c3"]
+
+
+def test_paths_that_are_no_text(scripts, script, tmp_path):
+    """They are shown with escapes wherever something is shown."""
+    root = tmp_path / os.fsdecode(b"caf\xe9")
+    try:
+        shutil.copytree(scripts.train, root / "train")
+    except OSError:
+        pytest.skip("a file system that refuses such names")
+    (root / "train/c0" / os.fsdecode(b"\xe9.png")).write_text("no image")
+    (root / "list.txt").write_bytes(b"".join(os.fsencode(path) + b"\tx\n" for path in (root / "train").rglob("*.png")))
+    for more in ((), ("--train_list", root / "list.txt")):
+        words = [*COMMON.split(), "--data_path", root / "train", "--epochs", 1, "--warmup_epochs", 0, *more]
+        words += ["--output_dir", root / "out", "--auto_resume", "false", "--decoder_embed_dim", 16]
+        result = script("main_pretrain.py", *words)
+        assert (result.returncode, len(result.stderr.splitlines())) == (2, 1), result.stderr
+        assert r"caf\udce9/out: TensorBoard writes to UTF-8 paths alone; give a --log_dir" in result.stderr
+        words += ["--log_dir", tmp_path / "curves"]
+        result = script("main_pretrain.py", *words, env={"PYTHONIOENCODING": "utf-8:strict"})
+        assert result.returncode == 0, result.stderr
+        assert "unreadable image, the next one takes its place: " in result.stdout
+        assert r"caf\udce9/train/c0/\udce9.png" in result.stdout
+        assert "Logging error" not in result.stderr
+    start = json.loads((root / "out/run.json").read_text())["starts"][0]
+    assert start["args"]["data_path"] == rf"{tmp_path}/caf\udce9/train"
 
 
 def test_hugging_faces_package_has_the_name_of_this_module(tmp_path, monkeypatch):

@@ -2,7 +2,6 @@
 
 import gc
 import json
-import logging
 import math
 import re
 from argparse import Namespace
@@ -31,16 +30,6 @@ from utils.metrics import Averages, EpochTracker, LossGuard, Progress, RunLog, d
 
 CPU = torch.device("cpu")
 NAN = float("nan")
-
-
-@pytest.fixture
-def logs(caplog, monkeypatch):
-    """The log, whether or not a script run by another test has redirected it."""
-    log = logging.getLogger("fcmae")
-    monkeypatch.setattr(log, "handlers", [caplog.handler])
-    monkeypatch.setattr(log, "propagate", False)
-    caplog.set_level(logging.INFO, "fcmae")
-    return caplog
 
 
 @pytest.fixture

@@ -15,10 +15,11 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from datasets import ImageTree
 from utils.args import ArgumentParser, add_bool
 from utils.errors import UsageError, run
+from utils.files import ImageTree, open_tar
 from utils.images import BadImage
+from utils.tars import tar_shards
 
 
 class Moments(Dataset):
@@ -76,7 +77,10 @@ def main() -> None:
     for name in ("in_chans", "max_images", "num_workers"):
         if getattr(args, name) < (name == "in_chans"):
             raise UsageError(f"--{name} {getattr(args, name)}: must be at least {int(name == 'in_chans')}")
-    images = ImageTree(args.data_path, "--data_path", None, args.in_chans, args.index_cache)
+    if tar_shards(args.data_path):
+        images = open_tar(args.data_path, "--data_path", args.in_chans, labelled=False)
+    else:
+        images = ImageTree(args.data_path, "--data_path", None, args.in_chans, args.index_cache)
     if 0 < args.max_images < len(images):
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
         images = Subset(images, order[: args.max_images].tolist())

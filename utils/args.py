@@ -112,7 +112,7 @@ def add_shared_arguments(
     group.add_argument("--weight_decay", type=float, default=0.05, help="weight decay of kernels and matrices")
 
     group = parser.add_argument_group("data")
-    group.add_argument("--data_path", default=None, help="folder of the training data")
+    group.add_argument("--data_path", default=None, help="folder of training images, or of .tar shards; a .tar; a glob")
     group.add_argument("--data_set", default="IMNET", help=data_sets)
     list_help = "file with an image per line: its path below --data_path, and after a tab, space or comma its label"
     group.add_argument("--train_list", default=None, help=list_help)

@@ -1,5 +1,6 @@
 """Process group set-up, helpers that also work in a single process, and rank-aware logging."""
 
+import contextlib
 import logging
 import os
 import sys
@@ -106,6 +107,8 @@ def check_same(count: int, what: str) -> None:
 def setup_logging() -> None:
     """Log to stdout: everything from the first process, warnings and worse, with their rank, from the others."""
     rank = get_rank()
+    with contextlib.suppress(AttributeError):  # a stream that is no file
+        sys.stdout.reconfigure(errors="backslashreplace")  # paths need not be text
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(logging.Formatter("%(message)s" if rank == 0 else f"[rank {rank}] %(message)s"))
     log.handlers[:] = [handler]

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from .errors import UsageError
 
@@ -19,8 +20,14 @@ except ImportError:  # announced for a later torchvision: Pillow then reads JPEG
     decode_jpeg = None
 
 ARRAY_EXTENSIONS = (".npy", ".npz")
+EXTENSIONS = (*IMG_EXTENSIONS, *ARRAY_EXTENSIONS)
 WIDE_MODES = ("I", "I;16", "I;16B", "I;16L", "F")  # of Pillow, those beyond 8 bits
 LUMINANCE = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601, as Pillow has it
+
+
+def hidden(name: str) -> bool:
+    """Whether a file or folder is one of those that notebooks, macOS and version control leave beside images."""
+    return name.startswith((".", "__MACOSX"))
 
 
 class BadImage(Exception):

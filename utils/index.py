@@ -8,14 +8,17 @@ import tempfile
 import time
 from pathlib import Path
 
-VERSION = 1
+from .images import hidden
+
+VERSION = 2
 FRESH = 2_000_000_000  # nanoseconds; a folder changed so recently may change again without its time telling
 
 
 def list_files(root: str, extensions: tuple[str, ...], cache: bool = True) -> dict[str, list[str]]:
     """Every folder below `root`, by its path from there ("" for itself), with the sorted names of its files.
 
-    Only files with one of the extensions, in any case, count; links are followed, except back to where they are.
+    Only files with one of the extensions, in any case, count, and nothing hidden; links are followed, except back to
+    where they are.
 
     cache: keep the list below $XDG_CACHE_HOME (~/.cache), and take it from there while each folder's time of change is
     what it was, as added, removed and renamed files change it. A cache that cannot be read or written does no harm.
@@ -51,6 +54,8 @@ def _scan(root: str, extensions: tuple[str, ...]) -> dict[str, tuple[int, list[s
         names = []
         with os.scandir(path) as entries:
             for entry in entries:
+                if hidden(entry.name):
+                    continue
                 if entry.is_dir():
                     waiting.append((os.path.join(folder, entry.name), above | {this}))
                 elif entry.name.lower().endswith(extensions):

@@ -17,7 +17,7 @@ from torch.utils.tensorboard.summary import hparams as hparams_summaries
 from torchvision.transforms.functional import to_pil_image
 
 from .distributed import all_gather, all_reduce_sum, get_rank, get_world_size
-from .errors import NonFiniteLoss
+from .errors import NonFiniteLoss, UsageError
 
 log = logging.getLogger("fcmae")
 
@@ -239,7 +239,10 @@ class RunLog:
         if log_dir and get_rank() == 0:
             step = round(done * 1000)
             # hides, in the same way, the curves beyond the point of the resume, but not those up to it
-            self.board = SummaryWriter(log_dir, purge_step=step + 1 if step else 0)
+            try:
+                self.board = SummaryWriter(log_dir, purge_step=step + 1 if step else 0)
+            except UnicodeEncodeError as error:
+                raise UsageError(f"{log_dir}: TensorBoard writes to UTF-8 paths alone; give a --log_dir") from error
             # an exception or a signal would take the last two minutes of the curves along
             self.close_board = weakref.finalize(self, _close, self.board)
             if hparams:

@@ -122,7 +122,7 @@ def gather(value: object) -> list:
 
 def plain_arguments(flags: dict) -> dict:
     """Arguments as JSON can hold them."""
-    return {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in flags.items()}
+    return {k: _plain(v) for k, v in flags.items()}
 
 
 def describe(flags: dict, machines: list[tuple[str, str]]) -> dict:
@@ -138,6 +138,13 @@ def describe(flags: dict, machines: list[tuple[str, str]]) -> dict:
         "versions": versions(),
         "git": git_revision(ROOT),
     }
+
+
+def _plain(value: object) -> object:
+    """What JSON and protocol buffers take: NaN by name, bytes of a path that are no text escaped."""
+    if isinstance(value, str):
+        return value.encode(errors="backslashreplace").decode()
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def now() -> str:

@@ -1,0 +1,175 @@
+"""Images in `.tar` shards, read at random by an index of where each lies, which is made once and kept."""
+
+import glob
+import hashlib
+import json
+import logging
+import os
+import tarfile
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import lru_cache, partial
+from pathlib import Path
+
+import numpy as np
+
+from .errors import UsageError
+from .images import ARRAY_EXTENSIONS, EXTENSIONS, BadImage, hidden
+
+log = logging.getLogger("fcmae")
+
+TARS = (".tar", ".tar.gz", ".tgz")  # compressed ones to be refused by name
+COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")
+ROW = [("shard", "i4"), ("start", "i8"), ("size", "i8"), ("group", "i4"), ("name", "i8"), ("length", "i4")]
+opened = lru_cache(256)(partial(open, mode="rb", buffering=0))  # of many shards, not all at a time
+
+
+def tar_shards(path: str) -> list[str]:
+    """The tars that a path means: a file, those of a glob, or of a folder without images and folders; else none."""
+    if not os.path.isdir(path):
+        found = [path] if os.path.isfile(path) else sorted(filter(os.path.isfile, glob.glob(path, recursive=True)))
+        return found or [path] * path.endswith(TARS)
+    found = []
+    for entry in os.scandir(path):
+        if not hidden(entry.name):
+            if entry.is_dir() or entry.name.lower().endswith(EXTENSIONS):
+                return []
+            found += [entry.path] * entry.name.endswith(TARS)
+    return sorted(found)
+
+
+class TarIndex(Sequence):
+    """The images of some tars: index[i] is the path of one, `index.read(i)` its content.
+
+    Attributes:
+        groups: what images have in common: their folder; their label, from the `.cls` file of the same key, as in a
+            WebDataset, or ""; whether they are arrays.
+        rows: a `ROW` for each image: what loader processes hold in place of a million objects. Its name is a part of
+            names, the rest lies in its shard.
+    """
+
+    def __init__(self, shards: list[str], groups: list[tuple[str, str, bool]], rows: np.ndarray, names: np.ndarray):
+        self.shards, self.groups, self.rows, self.names = shards, groups, rows, names
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, i: int) -> str:
+        shard, *_, start, length = self.rows[i].item()
+        return os.path.join(self.shards[shard], os.fsdecode(self.names[start : start + length].tobytes()))
+
+    def read(self, i: int) -> bytes:
+        """A file's content. Loader processes may share an open shard: pread has no position. Raises BadImage."""
+        shard, start, size, *_ = self.rows[i].item()
+        try:
+            content = os.pread(opened(self.shards[shard]).fileno(), size, start)
+        except OSError as error:
+            raise BadImage(f"{self[i]}: {error.strerror}") from error
+        if len(content) < size:
+            raise BadImage(f"{self[i]}: the tar was cut short since the start")
+        return content
+
+
+def open_index(shards: list[str], flag: str) -> TarIndex:
+    """The images of some tars, sorted by name. Their index is kept, while no tar changes, beside the first.
+
+    Where that folder cannot be written, it is kept below $XDG_CACHE_HOME (~/.cache).
+
+    Raises:
+        UsageError: a file that is no tar, or one that is compressed, cut short or damaged.
+    """
+    shards = [os.path.abspath(shard) for shard in shards]
+    folder = os.path.dirname(shards[0])
+    names = [os.path.relpath(shard, folder) for shard in shards]
+    try:
+        stamps = [(status.st_ino, status.st_size, status.st_mtime_ns) for status in map(os.stat, shards)]
+    except OSError as error:
+        raise UsageError(f"{flag} {error.filename}: {error.strerror}") from error
+    opened.cache_clear()  # of tars that may have been replaced
+    stamp = json.dumps([1, EXTENSIONS, names, stamps])
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    kept = [Path(folder, f".fcmae-{_digest(names)}.npz"), Path(cache, "fcmae", f"{_digest([folder, *names])}.npz")]
+    for path in kept:
+        try:
+            with np.load(path) as content:
+                head = json.loads(content["head"].tobytes())
+                if head["stamp"] == stamp:
+                    return TarIndex(shards, list(map(tuple, head["groups"])), content["rows"], content["names"])
+        except Exception:  # none yet, or damaged in any way: it is made anew
+            continue
+    log.info("%s: reading the headers of %d tars, once", flag, len(shards))
+    index = _build(shards, flag)
+    head = np.frombuffer(json.dumps({"stamp": stamp, "groups": index.groups}).encode(), np.uint8)
+    for path in kept:
+        aside = path.with_suffix(f".{os.getpid()}")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(aside, "wb") as file:
+                np.savez(file, head=head, rows=index.rows, names=index.names)
+            os.replace(aside, path)
+            return index
+        except OSError as error:
+            reason = error
+            if os.path.exists(aside):
+                os.unlink(aside)
+    log.warning("%s: the index of its tars is made anew at every start, as it cannot be kept (%s)", flag, reason)
+    return index
+
+
+def _digest(names: list[str]) -> str:
+    return hashlib.sha256(os.fsencode("\n".join(names))).hexdigest()[:16]
+
+
+def _build(shards: list[str], flag: str) -> TarIndex:
+    if len(shards) == 1:
+        found = [_scan(flag, shards[0])]
+    else:
+        with ProcessPoolExecutor(min(len(shards), os.cpu_count() or 1)) as pool:
+            found = list(pool.map(partial(_scan, flag), shards))
+    names, keys = ([x for part in found for x in part[i]] for i in (0, 1))
+    order = sorted(range(len(names)), key=names.__getitem__)
+    groups = sorted(set(keys))
+    numbers = {key: i for i, key in enumerate(groups)}
+    rows = np.zeros(len(names), ROW)
+    rows["shard"] = np.repeat(np.arange(len(shards)), [len(part[0]) for part in found])
+    rows["start"], rows["size"] = np.concatenate([part[2] for part in found]).T
+    rows["group"] = [numbers[key] for key in keys]
+    rows["length"] = [len(os.fsencode(name)) for name in names]
+    rows = rows[order]
+    rows["name"] = np.cumsum(rows["length"], dtype=np.int64) - rows["length"]
+    return TarIndex(shards, groups, rows, np.frombuffer(os.fsencode("".join(names[i] for i in order)), np.uint8))
+
+
+def _scan(flag: str, path: str) -> tuple[list[str], list[tuple[str, str, bool]], np.ndarray]:
+    """Names of a tar's images, the groups they are in, and where each starts and its size, int64 (n, 2)."""
+    places, labels = {}, {}
+    try:
+        with open(path, "rb") as file:
+            if os.pread(file.fileno(), 6, 0).startswith(COMPRESSED):
+                raise ValueError("compressed: unpack it to a plain .tar, whose images can be read at random")
+            tar = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115
+            while member := tar.next():
+                tar.members.clear()  # of a million, gigabytes
+                parts = [part for part in member.name.split("/") if part not in ("", ".")]
+                name = "/".join(parts)
+                if not member.isreg() or any(map(hidden, parts)):
+                    continue
+                if name.lower().endswith(EXTENSIONS):
+                    if member.sparse is not None:
+                        raise ValueError(f"{name} is stored as a sparse file: pack without --sparse")
+                    places[name] = (member.offset_data, member.size)  # of two, the later, as when unpacked
+                elif name.endswith(".cls"):
+                    content = os.pread(file.fileno(), min(member.size, 1000), member.offset_data)
+                    labels[_key(name)] = os.fsdecode(content).strip()
+            end = os.pread(file.fileno(), tarfile.BLOCKSIZE, tar.offset)
+            if len(end) < tarfile.BLOCKSIZE or end.strip(b"\0"):  # tarfile ends there without a word
+                raise ValueError(f"cut short or damaged at byte {tar.offset}")
+    except Exception as error:  # on damaged headers, tarfile raises whatever it runs into
+        raise UsageError(f"{flag} {path}: not a tar of images ({error})") from error
+    groups = [(os.path.dirname(x), labels.get(_key(x), ""), x.lower().endswith(ARRAY_EXTENSIONS)) for x in places]
+    return list(places), groups, np.array(list(places.values()), np.int64).reshape(-1, 2)
+
+
+def _key(name: str) -> str:
+    folder, file = os.path.split(name)
+    return f"{folder}/{file.split('.')[0]}"
