@@ -41,7 +41,7 @@ from utils.args import (
 from utils.errors import UsageError, suggest
 from utils.lr_sched import Schedule
 from utils.param_groups import param_groups
-from utils.run import Run, open_run
+from utils.run import Run, open_run, to_evaluate
 
 log = logging.getLogger("fcmae")
 
@@ -376,9 +376,7 @@ def evaluate_only(args, amp: Amp) -> None:
     """
     path = args.resume or args.finetune
     if not path and args.auto_resume and args.output_dir:
-        best = Path(args.output_dir) / "checkpoint-best.pth"
-        found = checkpoint.newest(args.output_dir)
-        path = best if best.is_file() else found and found[0]
+        path = to_evaluate(args.output_dir)
     if not path:
         raise UsageError("--eval true: needs a checkpoint; give --resume FILE, or the --output_dir of a run")
     content = checkpoint.read(path)

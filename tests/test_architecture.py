@@ -72,10 +72,10 @@ def test_no_asserts_prints_or_stubs(path):
 
 @pytest.mark.parametrize("name", ["main_pretrain", "main_finetune"])
 def test_every_declared_flag_is_read(name):
-    """Each flag is read as args.FLAG, or by a getattr of its name, somewhere in the code that is given `args`."""
+    """Each flag is read as args.FLAG, flags["FLAG"], or by a getattr of its name, in the code that is given them."""
     sys.path.insert(0, str(ROOT))
     parser = __import__(name).get_args_parser()
-    given = (f"{name}.py", "datasets.py", "utils/args.py", "utils/distributed.py", "utils/record.py")
+    given = (f"{name}.py", "datasets.py", "utils/args.py", "utils/distributed.py", "utils/run.py", "utils/record.py")
     files = [ROOT / file for file in given]
     trees = [ast.parse(file.read_text()) for file in files]
     read = {node.attr for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
@@ -85,6 +85,12 @@ def test_every_declared_flag_is_read(name):
         for node in ast.walk(tree)
         if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "getattr" and len(node.args) == 3
         if isinstance(node.args[1], ast.Constant)
+    }
+    read |= {  # flags["name"]
+        node.slice.value
+        for tree in trees
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant)
     }
     declared = {action.dest for action in parser._actions} - {"help"}
     assert len(declared) >= 40

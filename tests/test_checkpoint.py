@@ -3,6 +3,7 @@
 import errno
 import io
 import logging
+import math
 import os
 import pickle
 import random
@@ -239,10 +240,16 @@ def test_the_reference_keeps_its_arguments_in_a_namespace(tmp_path):
     args = Namespace(lr=0.1, betas=(0.9, 0.95), job_dir=Path("/some/where"))
     torch.save(state_of() | {"args": args}, tmp_path / "x.pth")
     state = checkpoint.read(tmp_path / "x.pth")
-    assert state["args"] == args
+    assert state["args"] == vars(args)
     assert same(state["model"], state_of()["model"])
     with pytest.raises(pickle.UnpicklingError):  # allowed while reading, not for the rest of the program
         torch.load(tmp_path / "x.pth", weights_only=True)
+
+
+@pytest.mark.parametrize("args", [None, [1], "lr=3", 5])
+def test_odd_arguments_of_other_trainers_tell_nothing(tmp_path, args):
+    torch.save(state_of() | {"args": args}, tmp_path / "x.pth")
+    assert checkpoint.read(tmp_path / "x.pth")["args"] == {}
 
 
 def test_safetensors(tmp_path):
@@ -280,16 +287,6 @@ def test_newest_good_one(tmp_path, logs):
     assert (tmp_path / "checkpoint-11.pth").exists()
 
 
-def test_find(tmp_path):
-    for name, epoch in (("checkpoint-1.pth", 1), ("checkpoint-2.pth", 2), ("checkpoint-best.pth", 0)):
-        checkpoint.save(state_of(epoch), tmp_path / name)
-    assert checkpoint.find("", True, str(tmp_path))[1]["epoch"] == 2
-    assert checkpoint.find(str(tmp_path / "checkpoint-best.pth"), True, str(tmp_path))[1]["epoch"] == 0
-    assert checkpoint.find("", False, str(tmp_path)) is None
-    (tmp_path / "here").mkdir()
-    assert checkpoint.find("", True, str(tmp_path / "here")) is None
-
-
 def files(folder):
     return sorted(path.name for path in folder.iterdir())
 
@@ -311,15 +308,50 @@ def test_a_run_prunes_its_own(tmp_path):
     for epoch in (20, 21, 22):
         (tmp_path / f"checkpoint-{epoch}.pth").touch()
     for epoch in range(6):
-        checkpoint.save_numbered(state_of(epoch), tmp_path, keep=2)
+        checkpoint.save_numbered(state_of(epoch), tmp_path)
+        checkpoint.prune(tmp_path, 2, epoch)
         assert (tmp_path / f"checkpoint-{epoch}.pth").exists()
     assert [epoch for epoch, *_ in checkpoint.numbered(tmp_path)] == [22, 21, 20, 5, 4]
 
 
-def test_only_the_first_process_writes(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "is_main_process", lambda: False)
-    checkpoint.save_numbered(state_of(), tmp_path, keep=1)
-    assert files(tmp_path) == []
+# ---- whose it is
+
+
+def test_checkpoints_of_another_run_are_neither_taken_nor_touched(tmp_path, logs):
+    for epoch, run in ((0, "mine"), (1, "mine"), (2, "other"), (3, None)):
+        checkpoint.save(state_of(epoch) | ({"run": run} if run else {}), tmp_path / f"checkpoint-{epoch}.pth")
+    (tmp_path / "checkpoint-9.pth").write_bytes(b"PK")  # tells nothing, so nobody's
+    assert checkpoint.newest(tmp_path, "mine")[0].name == "checkpoint-1.pth"
+    assert checkpoint.newest(tmp_path, "other")[0].name == "checkpoint-2.pth"
+    assert checkpoint.newest(tmp_path, None)[0].name == "checkpoint-3.pth"
+    assert checkpoint.newest(tmp_path, "third") is None
+    assert checkpoint.newest(tmp_path)[0].name == "checkpoint-3.pth"
+    theirs = {epoch: (tmp_path / f"checkpoint-{epoch}.pth").read_bytes() for epoch in (2, 3)}
+    for epoch in (2, 3, 4):
+        path = checkpoint.save_numbered(state_of(epoch) | {"run": "mine"}, tmp_path)
+        assert path == tmp_path / f"checkpoint-{epoch}.pth"
+        checkpoint.prune(tmp_path, 1, epoch, run="mine")
+    assert files(tmp_path) == sorted(
+        ["checkpoint-2.other.pth", "checkpoint-3.earlier.pth", "checkpoint-4.pth", "checkpoint-9.pth"]
+    )
+    assert (tmp_path / "checkpoint-2.other.pth").read_bytes() == theirs[2]
+    assert (tmp_path / "checkpoint-3.earlier.pth").read_bytes() == theirs[3]
+    for epoch in (5, 5):  # a name that is taken is not taken again
+        checkpoint.save(state_of(epoch) | {"run": "other"}, tmp_path / "checkpoint-best.pth")
+        checkpoint.save_numbered(state_of(epoch) | {"run": "mine"}, tmp_path, "checkpoint-best.pth")
+    assert {"checkpoint-best.pth", "checkpoint-best.other.pth", "checkpoint-best.other-2.pth"} < set(files(tmp_path))
+
+
+def test_nan_is_passed_over(tmp_path, logs):
+    checkpoint.save(state_of(1), tmp_path / "checkpoint-1.pth")
+    bad = state_of(2)
+    bad["model"]["bias"][1] = torch.nan
+    checkpoint.save(bad, tmp_path / "checkpoint-2.pth")
+    assert checkpoint.newest(tmp_path)[0].name == "checkpoint-1.pth"
+    assert "checkpoint-2.pth: its weights are not finite" in logs.text
+    model = nn.Linear(2, 2)
+    with pytest.raises(UsageError, match=r"x\.pth: its weights are NaN"):
+        checkpoint.load_weights(model, {"weight": torch.full((2, 2), torch.inf), "bias": torch.zeros(2)}, "x.pth")
 
 
 # ---- what is in it
@@ -340,12 +372,13 @@ def scaler(enabled=True):
 
 
 def test_training_state_is_plain(tmp_path):
-    args = Namespace(
-        output_dir=tmp_path, opt_betas=[0.9, 0.95], pair=(1, 2), lr=None, seed=3, blr=0.5, eval=True, name="x"
-    )
+    flags = {
+        "output_dir": tmp_path, "opt_betas": [0.9, 0.95], "pair": (1, 2), "lr": None, "seed": 3, "blr": 0.5,
+        "eval": True, "name": "x",
+    }  # fmt: skip
     model, optimizer = trained()
     best = {"acc1": 12.5, "epoch": 2}
-    state = checkpoint.training_state(model, optimizer, scaler(), 7, args, best=best, classes=["a", "b"])
+    state = checkpoint.training_state(model, optimizer, scaler(), 7, flags, best=best, classes=["a", "b"])
     torch.save(state, tmp_path / "x.pth")
     read = torch.load(tmp_path / "x.pth", weights_only=True)  # without any class being allowed
     assert read["args"] == {
@@ -363,10 +396,10 @@ def test_training_goes_on_where_it_was(tmp_path):
     amp_scaler = scaler()
     amp_scaler.scale(torch.ones(1))
     amp_scaler.update(256.0)
-    checkpoint.save_numbered(checkpoint.training_state(model, optimizer, amp_scaler, 7, Namespace()), tmp_path, 3)
+    checkpoint.save_numbered(checkpoint.training_state(model, optimizer, amp_scaler, 7, {}), tmp_path)
     other, other_optimizer = trained(seed=1, lr=0.5)
     other_scaler = scaler()
-    found = checkpoint.find("", True, str(tmp_path))
+    found = checkpoint.newest(tmp_path)
     assert checkpoint.load_training(*found, other, other_optimizer, other_scaler) == (8, None)
     assert same(dict(other.state_dict()), dict(model.state_dict()))
     assert same(other_optimizer.state_dict()["state"], optimizer.state_dict()["state"])
@@ -377,7 +410,7 @@ def test_training_goes_on_where_it_was(tmp_path):
 
 def test_load_training_errors(tmp_path):
     model, optimizer = trained()
-    state = checkpoint.training_state(model, optimizer, scaler(), 7, Namespace())
+    state = checkpoint.training_state(model, optimizer, scaler(), 7, {})
     path = Path("some/checkpoint-7.pth")
 
     def load(state, model=model, optimizer=optimizer):
@@ -393,6 +426,15 @@ def test_load_training_errors(tmp_path):
     groups = [{"params": [p]} for p in model.parameters()]
     with pytest.raises(UsageError, match=r"checkpoint-7\.pth: its optimizer does not fit --opt or --layer_decay"):
         load(state, optimizer=torch.optim.AdamW(groups))
+    for key, odd, message in (
+        ("optimizer", {"state": {}}, "its optimizer does not fit"),
+        ("optimizer", {"state": {}, "param_groups": [None]}, "its optimizer does not fit"),
+        ("optimizer", [1], "has no optimizer"),
+        ("epoch", "7", "has no epoch"),
+        ("scaler", {"scale": 1.0}, "its loss scaler"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            load(state | {key: odd})
     for kind, lost in ((torch.optim.SGD, "dampening, momentum"), (torch.optim.RMSprop, "alpha")):
         with pytest.raises(UsageError, match=f"does not fit --opt, it has no {lost}"):
             load(state, *trained(optimizer=kind))
@@ -420,8 +462,10 @@ def test_load_weights_says_what_does_not_fit():
 def test_steps_of_an_epoch_are_numbered_and_pruned(tmp_path):
     for epoch, step in [(3, None), (4, 10), (4, 20), (4, 30), (4, 9)]:
         partial = step and {"step": step, "averages": []}
-        state = checkpoint.training_state(*training_parts(), epoch, Namespace(), partial, 16)
-        checkpoint.save_numbered(state, tmp_path, keep=1)
+        inside = {"step": step, "partial": partial, "global_batch": 16} if step else {}
+        state = checkpoint.training_state(*training_parts(), epoch, {}, **inside)
+        checkpoint.save_numbered(state, tmp_path)
+        checkpoint.prune(tmp_path, 1, epoch, step or math.inf)
         if step == 30:
             assert names(tmp_path) == ["checkpoint-3.pth", "checkpoint-4-step20.pth", "checkpoint-4-step30.pth"]
     # step 9 came from a run started again before the others, whose files are not its to delete
@@ -431,12 +475,13 @@ def test_steps_of_an_epoch_are_numbered_and_pruned(tmp_path):
     assert checkpoint.load_training(path, state, *training_parts(), 16) == (4, {"step": 30, "averages": []})
     # on twice the global batch, half the steps have seen as much
     assert checkpoint.load_training(path, state, *training_parts(), 32) == (4, {"step": 15, "averages": []})
-    checkpoint.save_numbered(checkpoint.training_state(*training_parts(), 4, Namespace()), tmp_path, keep=1)
+    checkpoint.save_numbered(checkpoint.training_state(*training_parts(), 4, {}), tmp_path)
+    checkpoint.prune(tmp_path, 1, 4)
     assert names(tmp_path) == ["checkpoint-4.pth"]
 
 
 def test_a_failed_save_is_reported_and_the_run_goes_on(tmp_path, monkeypatch, caplog):
-    checkpoint.save_numbered(checkpoint.training_state(*training_parts(), 0, Namespace()), tmp_path, 3)
+    checkpoint.save_numbered(checkpoint.training_state(*training_parts(), 0, {}), tmp_path)
 
     def full(state, file):
         file.write(b"half")
@@ -444,7 +489,7 @@ def test_a_failed_save_is_reported_and_the_run_goes_on(tmp_path, monkeypatch, ca
 
     monkeypatch.setattr(torch, "save", full)
     monkeypatch.setattr(checkpoint.log, "propagate", True)
-    checkpoint.save_numbered(checkpoint.training_state(*training_parts(), 1, Namespace()), tmp_path, 3)
+    checkpoint.save_numbered(checkpoint.training_state(*training_parts(), 1, {}), tmp_path)
     assert "NOT saved" in caplog.text
     assert "No space left" in caplog.text
     assert names(tmp_path) == ["checkpoint-0.pth"]

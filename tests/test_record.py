@@ -9,7 +9,6 @@ import subprocess
 import sys
 import threading
 import types
-from argparse import Namespace
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -135,9 +134,9 @@ def test_without_an_output_dir_nothing_is_written(tmp_path, monkeypatch):
 
 
 def test_only_the_first_process_records(tmp_path, monkeypatch):
-    args = Namespace(output_dir=str(tmp_path), log_dir=None, wandb="")
+    flags = {"output_dir": str(tmp_path), "log_dir": None, "wandb": ""}
     monkeypatch.setattr(record, "is_main_process", lambda: False)
-    run_log = record.open_log(args, CPU, None, 0)
+    run_log = record.open_log(flags, CPU, "id", None, 0.0)
     run_log.scalars(1.0, loss=1.0)
     run_log.epoch({"epoch": 0})
     run_log.close()
@@ -391,7 +390,7 @@ def test_evaluations_are_the_same_after_a_resume(scripts, tmp_path):
     assert [line["epoch"] for line in records(tmp_path / "killed") if "test_acc1" in line] == [2, 3]
     for name in ("checkpoint-3.pth", "checkpoint-best.pth"):
         a, b = (load(tmp_path / run / name) for run in ("whole", "killed"))
-        assert all(same(a[key], b[key]) for key in a.keys() - {"args"})
+        assert all(same(a[key], b[key]) for key in a.keys() - {"args", "run"})
 
 
 def test_no_epoch_between_evaluations(scripts, tmp_path):
@@ -457,7 +456,7 @@ def test_a_resumed_optimizer_has_the_settings_of_the_command_line(name, before, 
     model, other = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     old = optimizer_of(name, model, 0.05, 0.25, **before)
-    state = checkpoint.training_state(model, old, scaler, 3, Namespace())
+    state = checkpoint.training_state(model, old, scaler, 3, {})
     new = optimizer_of(name, other, 0.2, 0.5, **after)
     assert checkpoint.load_training(Path("x.pth"), state, other, new, scaler) == (4, None)
     assert [(group["weight_decay"], group["lr_scale"]) for group in new.param_groups] == [(0.2, 0.5), (0.0, 1.0)]

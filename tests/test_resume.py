@@ -1,5 +1,6 @@
 """Resuming, keeping and evaluating checkpoints through the entry scripts."""
 
+import json
 import os
 import re
 import shutil
@@ -38,8 +39,8 @@ def whole(scripts, tmp_path_factory):
 
 
 def content(path):
-    """A checkpoint without its arguments, which hold the folder's name."""
-    return {key: value for key, value in load(path).items() if key != "args"}
+    """A checkpoint without its arguments, which hold the folder's name, and its run's id."""
+    return {key: value for key, value in load(path).items() if key not in ("args", "run")}
 
 
 def accuracies(out):
@@ -231,6 +232,175 @@ def test_resume_refuses_what_does_not_fit(scripts, whole, tmp_path):
     result = scripts.finetune("--resume", no_average, *FLAGS["finetune"])
     assert result.err.startswith("error: --model_ema true")
     assert snapshot(whole["finetune"]) == before
+
+
+# ---- whose checkpoint is it
+
+
+def run_ids(folder):
+    return {path.name: load(path).get("run") for path in sorted(folder.glob("*.pth"))}
+
+
+@STAGES
+def test_started_over_and_killed_it_goes_on_from_its_own_checkpoints(stage, scripts, tmp_path):
+    run, used = getattr(scripts, stage), tmp_path / "used"
+    flags = ("--output_dir", used, *FLAGS[stage])
+    assert run(*flags).code == 0
+    before = snapshot(used)
+    earlier = load(used / LAST)["run"]
+    with killed_after(STEPS + 2):  # epoch 0 is saved
+        run(*flags, "--seed", 5, "--auto_resume", "false")
+    assert (used / f"checkpoint-0.{earlier}.pth").read_bytes() == before["checkpoint-0.pth"][1]
+    result = run(*flags, "--seed", 5)
+    assert f"resumed from {used}/checkpoint-0.pth, going on with epoch 1" in result.out
+    assert getattr(scripts, stage)("--output_dir", tmp_path / "clean", *FLAGS[stage], "--seed", 5).code == 0
+    assert same(content(used / LAST), content(tmp_path / "clean" / LAST))
+    assert records(used) == records(tmp_path / "clean")
+    after = snapshot(used)  # nothing of the earlier run is gone
+    kept = {content for _, content in after.values()}
+    assert {name for name, (_, old) in before.items() if old not in kept} <= {"run.json"}
+
+
+def test_started_over_and_killed_before_a_checkpoint_it_begins_again(scripts, tmp_path):
+    scripts.pretrain("--output_dir", tmp_path, "--epochs", 2)
+    with killed_after(2):
+        scripts.pretrain("--output_dir", tmp_path, "--epochs", 2, "--auto_resume", "false")
+    result = scripts.pretrain("--output_dir", tmp_path, "--epochs", 2)
+    assert "resumed" not in result.out
+    assert "epoch 0 [1/5]" in result.out
+
+
+@pytest.mark.parametrize("saves", [0, 1], ids=["before its first checkpoint", "after it"])
+@pytest.mark.parametrize("how", ["the same command", "torchrun", "slurm"])
+def test_a_branch_goes_on_from_its_own_newest_or_from_the_file_again(how, saves, scripts, tmp_path, monkeypatch):
+    """From epoch 0 of a run that went to epoch 2, with another learning rate, stopped and started again."""
+    out, flags = tmp_path / "out", ["--output_dir", tmp_path / "out"]
+    assert scripts.pretrain(*flags).code == 0
+    branch = [*flags, "--lr", 1e-3, "--resume", out / "checkpoint-0.pth"]
+    with killed_after(2 + saves * STEPS):
+        scripts.pretrain(*branch)
+    if how == "torchrun":
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+        branch += ["--auto_resume", "false"]
+    if how == "slurm":
+        monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
+        branch += ["--auto_resume", "false"]
+    result = scripts.pretrain(*branch)
+    assert f"resumed from {out}/checkpoint-{saves}.pth, going on with epoch {1 + saves}" in result.out
+    alone = scripts.pretrain("--output_dir", tmp_path / "b", "--lr", 1e-3, "--resume", out / "checkpoint-0.pth")
+    assert alone.code == 0, alone.err
+    assert same(content(out / LAST), content(tmp_path / "b" / LAST))
+    first, second = load(out / "checkpoint-0.pth")["run"], load(out / LAST)["run"]
+    assert first != second
+    assert run_ids(out).items() >= {f"checkpoint-2.{first}.pth": first, "checkpoint-1.pth": second}.items()
+
+
+def test_a_launcher_that_starts_something_else_again_starts_over(scripts, tmp_path, monkeypatch):
+    """The first attempt died before it had recorded itself: what run.json tells of is another run."""
+    scripts.pretrain("--output_dir", tmp_path, "--epochs", 2)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    result = scripts.pretrain("--output_dir", tmp_path, "--epochs", 2, "--auto_resume", "false")
+    assert "resumed" not in result.out
+
+
+def test_a_folder_of_older_checkpoints_goes_on(scripts, whole, tmp_path):
+    """From before runs had ids: with the run.json of then, or none."""
+    for name, record in (("a", {"starts": [{"args": {}, "started": "then"}]}), ("b", None)):
+        folder = tmp_path / name
+        folder.mkdir()
+        for epoch in (0, 1):
+            state = load(whole["pretrain"] / f"checkpoint-{epoch}.pth")
+            torch.save({k: v for k, v in state.items() if k != "run"}, folder / f"checkpoint-{epoch}.pth")
+        if record:
+            (folder / "run.json").write_text(json.dumps(record))
+        result = scripts.pretrain("--output_dir", folder, *FLAGS["pretrain"])
+        assert f"resumed from {folder}/checkpoint-1.pth" in result.out
+        assert same(content(folder / LAST), content(whole["pretrain"] / LAST))
+
+
+def test_evaluation_does_not_take_another_runs_best(scripts, tmp_path, monkeypatch):
+    monkeypatch.setattr(main_finetune, "evaluate", lambda *_: {"acc1": 60.0})
+    scripts.finetune("--output_dir", tmp_path)
+    monkeypatch.setattr(main_finetune, "evaluate", lambda *_: {"acc1": 10.0})
+    scripts.finetune("--output_dir", tmp_path, "--resume", tmp_path / "checkpoint-0.pth", "--lr", 1e-3)
+    assert load(tmp_path / "checkpoint-best.pth")["run"] != load(tmp_path / LAST)["run"]
+    monkeypatch.undo()
+    result = scripts.finetune("--output_dir", tmp_path, "--eval", "true")
+    assert f"eval {tmp_path / LAST}: acc1" in result.out
+
+
+# ---- what decides the sums
+
+
+def test_other_classes_or_another_order_of_them_are_refused(scripts, tmp_path):
+    data, out = tmp_path / "data", tmp_path / "out"
+    shutil.copytree(scripts.train, data)
+    flags = ("--data_path", data, "--eval_data_path", data, "--output_dir", out)
+    assert scripts.finetune(*flags, "--epochs", 2).code == 0
+    before = snapshot(out)
+    (data / "c1").rename(data / "d")
+    result = scripts.finetune(*flags, "--epochs", 3)
+    assert (result.code, result.err.count("\n")) == (2, 1)
+    assert "class 1 was 'c1', in the training data it is 'c2'" in result.err
+    shutil.copytree(data / "d", data / "e")
+    result = scripts.finetune(*flags, "--epochs", 3)
+    assert result.code == 2
+    assert "(4 and 5 classes)" in result.err
+    assert snapshot(out) == before
+
+
+def test_inside_an_epoch_what_decides_its_order_cannot_change(scripts, tmp_path):
+    flags = ("--output_dir", tmp_path, "--save_ckpt_steps", 1)
+    with killed_after(2):
+        scripts.finetune(*flags)
+    for more, said in (
+        (("--seed", 1), "--seed 1: .* begun with 0"),
+        (("--mixup", 0.8), "Mixup or CutMix True: .* begun with False"),
+        (("--images_per_class", 9), "number of images 36: .* begun with 40"),
+    ):
+        result = scripts.finetune(*flags, *more)
+        assert (result.code, result.err.count("\n")) == (2, 1)
+        assert re.search(said, result.err)
+    assert "resumed from" in scripts.finetune(*flags).out
+    assert "resumed from" in scripts.finetune(*flags, "--seed", 1, "--epochs", 4).out  # at an epoch's end
+
+
+# ---- NaN
+
+
+@pytest.mark.parametrize("flags", [("--save_ckpt_steps", 1), ()], ids=["steps", "epochs"])
+def test_nan_is_never_saved(flags, scripts, tmp_path):
+    """The message names what is good, and what it advises helps."""
+    common = ("--output_dir", tmp_path, "--epochs", 2, "--save_ckpt_num", 1, "--warmup_epochs", 0, *flags)
+    assert scripts.finetune(*common, "--epochs", 1).code == 0
+    result = scripts.finetune(*common, "--lr", 1e30)
+    assert result.code == 1
+    assert "became NaN or infinite" in result.err
+    assert f"; {tmp_path}/checkpoint-0.pth is good, the same command goes on from it" in result.err
+    assert "a lower --lr" in result.err
+    for path in tmp_path.glob("*.pth"):
+        assert all(v.isfinite().all() for v in load(path)["model"].values()), path
+    result = scripts.finetune(*common, "--lr", 1e-6)
+    assert result.code == 0, result.err
+    assert f"resumed from {tmp_path}/checkpoint-0.pth" in result.out
+
+
+def test_weights_that_are_nan_after_a_good_loss_are_not_saved(scripts, tmp_path, monkeypatch):
+    step = Amp.step
+
+    def poisoned(self, optimizer, **kwargs):
+        norm = step(self, optimizer, **kwargs)
+        optimizer.param_groups[0]["params"][0].data.view(-1)[0] = torch.nan
+        return norm
+
+    scripts.pretrain("--output_dir", tmp_path, "--epochs", 1, "--warmup_epochs", 0)
+    monkeypatch.setattr(Amp, "step", poisoned)
+    result = scripts.pretrain("--output_dir", tmp_path, "--epochs", 2, "--batch_size", 40)
+    assert result.code == 1
+    assert "the weights became NaN or infinite in epoch 1" in result.err
+    assert f"{tmp_path}/checkpoint-0.pth is good" in result.err
+    assert list(run_ids(tmp_path)) == ["checkpoint-0.pth"]
 
 
 # ---- what is kept

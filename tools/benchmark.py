@@ -31,6 +31,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import main_pretrain
 from datasets import Batch
 from engine_pretrain import train_one_epoch
 from models import convnextv2, fcmae
@@ -41,7 +42,6 @@ from utils.amp import Amp
 from utils.args import ArgumentParser, add_bool
 from utils.errors import UsageError, run, suggest
 from utils.lr_sched import Schedule
-from utils.metrics import RunLog
 from utils.param_groups import param_groups
 from utils.run import Run
 
@@ -166,7 +166,8 @@ def engine_steps(args, device, compiled) -> Step:
     loader = SameBatch([images(args, device), torch.zeros(args.batch_size), mask_of(args)], ENGINE_STEPS)
     optimizer, schedule = adamw(model), Schedule(1e-4, 0.0, 1, 10)
     amp = Amp(device, args.dtype != "float32", getattr(torch, args.dtype))
-    return lambda: train_one_epoch(model, loader, optimizer, amp, schedule, Run(RunLog("", "")), 0)
+    training_run = Run(vars(main_pretrain.get_args_parser().parse_args([])), amp)
+    return lambda: train_one_epoch(model, loader, optimizer, amp, schedule, training_run, 0)
 
 
 def bare_steps(args, device, compiled) -> Step:

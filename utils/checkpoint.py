@@ -119,15 +119,18 @@ def newest(output_dir: str | os.PathLike, *run: str | None) -> tuple[Path, dict]
     One that cannot be read whole, or holds NaN, is reported and left where it is.
     """
     for *_, path in numbered(output_dir):
-        if run and run_of(path) != run[0]:
+        if run and run_of(path) not in (None, run[0]):
             continue
         try:
             state = read(path)
-            if finite(state.get("model", {})):
-                return path, state
-            log.warning("skipping %s: its weights are not finite", path)
         except UsageError as error:
             log.warning("skipping %s", error)
+            continue
+        if run and state.get("run") != run[0]:
+            continue
+        if finite(state.get("model", {})):
+            return path, state
+        log.warning("skipping %s: its weights are not finite", path)
     return None
 
 
@@ -144,11 +147,10 @@ def training_state(model, optimizer, scaler, epoch: int, flags: dict, **more) ->
     }
 
 
-def save_numbered(state: dict, output_dir: str | os.PathLike, keep: int, name: str = "") -> Path | None:
-    """Save checkpoint-{epoch}.pth, or with a `step` in the state checkpoint-{epoch}-step{step}.pth, then prune.
+def save_numbered(state: dict, output_dir: str | os.PathLike, name: str = "") -> Path | None:
+    """Save `name`, or checkpoint-{epoch}.pth, or with a `step` in the state checkpoint-{epoch}-step{step}.pth.
 
-    A name, such as checkpoint-best.pth, is not a number: it is overwritten and never pruned. What another run had saved
-    under the name is renamed first.
+    What another run had saved under the name is renamed first.
 
     A full disk or a folder that became read-only is reported, and training goes on: the checkpoints already there are
     whole, and the next one may succeed.
@@ -161,21 +163,19 @@ def save_numbered(state: dict, output_dir: str | os.PathLike, keep: int, name: s
     path, run = Path(output_dir) / (name or f"checkpoint-{number}.pth"), state.get("run")
     try:
         if path.exists() and (other := run_of(path)) != run:
-            set_aside(path, other)
+            set_aside(path, other or "earlier")
         save(state, path)
-        if not name:
-            prune(output_dir, keep, epoch, math.inf if step is None else step, run)
         return path
     except OSError as error:
         log.error("%s was NOT saved (%s); earlier checkpoints are untouched, training goes on", path, error.strerror)
         return None
 
 
-def set_aside(path: Path, run: str | None) -> None:
-    """Give the file of another run a name that no run uses: x.pth becomes x.RUN.pth."""
-    names = itertools.chain([run or "earlier"], (f"{run or 'earlier'}-{i}" for i in itertools.count(2)))
+def set_aside(path: Path, why: str) -> None:
+    """Give a file that a run must not take a name that no run takes: x.pth becomes x.WHY.pth."""
+    names = itertools.chain([why], (f"{why}-{i}" for i in itertools.count(2)))
     aside = next(p for p in (path.with_name(f"{path.stem}.{name}{path.suffix}") for name in names) if not p.exists())
-    log.info("%s is of an earlier run, renamed to %s", path, aside.name)
+    log.info("%s is renamed to %s", path, aside.name)
     os.replace(path, aside)
 
 
@@ -203,9 +203,9 @@ def check_same_run(path: Path, state: dict, flags: dict, classes: list[str] | No
     Raises:
         UsageError: another optimizer, other classes, or, inside an epoch, another order of the samples.
     """
-    was = state.get("args", {}).get("opt", flags.get("opt"))
-    if was != flags.get("opt") and str(was).lower() != str(flags.get("opt")).lower():
-        raise UsageError(f"--opt {flags.get('opt')}: {path} was trained with {was}, whose state does not fit")
+    opt = flags.get("opt")
+    if opt and (was := str(state.get("args", {}).get("opt", opt))).lower() != opt.lower():
+        raise UsageError(f"--opt {opt}: {path} was trained with {was}, whose state does not fit")
     if classes and (known := state.get("classes")) and list(known) != list(classes):
         pairs = itertools.zip_longest(known, classes, fillvalue="none")
         label, old, new = next((i, old, new) for i, (old, new) in enumerate(pairs) if old != new)
@@ -265,8 +265,8 @@ def prune(
 ) -> None:
     """Delete a run's checkpoints but the newest `keep` finished epochs up to `epoch`, and its steps but the newest two.
 
-    Call it once the newest is safely on disk: a finished epoch needs its steps no more. Files of other runs, and those
-    beyond (epoch, step), which are damaged or to be done again, neither count nor go.
+    Call it once the newest is known to be good: a finished epoch needs its steps no more. Files of other runs, and
+    those beyond (epoch, step), which are damaged or to be done again, neither count nor go.
     """
     found = [entry for entry in numbered(output_dir) if entry[:2] <= (epoch, step) and run_of(entry[2]) == run]
     finished = [path for _, steps, path in found if steps == math.inf]

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -40,11 +41,23 @@ def open_run(flags: dict, amp: Amp) -> Iterator["Run"]:
         try:
             yield run
         except NonFiniteLoss as error:
-            kept = f"{run.kept} is good, the same command goes on from it" if run.kept else "no checkpoint was saved"
+            if not is_main_process():
+                raise
             rate = "blr" if flags["lr"] is None else "lr"
             raise NonFiniteLoss(
-                f"{error}; {kept}. Try a lower --{rate}, a longer --warmup_epochs, --clip_grad or --amp_dtype bfloat16"
+                f"{error}; {run.after_nan()}. Try a lower --{rate}, a longer --warmup_epochs, --clip_grad or "
+                "--amp_dtype bfloat16"
             ) from error
+
+
+def to_evaluate(output_dir: str) -> Path | None:
+    """The best checkpoint of the run that a folder tells of last, else its newest good one."""
+    starts, best = record.read(output_dir), Path(output_dir) / BEST_NAMES[""]
+    own = [starts[-1].get("run")] if starts else []
+    if best.is_file() and (not own or checkpoint.run_of(best) == own[0]):
+        return best
+    found = checkpoint.newest(output_dir, *own)
+    return found and found[0]
 
 
 class Run:
@@ -59,7 +72,7 @@ class Run:
     Attributes:
         resume_from: the checkpoint that it goes on from, or None.
         start_epoch: the first epoch still to be done, once `begin` was called.
-        kept: the newest checkpoint that is known to be good, or None.
+        kept: the newest checkpoint that is known to be good, a finite loss having followed it, or None.
     """
 
     def __init__(self, flags: dict, amp: Amp, interrupts: Interrupts | None = None):
@@ -69,7 +82,8 @@ class Run:
         self.log, self.best, self.epoch_progress = RunLog("", None), NO_BEST, None
         self._content = None
         self.id, self.new, path, self._position = from_main_process(self._choose)
-        self.resume_from = self.kept = Path(path) if path else None
+        self.resume_from, self.kept = path and Path(path), None
+        self._newest: tuple[Path, int, float] | None = None  # saved or resumed, and not yet known to be good
 
     def _choose(self) -> tuple[str | None, bool, str | None, tuple | None]:
         """The run's id, whether it is a new one, and the checkpoint to go on from with its (epoch, step).
@@ -130,6 +144,7 @@ class Run:
         if ema:
             checkpoint.load_weights(ema.module, state["model_ema"], str(path))
         self.best = NO_BEST | state.get("best", {})
+        self._newest = path, state["epoch"], state.get("step", math.inf)
         log.info("resumed from %s, going on with epoch %d", path, self.start_epoch)
 
     def _read_as_told(self) -> dict:
@@ -164,6 +179,7 @@ class Run:
                 self._leave(f"epoch {epoch}")
             left = (time.perf_counter() - begun) / (epoch + 1 - self.start_epoch) * (total - epoch - 1)
             log.info("epoch %d: loss %.4f%s, run eta %s", epoch, self._loss, self._best_so_far(), duration(left))
+            self._newest_is_good(epoch == total - 1)
         self.log.close()
         known = {f"best_{k}": v for k, v in self.best.items() if v >= 0}
         record.record_end(self.output_dir, time.perf_counter() - begun, self._record | known)
@@ -186,7 +202,8 @@ class Run:
         self._loss = stats["loss"]
         self.log.scalars(epoch + 1, **{f"test/{k}": v for k, v in scores.items()})
         for suffix, name in BEST_NAMES.items():
-            if scores.get(f"acc1{suffix}", -1.0) > self.best[f"acc1{suffix}"]:
+            finite = math.isfinite(scores.get(f"loss{suffix}", 0.0))
+            if finite and scores.get(f"acc1{suffix}", -1.0) > self.best[f"acc1{suffix}"]:
                 self.best = self.best | {f"acc1{suffix}": scores[f"acc1{suffix}"], f"epoch{suffix}": epoch}
                 if self.saves:
                     self.save(epoch, name=name)
@@ -209,8 +226,11 @@ class Run:
     def step_done(self, tracker: EpochTracker, step: int) -> None:
         """Save if it is time or a signal came, and leave if one came. All processes call it after every step."""
         stop, freq = self.interrupts is not None and self.interrupts.agreed(), self.flags["save_ckpt_steps"]
-        if self.saves and (stop or (freq and (step + 1) % freq == 0 and step + 1 < tracker.steps)):
+        due = self.saves and (stop or (freq and (step + 1) % freq == 0 and step + 1 < tracker.steps))
+        if due:
             tracker.guard.check(tracker.epoch)
+        self._newest_is_good(due or tracker.due(step))  # where a line is due, the loss was checked for it
+        if due:
             self.save(tracker.epoch, tracker.partial(step + 1))
         if stop:
             self._leave(f"step {step + 1} of epoch {tracker.epoch}")
@@ -227,7 +247,11 @@ class Run:
             raise NonFiniteLoss(f"the weights became NaN or infinite in epoch {epoch}")
         if not is_main_process():
             return
-        more = {"run": self.id, "classes": self.classes, "best": self.best}
+        more = {"run": self.id}
+        if self.classes:
+            more["classes"] = self.classes
+        if self.best != NO_BEST:
+            more["best"] = self.best
         if self.ema:
             more["model_ema"] = self.ema.module.state_dict()
         if name == checkpoint.BEST_AVERAGE:  # what to evaluate, export and fine-tune, under whatever name
@@ -236,11 +260,32 @@ class Run:
             more |= {"step": progress["step"], "partial": progress, "global_batch": self.loader.global_batch}
             more["order"] = self.order
         state = checkpoint.training_state(self.model, self.optimizer, self.amp.scaler, epoch, self.flags, **more)
-        saved = checkpoint.save_numbered(state, self.output_dir, self.flags["save_ckpt_num"], name)
-        self.kept = saved or self.kept
+        saved = checkpoint.save_numbered(state, self.output_dir, name)
+        if saved and not name:
+            self._newest = saved, epoch, state.get("step", math.inf)
+
+    def _newest_is_good(self, checked: bool) -> None:
+        """Once a loss that followed the newest checkpoint was finite, those before it may go."""
+        if not checked or self._newest is None:
+            return
+        self.kept, *position = self._newest
+        self._newest = None
+        if self.saves and is_main_process():
+            checkpoint.prune(self.output_dir, self.flags["save_ckpt_num"], *position, self.id)
+
+    def after_nan(self) -> str:
+        """What is good still. A finite checkpoint that led to NaN at once is set aside, so that none goes on from it.
+
+        One that this run was resumed from stays: what has changed since may be to blame.
+        """
+        if self._newest and self._newest[0] == self.resume_from:
+            return f"it followed from {self.resume_from} at once; --resume takes an earlier one"
+        if self._newest and is_main_process():
+            checkpoint.set_aside(self._newest[0], "diverged")
+        return f"{self.kept} is good, the same command goes on from it" if self.kept else "no checkpoint was saved"
 
     def _leave(self, where: str) -> None:
-        goes_on = self.saves and self.kept is not None
+        goes_on = self.saves and (self._newest or self.kept) is not None
         if goes_on:
             more = "" if self.flags["auto_resume"] else " without --auto_resume false"
             if "SUBMITIT_EXECUTOR" in os.environ:  # with %j in --job_dir it would begin anew in another folder
