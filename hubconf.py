@@ -6,11 +6,31 @@ autoencoders. Each takes `checkpoint`, a file of any layout, and `model_key`, wh
 decoder's size) need not be given; further arguments are those of `ConvNeXtV2` and `FCMAE`, and come before the file's.
 """
 
+import importlib.util
 import logging
+import sys
+import zlib
+from pathlib import Path
 
-from models import convnextv2, fcmae, weights
-from models.linear_probe import fold_batch_norm as _fold_batch_norm
-from utils import checkpoint as files
+
+def _own(package: str) -> str:
+    """The name by which this clone's package is imported, whatever the program's own `models` and `utils` are."""
+    folder = str(Path(__file__).resolve().parent / package)
+    if folder in getattr(sys.modules.get(package), "__path__", ()):
+        return package
+    name = f"fcmae_{package}_{zlib.crc32(folder.encode()):x}"  # of this clone alone, and the same in every process
+    if name not in sys.modules:
+        init = f"{folder}/__init__.py"
+        spec = importlib.util.spec_from_file_location(name, init, submodule_search_locations=[folder])
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return name
+
+
+convnextv2, fcmae, weights, _linear_probe = (
+    importlib.import_module(f"{_own('models')}.{name}") for name in ("convnextv2", "fcmae", "weights", "linear_probe")
+)
+files = importlib.import_module(f"{_own('utils')}.checkpoint")
 
 dependencies = ["torch", "torchvision", "timm", "safetensors"]
 
@@ -22,7 +42,7 @@ def _classifier_arguments(state: dict) -> dict:
 
 def _autoencoder_arguments(state: dict) -> dict:
     size, parts = weights.infer_size(weights.to_backbone(state)), weights.to_fcmae(state)
-    arguments = {"in_chans": size.in_chans, "patch_size": 8 * size.stem_stride}
+    arguments = {"in_chans": size.in_chans, "patch_size": convnextv2.total_stride(size.stem_stride)}
     if "proj.weight" in parts:
         blocks = {name.split(".")[1] for name in parts if name.startswith("decoder.")}
         arguments |= {"decoder_embed_dim": len(parts["proj.weight"]), "decoder_depth": len(blocks)}
@@ -33,7 +53,7 @@ def _entry(name: str, factory, arguments_of):
     def build(checkpoint=None, model_key: str = "model|module", **kwargs):
         if checkpoint is None:
             return factory(**kwargs)
-        state = _fold_batch_norm(weights.unwrap(files.read(checkpoint), model_key))
+        state = _linear_probe.fold_batch_norm(weights.unwrap(files.read(checkpoint), model_key))
         model = factory(**{**arguments_of(state), **kwargs})
         try:
             report = weights.load(model, state)

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 
 import datasets
 from engine_finetune import evaluate, train_one_epoch
-from models import convnextv2, weights
+from models import convnextv2, fused, weights
 from models.convnextv2 import SIZES, ConvNeXtV2, compile_blocks, layer_id, name_of, num_layer_ids
 from models.linear_probe import LinearProbe, fold_batch_norm
 from models.weights import MODEL_KEY, fold
@@ -411,6 +411,8 @@ def train(args, amp: Amp, run: Run) -> None:
     loader, eval_loader, nb_classes, classes = build_loaders(args, amp.device)
     torch.manual_seed(args.seed)
     model = build_model(args, nb_classes)
+    if args.fused:
+        fused.enable(model)
     if args.finetune and not run.resume_from:
         load_pretrained(model, args.finetune, args.model_key, args.model_prefix, args.stem_average)
     model.to(amp.device)

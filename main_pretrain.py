@@ -16,8 +16,8 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 import datasets
 from engine_pretrain import train_one_epoch
-from models import fcmae, weights
-from models.convnextv2 import SIZES, compile_blocks
+from models import fcmae, fused, weights
+from models.convnextv2 import SIZES, compile_blocks, total_stride
 from utils import checkpoint, distributed, errors
 from utils.amp import Amp
 from utils.args import (
@@ -71,7 +71,7 @@ def check_args(args) -> None:
     """Refuse impossible arguments before anything is built. Raises UsageError."""
     check_shared_arguments(args, list(SIZES))
     datasets.mean_std(args)
-    patch_size = 8 * args.stem_stride
+    patch_size = total_stride(args.stem_stride)
     if args.input_size % patch_size:
         fitting = max(patch_size, round(args.input_size / patch_size) * patch_size)
         raise UsageError(
@@ -149,7 +149,7 @@ def build_model(args) -> fcmae.FCMAE:
         norm_pix_loss=args.norm_pix_loss,
         decoder_depth=args.decoder_depth,
         decoder_embed_dim=args.decoder_embed_dim,
-        patch_size=8 * args.stem_stride,
+        patch_size=total_stride(args.stem_stride),
     )
     model.set_grad_checkpointing(args.grad_checkpointing)
     return model
@@ -178,7 +178,7 @@ def load_initial(model: fcmae.FCMAE, path: str | Path, stem_average: bool = Fals
 def build_loader(dataset: Dataset, args, device: torch.device) -> datasets.StepLoader:
     """Steps of (image, label, mask)."""
     prepare = datasets.build_prepare(dataset, args, device)
-    draw = partial(draw_mask, (args.input_size // (8 * args.stem_stride)) ** 2, args.mask_ratio)
+    draw = partial(draw_mask, (args.input_size // total_stride(args.stem_stride)) ** 2, args.mask_ratio)
     loader = datasets.build_train_loader(dataset, args, draw, prepare=prepare)
     counts = loader.sampler.num_samples, loader.global_batch, len(loader)
     log.info("%d images, %d per optimizer step, %d steps per epoch", *counts)
@@ -193,6 +193,8 @@ def train(args, amp: Amp, run: Run) -> None:
     labelled = knn_loaders(args)
     torch.manual_seed(args.seed)
     model = build_model(args).to(device)
+    if args.fused:
+        fused.enable(model)
     lr = effective_lr(args, distributed.get_world_size())
     optimizer = torch.optim.AdamW(
         param_groups(model.named_parameters(), args.weight_decay), lr=lr, betas=(0.9, 0.95), fused=device.type != "mps"

@@ -1,13 +1,14 @@
 """ConvNeXt V2 (arXiv 2301.00808): one set of parameters, one Block and one forward for dense and for masked input."""
 
+import itertools
 from collections.abc import Iterator
 
 import torch
-from timm.layers import DropPath
+from timm.layers import DropPath, LayerNorm2d
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from .layers import GRN, PatchConv, depthwise, grn_mlp
+from .layers import GRN, PatchConv
 from .visible import VisiblePatches
 
 # name: depths, dims                                                     parameters with 1000 classes
@@ -41,20 +42,34 @@ class Block(nn.Module):
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, x: torch.Tensor, visible: VisiblePatches | None = None) -> torch.Tensor:
-        y = depthwise(x, self.dwconv) if visible is None else visible.depthwise(x, self.dwconv)
+        y = x if visible is None else visible.scatter(x)
+        y = self.dwconv(y.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        y = y if visible is None else visible.gather(y)
         return self.pointwise(x, y)
 
     def pointwise(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """All but the depthwise convolution, whose output is y: what both layouts share, and torch.compile fuses."""
         y = self.norm(y)
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            y = grn_mlp(y, self.pwconv1, self.grn, self.pwconv2)  # the same four layers, see there
-        else:
-            y = self.pwconv1(y)
-            y = self.act(y)
-            y = self.grn(y)
-            y = self.pwconv2(y)
+        positions = y.shape[:3]
+        y = self.pwconv1(y.flatten(0, 2)).unflatten(0, positions)  # as rows: what counts operations expects them so
+        y = self.act(y)
+        y = self.grn(y)
+        y = self.pwconv2(y.flatten(0, 2)).unflatten(0, positions)
         return x + self.drop_path(y)
+
+
+class Stage(nn.Sequential):
+    """Blocks of one width, one after the other: (N, H, W, C), or, with `visible`, (N, K, s*s, C), in and out."""
+
+    grad_checkpointing = False
+
+    def forward(self, x: torch.Tensor, visible: VisiblePatches | None = None) -> torch.Tensor:
+        for block in self:
+            if self.grad_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, visible, use_reentrant=False)
+            else:
+                x = block(x, visible)
+        return x
 
 
 def compile_blocks(model: nn.Module) -> None:
@@ -71,55 +86,57 @@ def init_weights(module: nn.Module) -> None:
         nn.init.zeros_(module.bias)
 
 
+STEM_STRIDES = (4, 2, 1)
+
+
+def total_stride(stem_stride: int) -> int:
+    """Pixels per position of the last stage, which is the side of a mask's patch: three downsamplers halve the map."""
+    return 8 * stem_stride
+
+
 class Encoder(nn.Module):
     """Stem and four stages, on whole images or on their visible patches alone.
 
     Args:
-        stem_stride: kernel and stride of the stem; 4 in the paper, 2 or 1 for small images. A patch of the mask is
-            `patch_size` = 8 * stem_stride pixels wide, one position of the last stage.
+        stem_stride: kernel and stride of the stem; 4 in the paper, 2 or 1 for small images.
     """
 
     def __init__(self, in_chans=3, depths=(3, 3, 9, 3), dims=(96, 192, 384, 768), drop_path_rate=0.0, stem_stride=4):
         super().__init__()
-        if stem_stride not in (4, 2, 1):
+        if stem_stride not in STEM_STRIDES:
             raise ValueError(f"stem_stride must be 4, 2 or 1, got {stem_stride}")
         self.in_chans, self.depths, self.dims = in_chans, tuple(depths), tuple(dims)
-        self.stem_stride, self.patch_size = stem_stride, 8 * stem_stride
-        self.grad_checkpointing = False
-        norms = [nn.LayerNorm(dim, eps=1e-6) for dim in dims]
-        self.downsample_layers = nn.ModuleList([nn.Sequential(PatchConv(in_chans, dims[0], stem_stride), norms[0])])
-        for i in range(3):
-            norm = nn.LayerNorm(dims[i], eps=1e-6)
-            self.downsample_layers.append(nn.Sequential(norm, PatchConv(dims[i], dims[i + 1], 2)))
+        self.stem_stride, self.patch_size = stem_stride, total_stride(stem_stride)
+        stem = nn.Sequential(PatchConv(in_chans, dims[0], stem_stride), LayerNorm2d(dims[0], eps=1e-6))
+        downsamplers = (
+            nn.Sequential(LayerNorm2d(dim, eps=1e-6), PatchConv(dim, wider, 2))
+            for dim, wider in itertools.pairwise(dims)
+        )
+        self.downsample_layers = nn.ModuleList([stem, *downsamplers])
         rates = (drop_path_rate * i / max(sum(depths) - 1, 1) for i in range(sum(depths)))
         self.stages = nn.ModuleList(
-            nn.ModuleList(Block(dim, next(rates)) for _ in range(depth))
+            Stage(*(Block(dim, next(rates)) for _ in range(depth)))
             for depth, dim in zip(depths, dims, strict=True)
         )
         self.apply(init_weights)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each block's activations in backward: about a third more time for a fraction of the memory."""
-        self.grad_checkpointing = enable
+        for stage in self.stages:
+            stage.grad_checkpointing = enable
 
     def channels_last_stages(self, imgs: torch.Tensor, visible: VisiblePatches | None = None) -> Iterator[torch.Tensor]:
         """Yield the four stages' features: (N, H_i, W_i, dims[i]), or, with `visible`, (N, K, s_i*s_i, dims[i])."""
-        if imgs.shape[1] != self.in_chans:
-            raise ValueError(f"the images have {imgs.shape[1]} channels, the model has in_chans={self.in_chans}")
-        x = imgs.permute(0, 2, 3, 1) if visible is None else visible.crop(imgs, self.patch_size)
-        for downsample, blocks in zip(self.downsample_layers, self.stages, strict=True):
-            x = downsample(x)
-            side = x.shape[1]
-            if visible is not None:
-                x = x.reshape(visible.batch, visible.num_visible, side * side, x.shape[-1])
-            for block in blocks:
-                if self.grad_checkpointing and torch.is_grad_enabled():
-                    x = checkpoint(block, x, visible, use_reentrant=False)
-                else:
-                    x = block(x, visible)
+        check_images(imgs, self.in_chans, self.patch_size)
+        x = imgs if visible is None else visible.crop(imgs, self.patch_size)
+        for downsample, stage in zip(self.downsample_layers, self.stages, strict=True):
+            x = downsample(x).permute(0, 2, 3, 1)
+            maps = x.shape
+            if visible is not None:  # to the downsamplers each patch is a small map, to the blocks a part of its image
+                x = x.reshape(visible.batch, visible.num_visible, -1, maps[-1])
+            x = stage(x, visible)
             yield x
-            if visible is not None:
-                x = x.reshape(visible.batch * visible.num_visible, side, side, x.shape[-1])
+            x = x.reshape(maps).permute(0, 3, 1, 2)
 
     def forward_stages(self, x: torch.Tensor) -> list[torch.Tensor]:
         """The four feature maps of a dense input, for detection and segmentation: (N, dims[i], H / s_i, W / s_i).
@@ -127,12 +144,19 @@ class Encoder(nn.Module):
         Raises:
             ValueError: an image smaller than the total stride, or of another number of channels.
         """
-        if min(x.shape[-2:]) < self.patch_size:
-            raise ValueError(
-                f"images of {x.shape[-2]} x {x.shape[-1]} are too small: height and width must be at least "
-                f"{self.patch_size} with stem_stride {self.stem_stride}; a smaller stem_stride takes smaller images"
-            )
         return [y.permute(0, 3, 1, 2) for y in self.channels_last_stages(x)]
+
+
+@torch.fx.wrap  # one node of a traced graph, which checks when it runs
+def check_images(imgs: torch.Tensor, in_chans: int, least: int) -> None:
+    (channels, height, width) = imgs.shape[1:]
+    if channels != in_chans:
+        raise ValueError(f"the images have {channels} channels, the model has in_chans={in_chans}")
+    if min(height, width) < least:
+        raise ValueError(
+            f"images of {height} x {width} are too small: height and width must be at least {least}, the total stride; "
+            "a smaller stem_stride takes smaller images"
+        )
 
 
 class ConvNeXtV2(Encoder):

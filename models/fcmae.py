@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from .convnextv2 import SIZES, Block, Encoder, init_weights
+from .convnextv2 import SIZES, STEM_STRIDES, Block, Encoder, init_weights, total_stride
 from .layers import PatchConv
 from .visible import VisiblePatches
 
@@ -41,7 +41,7 @@ class FCMAE(nn.Module):
         mask_ratio: share of patches removed where `forward` is not told otherwise.
         decoder_depth, decoder_embed_dim: blocks and channels of the decoder.
         norm_pix_loss: normalise each target patch by its own mean and variance.
-        patch_size: side of a patch in pixels: 32, 16 or 8, that is, a stem stride of 4, 2 or 1.
+        patch_size: side of a patch in pixels, the encoder's total stride: 32, 16 or 8.
     """
 
     def __init__(
@@ -49,11 +49,12 @@ class FCMAE(nn.Module):
         decoder_embed_dim=512, norm_pix_loss=False, patch_size=32,
     ):  # fmt: skip
         super().__init__()
-        if patch_size not in (32, 16, 8):
+        stem_strides = {total_stride(stem_stride): stem_stride for stem_stride in STEM_STRIDES}
+        if patch_size not in stem_strides:
             raise ValueError(f"patch_size must be 32, 16 or 8 (8 * stem_stride), got {patch_size}")
         self.in_chans, self.patch_size = in_chans, patch_size
         self.mask_ratio, self.norm_pix_loss = mask_ratio, norm_pix_loss
-        self.encoder = Encoder(in_chans, depths, dims, stem_stride=patch_size // 8)
+        self.encoder = Encoder(in_chans, depths, dims, stem_stride=stem_strides[patch_size])
         self.proj = PatchConv(dims[-1], decoder_embed_dim, 1)
         self.mask_token = nn.Parameter(torch.zeros(1, decoder_embed_dim, 1, 1))
         self.decoder = nn.Sequential(*(Block(decoder_embed_dim) for _ in range(decoder_depth)))
@@ -92,16 +93,16 @@ class FCMAE(nn.Module):
             raise ValueError(f"mask has shape {tuple(mask.shape)}, a batch of {len(imgs)} images needs a row for each")
         visible = VisiblePatches(mask, self.grid_size(imgs), len_keep, device=imgs.device)
         *_, x = self.encoder.channels_last_stages(imgs, visible)  # (N, K, 1, dims[-1])
-        return visible.scatter(x, side=1).permute(0, 3, 1, 2)
+        return visible.scatter(x).permute(0, 3, 1, 2)
 
     def forward_decoder(self, features: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Predicted pixels of every patch: (N, dims[-1], h, w), (N, L) -> (N, p*p*C, h, w)."""
         n, _, h, w = features.shape
-        x = self.proj(features.permute(0, 2, 3, 1))  # (N, h, w, decoder_embed_dim)
+        x = self.proj(features).permute(0, 2, 3, 1)  # (N, h, w, decoder_embed_dim)
         removed = mask.to(x.device, non_blocking=True).reshape(n, h, w, 1) != 0
         x = torch.where(removed, self.mask_token.flatten().to(x.dtype), x)
         x = self.decoder(x)
-        return self.pred(x).permute(0, 3, 1, 2)
+        return self.pred(x.permute(0, 3, 1, 2))
 
     def patchify(self, imgs: torch.Tensor) -> torch.Tensor:
         """(N, C, H, W) -> (N, L, p*p*C); within a patch row by row, column by column, the channel fastest."""
@@ -166,9 +167,9 @@ class FCMAE(nn.Module):
         if self.norm_pix_loss:
             var, mean = torch.var_mean(target, dim=-1, keepdim=True)
             pred = pred * (var + 1e-6).sqrt() + mean
-        mask = mask.to(target)[..., None]
-        visible = target * (1 - mask)
-        return self.unpatchify(visible, grid), self.unpatchify(visible + pred * mask, grid)
+        removed = mask.to(imgs.device)[..., None] != 0
+        visible, pasted = torch.where(removed, 0.0, target), torch.where(removed, pred, target)
+        return self.unpatchify(visible, grid), self.unpatchify(pasted, grid)
 
 
 def _factory(name: str):

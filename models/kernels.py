@@ -43,55 +43,53 @@ def available(x: torch.Tensor) -> bool:
     return x.is_cuda and torch.cuda.get_device_capability(x.device) >= ((8, 0) if x.dtype == torch.bfloat16 else (7, 0))
 
 
-def depthwise(
+def convolve(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
-    slots: torch.Tensor | None = None,
+    patch_index: torch.Tensor | None = None,
     side: int | None = None,
-    flip: bool = False,
 ) -> torch.Tensor:
     """Depthwise convolution with stride 1 and zero padding k // 2; output shaped and typed as x.
 
     Args:
-        x: visible patches (N, K, s*s, C) with `slots` and `side`, or, without them, maps (N, H, W, C).
+        x: visible patches (N, K, s*s, C) with `patch_index` and `side`, or, without them, maps (N, H, W, C).
         weight, bias: (C, 1, k, k) with odd k, and (C,) or None.
-        slots: (N*K, T, T) int32, T = 2 * reach + 1, reach = ceil((k // 2) / s): which of the N*K patches lies there,
-            -1 where it is removed or outside.
+        patch_index: (N*K, T, T) int32, T = 2 * reach + 1, reach = ceil((k // 2) / s): which of the N*K patches lies
+            there, -1 where it is removed or outside.
         side: s.
-        flip: turn the kernel by 180 degrees, which makes the gradient of the input from that of the output.
     """
     c, k = weight.shape[0], weight.shape[-1]
     x, y = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
     taps = weight.reshape(c, k * k).t().contiguous()  # channels last, as everything else
-    layout, lanes, rows = _layout(x, slots, side, k)
+    layout, lanes, rows = _layout(x, patch_index, side, k)
     # R accumulators of this many values per thread, up to 64 registers in all
     block_c, lanes_per_program = _tile(c, values=8 if rows > 4 else 16)
     grid = (triton.cdiv(lanes, lanes_per_program), triton.cdiv(c, block_c))
     with _on(x):
-        _convolve[grid](
+        _convolve_kernel[grid](
             x, taps, taps if bias is None else bias, y, *layout, lanes,
-            C=c, K=k, R=rows, MAP=slots is None, FLIP=flip, BIAS=bias is not None,
+            C=c, K=k, R=rows, MAP=patch_index is None, BIAS=bias is not None,
             BM=lanes_per_program, BLOCK_C=block_c, num_warps=_WARPS,
         )  # fmt: skip
     return y
 
 
-def depthwise_weight_grad(
+def weight_grad(
     x: torch.Tensor,
     grad: torch.Tensor,
-    slots: torch.Tensor | None = None,
+    kernel_size: int,
+    patch_index: torch.Tensor | None = None,
     side: int | None = None,
-    kernel_size: int = 7,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of `depthwise`'s weight (C, 1, k, k) and bias (C,) in float32, from x and the output's gradient.
+    """Gradients of `convolve`'s weight (C, 1, k, k) and bias (C,) in float32, from x and the output's gradient.
 
     Each program writes the sum over its share of the positions, and a second pass adds the shares up: no atomics, so
     equal inputs give equal bits.
     """
     c, k = x.shape[-1], kernel_size
     x, grad = x.contiguous(), grad.contiguous()
-    layout, lanes, rows = _layout(x, slots, side, k)
+    layout, lanes, rows = _layout(x, patch_index, side, k)
     block_c, lanes_per_step = _tile(c, values=8)  # k + 1 accumulators
     steps = triton.cdiv(lanes, lanes_per_step)
     columns = triton.cdiv(c, block_c)
@@ -100,9 +98,9 @@ def depthwise_weight_grad(
     shares = triton.cdiv(steps, steps_per_share)
     partial = x.new_empty(shares, k * k + 1, c, dtype=torch.float32)  # the taps' sums, then the bias's
     with _on(x):
-        _correlate[(k, columns, shares)](
+        _weight_grad_kernel[(k, columns, shares)](
             x, grad, partial, *layout, lanes, steps_per_share,
-            C=c, K=k, R=rows, MAP=slots is None, BM=lanes_per_step, BLOCK_C=block_c, num_warps=_WARPS,
+            C=c, K=k, R=rows, MAP=patch_index is None, BM=lanes_per_step, BLOCK_C=block_c, num_warps=_WARPS,
         )  # fmt: skip
     total = partial.sum(dim=0)
     return total[:-1].t().reshape(c, 1, k, k), total[-1]
@@ -199,17 +197,17 @@ def _tile(channels: int, values: int) -> tuple[int, int]:
     return block_c, 32 * _WARPS * values // block_c
 
 
-def _layout(x, slots, side, kernel_size):
+def _layout(x, patch_index, side, kernel_size):
     """What `_place` needs to know (table, height, width), the number of lanes, and the rows R of a lane."""
-    if slots is not None:
+    if patch_index is not None:
         reach = -(-(kernel_size // 2) // side)
         expected = (x.shape[0] * x.shape[1], 2 * reach + 1, 2 * reach + 1)
-        if tuple(slots.shape) != expected or slots.dtype != torch.int32 or x.shape[2] != side * side:
+        if tuple(patch_index.shape) != expected or patch_index.dtype != torch.int32 or x.shape[2] != side * side:
             raise ValueError(
-                f"slots is {slots.dtype} of shape {tuple(slots.shape)}; visible patches of shape {tuple(x.shape)} "
-                f"with side {side} and a kernel of {kernel_size} need torch.int32 of shape {expected}"
+                f"patch_index is {patch_index.dtype} of shape {tuple(patch_index.shape)}; visible patches of shape "
+                f"{tuple(x.shape)} with side {side} and a kernel of {kernel_size} need torch.int32 of shape {expected}"
             )
-        return (slots.contiguous(), side, side), expected[0] * side, side
+        return (patch_index.contiguous(), side, side), expected[0] * side, side
     n, h, w, _ = x.shape
     strips = triton.cdiv(h, 8)
     rows = triton.cdiv(h, strips)
@@ -223,7 +221,7 @@ def _on(x: torch.Tensor):
 
 @_jit
 def _place(
-    slots_ptr, height, width, lanes, lane, dx, dy: tl.constexpr, K: tl.constexpr, R: tl.constexpr, MAP: tl.constexpr
+    index_ptr, height, width, lanes, lane, dx, dy: tl.constexpr, K: tl.constexpr, R: tl.constexpr, MAP: tl.constexpr
 ):
     """The position dy rows below each lane's first row and dx columns to its right: its index, and whether it exists.
 
@@ -242,9 +240,9 @@ def _place(
         size: tl.constexpr = 2 * reach + 1
         down: tl.constexpr = dy + reach * R  # from the first row of the first patch in the table, as `right` is
         right = lane % R + dx + reach * R
-        slot = tl.load(slots_ptr + lane // R * (size * size) + down // R * size + right // R, mask=live, other=-1)
-        index = slot.to(tl.int64) * (R * R) + down % R * R + right % R
-        exists = slot >= 0
+        patch = tl.load(index_ptr + lane // R * (size * size) + down // R * size + right // R, mask=live, other=-1)
+        index = patch.to(tl.int64) * (R * R) + down % R * R + right % R
+        exists = patch >= 0
     return index, exists
 
 
@@ -261,9 +259,9 @@ def _replace(values, i: tl.constexpr, value):
 
 
 @_jit
-def _convolve(
-    x_ptr, taps_ptr, bias_ptr, y_ptr, slots_ptr, height, width, lanes,
-    C: tl.constexpr, K: tl.constexpr, R: tl.constexpr, MAP: tl.constexpr, FLIP: tl.constexpr, BIAS: tl.constexpr,
+def _convolve_kernel(
+    x_ptr, taps_ptr, bias_ptr, y_ptr, index_ptr, height, width, lanes,
+    C: tl.constexpr, K: tl.constexpr, R: tl.constexpr, MAP: tl.constexpr, BIAS: tl.constexpr,
     BM: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """y[i] = bias + sum over taps (ky, kx) of x[i + (ky, kx) - K // 2] * taps[ky, kx], taps (K*K, C)."""
@@ -279,26 +277,23 @@ def _convolve(
     for kx in range(K):
         taps = ()  # of this column
         for ky in tl.static_range(K):
-            tap = ky * K + kx
-            if FLIP:
-                tap = K * K - 1 - tap
-            w = tl.load(taps_ptr + tap * C + channel, mask=channel < C, other=0.0).to(tl.float32)
+            w = tl.load(taps_ptr + (ky * K + kx) * C + channel, mask=channel < C, other=0.0).to(tl.float32)
             taps = taps + (tl.broadcast_to(w[None, :], (BM, BLOCK_C)),)
         for dy in tl.static_range(-halo, R + halo):
-            position, exists = _place(slots_ptr, height, width, lanes, lane, kx - halo, dy, K, R, MAP)
+            position, exists = _place(index_ptr, height, width, lanes, lane, kx - halo, dy, K, R, MAP)
             x = _load(x_ptr, position, exists, channel, C)
             for r in tl.static_range(R):
                 if dy - r >= -halo and dy - r <= halo:
                     sums = _replace(sums, r, tl.fma(x, taps[dy - r + halo], sums[r]))
     for r in tl.static_range(R):
-        position, exists = _place(slots_ptr, height, width, lanes, lane, 0, r, K, R, MAP)
+        position, exists = _place(index_ptr, height, width, lanes, lane, 0, r, K, R, MAP)
         mask = exists[:, None] & (channel < C)[None, :]
         tl.store(y_ptr + position[:, None] * C + channel[None, :], sums[r].to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @_jit
-def _correlate(
-    x_ptr, grad_ptr, partial_ptr, slots_ptr, height, width, lanes, steps,
+def _weight_grad_kernel(
+    x_ptr, grad_ptr, partial_ptr, index_ptr, height, width, lanes, steps,
     C: tl.constexpr, K: tl.constexpr, R: tl.constexpr, MAP: tl.constexpr, BM: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """One column kx of the taps' gradient: sum of grad[i] * x[i + (ky, kx) - K // 2] over a share of the lanes."""
@@ -314,11 +309,11 @@ def _correlate(
         lane = step * BM + tl.arange(0, BM)
         rows = ()
         for r in tl.static_range(R):
-            position, exists = _place(slots_ptr, height, width, lanes, lane, 0, r, K, R, MAP)
+            position, exists = _place(index_ptr, height, width, lanes, lane, 0, r, K, R, MAP)
             rows = rows + (_load(grad_ptr, position, exists, channel, C),)
             sums = _replace(sums, K, sums[K] + rows[r])
         for dy in tl.static_range(-halo, R + halo):
-            position, exists = _place(slots_ptr, height, width, lanes, lane, kx - halo, dy, K, R, MAP)
+            position, exists = _place(index_ptr, height, width, lanes, lane, kx - halo, dy, K, R, MAP)
             x = _load(x_ptr, position, exists, channel, C)
             for r in tl.static_range(R):
                 if dy - r >= -halo and dy - r <= halo:

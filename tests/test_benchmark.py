@@ -1,4 +1,4 @@
-"""tools/benchmark.py and tools/memory.py: comparisons run and say what they measured; the times are not judged."""
+"""tools/benchmark.py: comparisons run and say what they measured; the times are not judged."""
 
 import contextlib
 import json
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import models.convnextv2
-from tools import benchmark, memory
+from tools import benchmark
 from utils.errors import run
 
 TINY = {"depths": (1, 1, 1, 1), "dims": (8, 8, 16, 16)}
@@ -66,15 +66,6 @@ def test_both_forms_of_the_encoder_do_the_same_work(call):
     assert visible < 0.75 * dense
 
 
-def test_memory_grows_with_the_batch_and_shrinks_with_checkpointing(call):
-    text = call(memory, "--input_size", 224, "--memory_gb", 1, 2)
-    rows = [line.strip("| ").split(" | ") for line in text.splitlines()[2:]]
-    (_, no, _, each, one, two), (_, yes, _, each_checkpointed, *_) = [[c.strip(" |") for c in row] for row in rows]
-    assert (no, yes) == ("no", "yes")
-    assert float(each_checkpointed) < float(each)
-    assert int(two) > 2 * int(one) > 0
-
-
 @pytest.mark.parametrize(
     ("tool", "flags", "message"),
     [
@@ -84,7 +75,6 @@ def test_memory_grows_with_the_batch_and_shrinks_with_checkpointing(call):
         (benchmark, "--vary colour 1 2", "--vary colour 1 2: give one of mask_ratio"),
         (benchmark, "--vary batch_size two", "--vary batch_size two: invalid literal"),
         (benchmark, "--device cpu --largest_batch true", "--largest_batch true: needs --device cuda"),
-        (memory, "--model convnextv2_giant", "--model convnextv2_giant: unknown"),
     ],
 )
 def test_mistakes_are_one_line(call, tool, flags, message):

@@ -23,6 +23,7 @@ from models.convnextv2 import (
     num_layer_ids,
 )
 from models.layers import GRN
+from models.visible import VisiblePatches
 
 GOLDEN = Path(__file__).parent / "golden"
 FILL = runpy.run_path(str(GOLDEN / "fill.py"))
@@ -266,6 +267,28 @@ def test_grad_checkpointing_gives_the_same_gradients():
     assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
     model.set_grad_checkpointing(False)
     assert gradients()[1] == 5
+
+
+# ---- stages
+
+
+def test_stages_are_called():
+    """A hook on a stage sees what the stage gives, of whole images and of visible patches, and may change it."""
+    model, seen = small(), []
+    x = noise(2, 3, 64, 96)
+    expected = model.forward_stages(x)
+    for stage in model.stages:
+        stage.register_forward_hook(lambda _stage, _inputs, y: seen.append(y))
+    model(x)
+    assert len(seen) == 4
+    for y, wanted in zip(seen, expected, strict=True):
+        assert torch.equal(y.permute(0, 3, 1, 2), wanted)
+    visible = VisiblePatches(torch.tensor([[0, 1, 1, 0, 1, 1]] * 2), (2, 3))
+    *_, last = model.channels_last_stages(x, visible)
+    assert torch.equal(seen[-1], last)
+    assert last.shape == (2, 2, 1, 24)
+    model.stages[-1].register_forward_hook(lambda _stage, _inputs, y: 0 * y)
+    assert not model.forward_stages(x)[-1].any()
 
 
 # ---- GRN

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models import fcmae, visible
+from models import fcmae, fused
 from models.convnextv2 import SIZES, Block
 from models.fcmae import FCMAE, convnextv2_atto, convnextv2_tiny, random_mask
 from models.visible import VisiblePatches
@@ -51,12 +51,13 @@ def assert_close(actual, expected, tolerance, what=""):
     assert (actual - expected).abs().max() <= tolerance * scale, what
 
 
-@pytest.fixture(params=["grid", "window"])
+@pytest.fixture(params=["plain", "map", "window"])
 def form(request, monkeypatch):
-    """Both forms of the depthwise convolution, wherever a test's model calls it."""
-    original = VisiblePatches.depthwise
-    monkeypatch.setattr(VisiblePatches, "depthwise", lambda self, x, conv: original(self, x, conv, form=request.param))
-    return request.param
+    """A model as it is, and with both of the CPU's fast depthwise convolutions."""
+    if request.param == "plain":
+        return lambda model: model
+    monkeypatch.setattr(fused, "_fastest_backend", lambda *_: request.param)
+    return lambda model: model if fused.enable(model) else pytest.fail("no block is fused")
 
 
 # ---- the reference's sparse model
@@ -65,9 +66,11 @@ def form(request, monkeypatch):
 @pytest.mark.parametrize(("factory", "size", "file"), [
     (convnextv2_atto, 224, "fcmae_sparse_atto_224.npz"), (convnextv2_tiny, 160, "fcmae_sparse_tiny_160.npz"),
 ])  # fmt: skip
-def test_golden_outputs_and_gradients(factory, size, file):
+@pytest.mark.parametrize("fast", [False, True], ids=["plain", "fused"])
+def test_golden_outputs_and_gradients(factory, size, file, fast):
     golden = np.load(GOLDEN / file)
     model = fill(factory(norm_pix_loss=True))
+    assert not fast or fused.enable(model)
     imgs = torch.from_numpy(np.random.RandomState(7 + size).standard_normal((3, 3, size, size)).astype(np.float32))
     mask = torch.from_numpy(golden["mask"])
     with torch.no_grad():
@@ -138,7 +141,7 @@ def compare_with_masked_dense(model, imgs, mask):
     (3, (7, 5), 8, 0.6), (2, (4, 8), 8, 0.75), (5, (3, 1), 8, 0.4),
 ])  # fmt: skip
 def test_encoder_equals_the_masked_dense_network(form, batch, grid, patch_size, mask_ratio):
-    model = small(patch_size=patch_size)
+    model = form(small(patch_size=patch_size))
     imgs = noise(batch, 3, grid[0] * patch_size, grid[1] * patch_size, seed=batch)
     compare_with_masked_dense(model, imgs, masks(model, imgs, mask_ratio, seed=batch))
 
@@ -167,68 +170,7 @@ def test_without_removed_patches_all_three_forms_agree(patch_size):
     assert_close(model.forward_encoder(imgs, mask), expected, 1e-12)
 
 
-# ---- the depthwise convolution
-
-
-def submanifold_by_loops(x, kept, weight, bias):
-    """x (N, C, H, W), kept (N, H, W): every kept position sums over the kept positions in its window."""
-    n, channels, height, width = x.shape
-    halo = weight.shape[-1] // 2
-    out = np.zeros_like(x)
-    for i in range(n):
-        for row, column in np.argwhere(kept[i]):
-            for c in range(channels):
-                total = bias[c]
-                for r in range(-halo, halo + 1):
-                    for s in range(-halo, halo + 1):
-                        u, v = row + r, column + s
-                        if 0 <= u < height and 0 <= v < width and kept[i, u, v]:
-                            total += weight[c, 0, r + halo, s + halo] * x[i, c, u, v]
-                out[i, c, row, column] = total
-    return out
-
-
-@pytest.mark.parametrize(("grid", "side"), [((3, 4), 1), ((2, 3), 2), ((2, 2), 4)])
-@pytest.mark.parametrize("form", ["grid", "window"])
-def test_depthwise_equals_loops(form, grid, side):
-    conv = nn.Conv2d(2, 2, 7, padding=3, groups=2).double()
-    nn.init.normal_(conv.bias)
-    mask = torch.tensor([[0, 1, 0, 1] * 3, [1, 0, 0, 1] * 3])[:, : grid[0] * grid[1]]
-    patches = VisiblePatches(mask, grid)
-    kept = spread(mask, grid, side)[:, 0] == 0
-    x = noise(2, 2, grid[0] * side, grid[1] * side, dtype=torch.float64)
-    y = patches.depthwise(patches.gather(x.permute(0, 2, 3, 1), side), conv, form=form)
-    y = patches.scatter(y, side).permute(0, 3, 1, 2).detach()
-    expected = submanifold_by_loops(x.numpy(), kept.numpy(), conv.weight.detach().numpy(), conv.bias.detach().numpy())
-    np.testing.assert_allclose(y, expected, rtol=0, atol=1e-12)
-
-
-@pytest.mark.parametrize("side", [8, 4, 2, 1])
-@pytest.mark.parametrize("form", ["grid", "window"])
-def test_depthwise_and_its_gradients(form, side):
-    grid, c = (3, 5), 6
-    imgs = torch.empty(3, 1, 24, 40)
-    mask = masks(FCMAE(**SMALL, patch_size=8), imgs)
-    patches = VisiblePatches(mask, grid)
-    conv = nn.Conv2d(c, c, 7, padding=3, groups=c).double()
-    x = noise(3, patches.num_visible, side * side, c, dtype=torch.float64).requires_grad_()
-    weight = noise(*x.shape, seed=1, dtype=torch.float64)
-
-    def run(y):
-        return [y.detach(), *torch.autograd.grad((y * weight).sum(), (x, conv.weight, conv.bias))]
-
-    full = patches.scatter(x, side).permute(0, 3, 1, 2)
-    full = F.conv2d(full, conv.weight, conv.bias, padding=3, groups=c).permute(0, 2, 3, 1)
-    expected = run(patches.gather(full, side))
-    actual = run(patches.depthwise(x, conv, form=form))
-    for name, a, b in zip(("y", "x", "weight", "bias"), actual, expected, strict=True):
-        assert a.shape == b.shape
-        assert_close(a, b, 1e-12, name)
-    # the form that accelerators use for the weight's gradient; on the CPU nothing else calls it
-    by_grid = visible._weight_grad_grid(x.detach(), weight, conv.weight.detach(), patches, side)
-    assert_close(by_grid, expected[2], 1e-12, "weight, grid")
-    by_window = visible._weight_grad_window(x.detach(), weight, conv.weight.detach(), patches, side)
-    assert_close(by_window, expected[2], 1e-12, "weight, window")
+# ---- moving features
 
 
 @pytest.mark.parametrize("side", [1, 2, 8])
@@ -238,18 +180,18 @@ def test_gather_scatter_and_crop(side):
     mask = masks(model, torch.empty(3, 3, 8 * h, 8 * w))
     patches = VisiblePatches(mask, (h, w))
     crops = [
-        x[i, :, r * side : (r + 1) * side, c * side : (c + 1) * side].permute(1, 2, 0)
+        x[i, :, r * side : (r + 1) * side, c * side : (c + 1) * side]
         for i in range(3)
         for r in range(h)
         for c in range(w)
         if mask[i, r * w + c] == 0
     ]
-    expected = torch.stack(crops)  # (N*K, s, s, C)
+    expected = torch.stack(crops)  # (N*K, C, s, s)
     assert len(crops) == 3 * patches.num_visible == 3 * 3
     assert torch.equal(patches.crop(x, side), expected)
-    gathered = patches.gather(x.permute(0, 2, 3, 1), side)
-    assert torch.equal(gathered, expected.reshape(3, 3, side * side, 5))
-    assert torch.equal(patches.scatter(gathered, side).permute(0, 3, 1, 2), x * (1 - spread(mask, (h, w), side)))
+    gathered = patches.gather(x.permute(0, 2, 3, 1))
+    assert torch.equal(gathered, expected.permute(0, 2, 3, 1).reshape(3, 3, side * side, 5))
+    assert torch.equal(patches.scatter(gathered).permute(0, 3, 1, 2), x * (1 - spread(mask, (h, w), side)))
 
 
 # ---- nothing of a removed patch gets in
@@ -257,7 +199,7 @@ def test_gather_scatter_and_crop(side):
 
 @pytest.mark.parametrize("junk", [1e6, float("inf"), float("nan")])
 def test_removed_pixels_change_no_bit(form, junk):
-    model = small()
+    model = form(small())
     imgs = noise(3, 3, 96, 160)
     mask = masks(model, imgs)
     removed = spread(mask, (3, 5), 32).expand_as(imgs) == 1

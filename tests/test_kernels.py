@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models import kernels, layers
+from models import fused, kernels
 from models.visible import VisiblePatches
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -47,7 +47,7 @@ class Patches:
         self.grid, self.images = grid, len(keep)
         self.places = [(image, *place) for image, places in enumerate(keep) for place in sorted(places)]
 
-    def slots(self, side, halo):
+    def patch_index(self, side, halo):
         reach = -(-halo // side)
         size = 2 * reach + 1
         table = torch.full((len(self.places), size, size), -1, dtype=torch.int32)
@@ -108,15 +108,15 @@ def expected_results(x, weight, bias, grad):
     return y.detach(), *torch.autograd.grad(y, (x, weight, bias), grad.double())
 
 
-def compare(x, weight, bias, grad, expected, slots=None, side=None, **close):
+def compare(x, weight, bias, grad, expected, patch_index=None, side=None, **close):
     """Both kernels, all four results, with the expected ones in the kernels' layout."""
     k = weight.shape[-1]
-    slots = slots if slots is None else slots.to(DEVICE)
+    patch_index = patch_index if patch_index is None else patch_index.to(DEVICE)
     x, grad, weight, bias = fenced(x), fenced(grad), weight.to(DEVICE), bias.to(DEVICE)
     results = (
-        kernels.depthwise(x, weight, bias, slots, side),
-        kernels.depthwise(grad, weight, None, slots, side, flip=True),
-        *kernels.depthwise_weight_grad(x, grad, slots, side, k),
+        kernels.convolve(x, weight, bias, patch_index, side),
+        kernels.convolve(grad, weight.flip(2, 3), None, patch_index, side),
+        *kernels.weight_grad(x, grad, k, patch_index, side),
     )
     dtypes = [x.dtype, x.dtype, torch.float32, torch.float32]
     assert [result.dtype for result in results] == dtypes
@@ -142,7 +142,7 @@ def test_visible_is_exact(side):
     )
     # the bias reaches removed positions too; their gradient is zero there, so its sum is the visible ones'
     expected = (patches.from_map(y, side), patches.from_map(grad_x, side), grad_weight, grad_bias)
-    compare(x, weight, bias, grad, expected, patches.slots(side, 3), side)
+    compare(x, weight, bias, grad, expected, patches.patch_index(side, 3), side)
 
 
 @runs
@@ -161,14 +161,14 @@ def test_half_precision(dtype):
     rtol = 2.0**-8 if dtype == torch.bfloat16 else 2.0**-11
     if INTERPRETED:  # it cuts bfloat16 off instead of rounding
         rtol *= 2
-    compare(x, weight, bias, grad, expected, patches.slots(side, 3), side, rtol=rtol, atol=1e-4)
+    compare(x, weight, bias, grad, expected, patches.patch_index(side, 3), side, rtol=rtol, atol=1e-4)
 
 
 @runs
 def test_equal_inputs_give_equal_weight_gradients():
     patches, side = LAYOUTS[1], 1
     x = torch.randn(2, 1, len(patches.places), 1, 32, generator=torch.Generator().manual_seed(0)).to(DEVICE)
-    first, second = (kernels.depthwise_weight_grad(*x, patches.slots(1, 3).to(DEVICE), side) for _ in range(2))
+    first, second = (kernels.weight_grad(*x, 7, patches.patch_index(1, 3).to(DEVICE), side) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
@@ -180,7 +180,7 @@ def test_weight_gradient_of_long_shares(monkeypatch, programs):
     x, grad = integers(1, 9, 12, 32, seed=0), integers(1, 9, 12, 32, seed=1)
     nchw, nchw_grad = x.permute(0, 3, 1, 2), grad.permute(0, 3, 1, 2)
     expected = expected_results(nchw, torch.zeros(32, 1, 3, 3), torch.zeros(32), nchw_grad)[2:]
-    results = kernels.depthwise_weight_grad(x.to(DEVICE), grad.to(DEVICE), kernel_size=3)
+    results = kernels.weight_grad(x.to(DEVICE), grad.to(DEVICE), 3)
     assert all(torch.equal(a.cpu().double(), b) for a, b in zip(results, expected, strict=True))
 
 
@@ -194,16 +194,16 @@ def test_more_than_2_to_the_31_elements():
     x = torch.zeros(1, count, side**2, c, dtype=torch.bfloat16, device=DEVICE)
     x[:, -4:].normal_(generator=generator)
     weight, bias = torch.randn(c, 1, 7, 7, device=DEVICE), torch.zeros(c, device=DEVICE)
-    slots = torch.full((count, 3, 3), -1, dtype=torch.int32, device=DEVICE)
-    slots[:, 1, 1] = torch.arange(count, device=DEVICE)
+    patch_index = torch.full((count, 3, 3), -1, dtype=torch.int32, device=DEVICE)
+    patch_index[:, 1, 1] = torch.arange(count, device=DEVICE)
     few = torch.full((4, 3, 3), -1, dtype=torch.int32, device=DEVICE)
     few[:, 1, 1] = torch.arange(4, device=DEVICE)
-    y = kernels.depthwise(x, weight, bias, slots, side)
-    assert torch.equal(y[:, -4:], kernels.depthwise(x[:, -4:], weight, bias, few, side))
+    y = kernels.convolve(x, weight, bias, patch_index, side)
+    assert torch.equal(y[:, -4:], kernels.convolve(x[:, -4:], weight, bias, few, side))
     assert not y[:, :-4].any()
     result, wanted = (
-        kernels.depthwise_weight_grad(x, y, slots, side),
-        kernels.depthwise_weight_grad(x[:, -4:], y[:, -4:], few, side),
+        kernels.weight_grad(x, y, 7, patch_index, side),
+        kernels.weight_grad(x[:, -4:], y[:, -4:], 7, few, side),
     )
     torch.testing.assert_close(result, wanted, rtol=1e-4, atol=1e-3)
 
@@ -228,11 +228,11 @@ def test_map_is_exact(n, h, w, k):
 def test_inputs_that_are_not_contiguous():
     x, weight = integers(2, 16, 3, 4, seed=0).to(DEVICE), integers(2, 16, 3, 3, seed=1).to(DEVICE)[1][:, None]
     strided = x.permute(0, 2, 3, 1)
-    y = kernels.depthwise(strided, weight, None)
+    y = kernels.convolve(strided, weight, None)
     assert y.is_contiguous()
     wanted = F.conv2d(x.cpu().double(), weight.cpu().double(), padding=1, groups=16)
     assert torch.equal(y.cpu().double(), wanted.permute(0, 2, 3, 1))
-    results, others = (kernels.depthwise_weight_grad(t, t, kernel_size=3) for t in (strided, strided.contiguous()))
+    results, others = (kernels.weight_grad(t, t, 3) for t in (strided, strided.contiguous()))
     assert all(torch.equal(a, b) for a, b in zip(results, others, strict=True))
 
 
@@ -242,7 +242,7 @@ def test_inputs_that_are_not_contiguous():
 @has_triton
 @pytest.mark.skipif(INTERPRETED, reason="needs the compiler")
 @pytest.mark.parametrize("rows", [2, 7])
-@pytest.mark.parametrize("kernel", ["_convolve", "_correlate"])
+@pytest.mark.parametrize("kernel", ["_convolve_kernel", "_weight_grad_kernel"])
 def test_compiles(kernel, rows, monkeypatch, tmp_path):
     """The compiler refuses things that the interpreter takes. Patches have 2 rows here, and strips of a map 7."""
     from triton.backends.compiler import GPUTarget
@@ -251,9 +251,9 @@ def test_compiles(kernel, rows, monkeypatch, tmp_path):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")
     kernel = getattr(kernels, kernel)
-    fixed = {"C": 40, "K": 7, "R": rows, "MAP": rows == 7, "FLIP": True, "BIAS": True, "BM": 16, "BLOCK_C": 32}
+    fixed = {"C": 40, "K": 7, "R": rows, "MAP": rows == 7, "BIAS": True, "BM": 16, "BLOCK_C": 32}
     fixed = {name: value for name, value in fixed.items() if name in kernel.arg_names}
-    pointers = {"slots_ptr": "*i32", "partial_ptr": "*fp32"}
+    pointers = {"index_ptr": "*i32", "partial_ptr": "*fp32"}
     types = {name: pointers.get(name, "*bf16" if name.endswith("_ptr") else "i32") for name in kernel.arg_names}
     source = ASTSource(
         fn=kernel,
@@ -276,9 +276,9 @@ def test_available(monkeypatch):
 @has_triton
 def test_a_table_that_does_not_fit():
     x, weight = torch.zeros(1, 2, 4, 8), torch.zeros(8, 1, 7, 7)
-    for slots in (torch.zeros(2, 3, 3, dtype=torch.int32), torch.zeros(2, 5, 5)):
+    for patch_index in (torch.zeros(2, 3, 3, dtype=torch.int32), torch.zeros(2, 5, 5)):
         with pytest.raises(ValueError, match=r"need torch.int32 of shape \(2, 5, 5\)"):
-            kernels.depthwise(x, weight, None, slots, side=2)
+            kernels.convolve(x, weight, None, patch_index, side=2)
 
 
 class FakeTime:
@@ -347,41 +347,31 @@ def test_a_reference_that_fails_is_an_error(monkeypatch):
 
 
 @runs
-@pytest.mark.parametrize("side", [8, 2])
-def test_the_visible_form_equals_the_grid_form(side):
-    """Through autograd, as the encoder calls it."""
-    mask = torch.tensor([[0, 1, 1, 0, 0, 1], [1, 0, 1, 1, 0, 0]])
-    visible = VisiblePatches(mask, (2, 3), device=DEVICE)
+@pytest.mark.parametrize("side", [8, 2, None])
+def test_equals_the_library_through_autograd(side):
+    """As a block calls them: on visible patches, and on maps."""
+    visible = None
+    if side:
+        mask = torch.tensor([[0, 1, 1, 0, 0, 1], [1, 0, 1, 1, 0, 0]])
+        visible = VisiblePatches(mask, (2, 3), device=DEVICE)
     conv = nn.Conv2d(40, 40, 7, padding=3, groups=40).to(DEVICE)
     results = {}
-    for form in ("grid", "kernel"):
-        x = integers(2, 3, side * side, 40, seed=1).to(DEVICE).requires_grad_()
-        y = visible.depthwise(x, conv, form)
+    for backend in ("map", "kernel"):
+        x = integers(2, 3, side * side if side else 5, 40, seed=1).to(DEVICE).requires_grad_()
+        y = fused.depthwise(x, conv, visible, backend)
         loss = (y * torch.linspace(-1, 1, y.numel(), device=DEVICE).view(y.shape)).sum()
-        results[form] = y, *torch.autograd.grad(loss, [x, conv.weight, conv.bias])
-    for kernel, grid in zip(results["kernel"], results["grid"], strict=True):
-        assert kernel.dtype == grid.dtype
-        torch.testing.assert_close(kernel, grid, rtol=1e-4, atol=1e-4)
-
-
-@runs
-def test_the_dense_form_equals_the_library():
-    conv = nn.Conv2d(40, 40, 7, padding=3, groups=40).to(DEVICE)
-    results = {}
-    for form in ("library", "kernel"):
-        x = integers(1, 9, 5, 40, seed=2).to(DEVICE).requires_grad_()
-        y = layers._Depthwise.apply(x, conv.weight, conv.bias, form)
-        loss = (y * torch.linspace(-1, 1, y.numel(), device=DEVICE).view(y.shape)).sum()
-        results[form] = y, *torch.autograd.grad(loss, [x, conv.weight, conv.bias])
-    for kernel, library in zip(results["kernel"], results["library"], strict=True):
+        results[backend] = y, *torch.autograd.grad(loss, [x, conv.weight, conv.bias])
+    for kernel, library in zip(results["kernel"], results["map"], strict=True):
+        assert kernel.dtype == library.dtype
         torch.testing.assert_close(kernel, library, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.skipif(DEVICE != "cuda" or not torch.cuda.is_available(), reason="the choice is made on a GPU")
 def test_the_first_call_on_a_gpu_chooses():
     conv = nn.Conv2d(64, 64, 7, padding=3, groups=64).cuda()
-    layers.depthwise(torch.randn(2, 14, 14, 64, device="cuda"), conv)
-    VisiblePatches(torch.zeros(2, 4), (2, 2), device="cuda").depthwise(torch.randn(2, 4, 16, 64, device="cuda"), conv)
+    fused.depthwise(torch.randn(2, 14, 14, 64, device="cuda"), conv)
+    visible = VisiblePatches(torch.zeros(2, 4), (2, 2), device="cuda")
+    fused.depthwise(torch.randn(2, 4, 16, 64, device="cuda"), conv, visible)
     assert {key[0] for key in kernels._chosen} >= {"maps", "visible patches"}
 
 

@@ -241,7 +241,7 @@ def test_feature_diversity_layer_by_layer():
     x, expected = imgs.permute(0, 2, 3, 1), []
     with torch.no_grad():
         for downsample, stage in zip(encoder.downsample_layers, encoder.stages, strict=True):
-            x = downsample(x)
+            x = downsample(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
             for block in stage:
                 y = block.dwconv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
                 before = block.act(block.pwconv1(block.norm(y)))

@@ -15,7 +15,7 @@ def masked_dense_features(encoder: Encoder, imgs: torch.Tensor, mask: torch.Tens
     The library's dense layers on channels-last maps, with as few multiplications by the visibility map as give the same
     features: after the stem, before GRN (so that its norm sees visible positions only), at each block's end (so that
     the next depthwise convolution reads zeros) and, with the last of these, before every downsampling convolution.
-    GRN itself is the model's own, with its short gradient.
+    GRN itself is the model's own.
 
     imgs (N, C, H, W), mask (N, L) with 1 = removed -> (N, dims[-1], h, w), zeros at removed patches.
     """

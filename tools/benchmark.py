@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import main_pretrain
 from datasets import Batch
 from engine_pretrain import train_one_epoch
-from models import convnextv2, fcmae
+from models import convnextv2, fcmae, fused
 from models.convnextv2 import SIZES, compile_blocks
 from tools.baselines import MaskedAutoencoderViT, masked_dense_features
 from utils import distributed
@@ -76,6 +76,8 @@ def build_fcmae(args, device: torch.device, compiled: bool) -> fcmae.FCMAE:
     torch.manual_seed(0)
     model = getattr(fcmae, args.model)(norm_pix_loss=True).to(device)
     model.set_grad_checkpointing(args.grad_checkpointing)
+    if args.fused:
+        fused.enable(model)
     if compiled:
         compile_blocks(model)
     return model
@@ -137,6 +139,8 @@ def classifier_step(args, device, compiled, timms: bool) -> Step:
         imgs = imgs.contiguous(memory_format=torch.channels_last)
     else:
         model = getattr(convnextv2, args.model)().to(device)
+        if args.fused:
+            fused.enable(model)
     ema = ModelEmaV3(model, decay=0.9999)
     if compiled:
         model.compile() if timms else compile_blocks(model)
@@ -304,6 +308,7 @@ def get_args_parser() -> ArgumentParser:
         "--compile", choices=("no", "yes", "both"), default="no",
         help="run the forms eagerly, compiled, or each both ways, which compares the better of each",
     )  # fmt: skip
+    add_bool(parser, "--fused", True, "the hand-written gradients of models/fused.py; false: the plain model")
     add_bool(parser, "--grad_checkpointing", False, "recompute the encoder's activations in backward")
     parser.add_argument("--repeats", type=int, default=9, help="timed rounds")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
@@ -355,7 +360,7 @@ def memory_of(name: str, args) -> float:
     words = ["--memory_of", name, "--memory", "false"]
     for flag in ("what", "model", "batch_size", "input_size", "mask_ratio", "device", "dtype", "compile", "threads"):
         words += [f"--{flag}", str(getattr(args, flag))]
-    words += ["--grad_checkpointing", str(args.grad_checkpointing)]
+    words += ["--grad_checkpointing", str(args.grad_checkpointing), "--fused", str(args.fused)]
     done = subprocess.run([sys.executable, __file__, *words], capture_output=True, text=True, check=False)
     if done.returncode:
         raise UsageError(f"measuring the memory of {name} failed: {done.stderr.strip().splitlines()[-1:]}")

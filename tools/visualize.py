@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import datasets
 from models import weights
-from models.convnextv2 import Block, Encoder
+from models.convnextv2 import Block, Encoder, total_stride
 from models.fcmae import FCMAE, num_visible
 from tools.probe import add_image_arguments, load_encoder
 from utils import checkpoint
@@ -71,7 +71,8 @@ def load_fcmae(path: str, norm_pix_loss: bool) -> FCMAE:
     decoder_depth = sum(re.fullmatch(r"decoder\.\d+\.dwconv\.weight", name) is not None for name in state)
     model = FCMAE(
         size.in_chans, size.depths, size.dims, decoder_depth=decoder_depth,
-        decoder_embed_dim=state["mask_token"].shape[1], norm_pix_loss=norm_pix_loss, patch_size=8 * size.stem_stride,
+        decoder_embed_dim=state["mask_token"].shape[1], norm_pix_loss=norm_pix_loss,
+        patch_size=total_stride(size.stem_stride),
     )  # fmt: skip
     checkpoint.load_weights(model, state, f"--checkpoint {path}")
     return model.eval()

@@ -100,6 +100,7 @@ def add_shared_arguments(
     stem_help = "kernel and stride of the stem; 2 or 1 suit images below 100 pixels"
     group.add_argument("--stem_stride", type=int, default=4, choices=(4, 2, 1), help=stem_help)
     add_bool(group, "--grad_checkpointing", False, "recompute activations in backward: less memory, more time")
+    add_bool(group, "--fused", True, "gradients written by hand where a block's layers are the plain ones: faster")
     add_bool(group, "--compile", False, "compile the model's blocks with torch.compile")
 
     group = parser.add_argument_group("learning rate and weight decay")
