@@ -6,17 +6,18 @@ autoencoders. Each takes `checkpoint`, a file of any layout, and `model_key`, wh
 decoder's size) need not be given; further arguments are those of `ConvNeXtV2` and `FCMAE`, and come before the file's.
 """
 
+import importlib
 import importlib.util
 import logging
+import os
 import sys
 import zlib
-from pathlib import Path
 
 
 def _own(package: str) -> str:
     """The name by which this clone's package is imported, whatever the program's own `models` and `utils` are."""
-    folder = str(Path(__file__).resolve().parent / package)
-    if folder in getattr(sys.modules.get(package), "__path__", ()):
+    folder = os.path.join(os.path.dirname(os.path.realpath(__file__)), package)
+    if folder in map(os.path.realpath, getattr(sys.modules.get(package), "__path__", ())):
         return package
     name = f"fcmae_{package}_{zlib.crc32(folder.encode()):x}"  # of this clone alone, and the same in every process
     if name not in sys.modules:

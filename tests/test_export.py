@@ -452,6 +452,22 @@ def test_hub_from_another_folder(tmp_path, script):
     assert torch.equal(torch.load(tmp_path / "out.pth"), model(torch.ones(1, 3, 32, 32)))
 
 
+@pytest.mark.parametrize("first", ["own", "hub"])
+def test_hub_beside_packages_of_the_same_names(tmp_path, script, first):
+    """A program's own `models` and `utils` stay its own; the hub's model can be copied, pickled and compiled."""
+    for name in ("models", "utils"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("MINE = True\n")
+    own = "import models, utils; assert models.MINE and utils.MINE"
+    load = (
+        f"import torch, copy, pickle; m = torch.hub.load({str(ROOT)!r}, 'convnextv2_atto', source='local').eval();"
+        f"x = torch.ones(1, 3, 32, 32); y = m(x); same = lambda f: torch.testing.assert_close(f(x), y);"
+        f"same(copy.deepcopy(m)); same(pickle.loads(pickle.dumps(m))); same(torch.compile(m, backend='eager'))"
+    )
+    result = script("-c", "\n".join([own, load] if first == "own" else [load, own]), cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+
+
 def test_hub_lists_the_eight_sizes_of_both_models():
     import hubconf
 
