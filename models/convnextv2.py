@@ -108,15 +108,12 @@ class Encoder(nn.Module):
         self.in_chans, self.depths, self.dims = in_chans, tuple(depths), tuple(dims)
         self.stem_stride, self.patch_size = stem_stride, total_stride(stem_stride)
         stem = nn.Sequential(PatchConv(in_chans, dims[0], stem_stride), LayerNorm2d(dims[0], eps=1e-6))
-        downsamplers = (
-            nn.Sequential(LayerNorm2d(dim, eps=1e-6), PatchConv(dim, wider, 2))
-            for dim, wider in itertools.pairwise(dims)
-        )
-        self.downsample_layers = nn.ModuleList([stem, *downsamplers])
+        self.downsample_layers = nn.ModuleList([stem])
+        for dim, wider in itertools.pairwise(dims):
+            self.downsample_layers.append(nn.Sequential(LayerNorm2d(dim, eps=1e-6), PatchConv(dim, wider, 2)))
         rates = (drop_path_rate * i / max(sum(depths) - 1, 1) for i in range(sum(depths)))
         self.stages = nn.ModuleList(
-            Stage(*(Block(dim, next(rates)) for _ in range(depth)))
-            for depth, dim in zip(depths, dims, strict=True)
+            Stage(*(Block(dim, next(rates)) for _ in range(depth))) for depth, dim in zip(depths, dims, strict=True)
         )
         self.apply(init_weights)
 
@@ -149,7 +146,7 @@ class Encoder(nn.Module):
 
 @torch.fx.wrap  # one node of a traced graph, which checks when it runs
 def check_images(imgs: torch.Tensor, in_chans: int, least: int) -> None:
-    (channels, height, width) = imgs.shape[1:]
+    channels, height, width = imgs.shape[1:]
     if channels != in_chans:
         raise ValueError(f"the images have {channels} channels, the model has in_chans={in_chans}")
     if min(height, width) < least:

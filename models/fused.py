@@ -34,8 +34,7 @@ class FusedBlock(Block):
     """A Block of which the depthwise convolution, and in training what lies between the linear layers, is fast."""
 
     def forward(self, x: torch.Tensor, visible: VisiblePatches | None = None) -> torch.Tensor:
-        # the library's convolution of maps is slow in its gradients alone
-        useful = visible is not None or torch.is_grad_enabled()
+        useful = visible is not None or torch.is_grad_enabled()  # on maps the library is slow in its gradients alone
         if not useful or _is_watched(x) or not _is_depthwise(self.dwconv, x):
             return super().forward(x, visible)
         return self.pointwise(x, depthwise(x, self.dwconv, visible))
@@ -69,9 +68,8 @@ def _is_plain(module: nn.Module, kind: type, x: torch.Tensor) -> bool:
     """Whether nobody sees that a module is not called: it is of just this class, without hooks, a forward of its own or
     parameters of another type than its input's. Adapters, quantisation, pruning and sharding each change one of these.
     """
-    if type(module) is not kind or "forward" in module.__dict__:
-        return False
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    if type(module) is not kind or hooks or "forward" in module.__dict__:
         return False
     casts = torch.is_autocast_enabled(x.device.type)
     return all(
@@ -126,7 +124,7 @@ class _GRNMLP(torch.autograd.Function):
     CACHE = 4 << 20  # bytes of one wide activation per piece and thread; with less, the matrix products slow down
 
     @staticmethod
-    def plain(eps, x, *parameters):
+    def plain(eps, x, *parameters):  # see _gradients
         w1, b1, gamma, beta, w2, b2 = (p.to(x.dtype) for p in parameters)
         y = F.gelu(F.linear(x, w1, b1))
         scale = grn_scale(spatial_norm(y, 1), gamma, eps).to(x.dtype)
@@ -137,8 +135,7 @@ class _GRNMLP(torch.autograd.Function):
         w1, b1, gamma, beta, w2, b2 = parameters
         (n, r, c), hidden, dtype = x.shape, w1.shape[0], x.dtype
         given, x = x, x.contiguous()
-        scale_weight = r >= 2 * c
-        piece = n
+        scale_weight, piece = r >= 2 * c, n
         if x.device.type == "cpu":
             piece = max(1, _GRNMLP.CACHE * torch.get_num_threads() // (r * hidden * x.element_size()))
         v1, v2, beta_cast = w1.to(dtype), w2.to(dtype), beta.to(dtype)
@@ -203,10 +200,7 @@ class _GRNMLP(torch.autograd.Function):
 
 
 def _norm_slope(grad_ratio: torch.Tensor, norm: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
-    """What each channel's activations are multiplied by for their gradient through the norm, d norm / d y = y / norm.
-
-    A channel that is zero everywhere has the subgradient 0.
-    """
+    """A channel's gradient through its norm, by its activations (d norm / d y = y / norm); 0 if they are all zero."""
     through_mean = (grad_ratio * norm).mean(dim=-1, keepdim=True) / mean**2
     return torch.where(norm > 0, (grad_ratio / mean - through_mean) / norm, 0.0)
 
@@ -231,12 +225,11 @@ def depthwise(
     a GPU in its first call.
     """
     device = x.device.type
-    weight, bias = conv.weight, conv.bias
+    tensors = x, conv.weight, conv.bias
     if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        x, weight, bias = x.to(dtype), weight.to(dtype), bias.to(dtype)
+        tensors = [t.to(torch.get_autocast_dtype(device)) for t in tensors]
     with torch.autocast(device, enabled=False):
-        return _Depthwise.apply(x, weight, bias, visible, backend or _fastest_backend(x, weight, bias, visible))
+        return _Depthwise.apply(*tensors, visible, backend or _fastest_backend(*tensors, visible))
 
 
 def _fastest_backend(x, weight, bias, visible: VisiblePatches | None) -> str:
@@ -270,18 +263,12 @@ class _Depthwise(torch.autograd.Function):
             inputs = x, weight, bias
             return *_gradients(lambda *t: _convolved(*t, visible, "map"), inputs, grad, needed), None, None
         grad = grad.contiguous()
-        grad_x = grad_weight = grad_bias = None
-        if needed[0]:
-            grad_x = _convolved(grad, weight.flip(2, 3), None, visible, backend)
+        grad_x = _convolved(grad, weight.flip(2, 3), None, visible, backend) if needed[0] else None
         if backend == "kernel":
             grads = kernels.weight_grad(x, grad, weight.shape[-1], *_neighbours(x, weight, visible))
-            grad_weight, grad_bias = (g.to(weight.dtype) for g in grads)
-        else:
-            if needed[1]:
-                grad_weight = _weight_grad(x, grad, weight, visible)
-            if needed[2]:
-                grad_bias = grad.sum(dim=(0, 1, 2))
-        return grad_x, grad_weight, grad_bias, None, None
+            return grad_x, *(g.to(weight.dtype) for g in grads), None, None
+        grad_weight = _weight_grad(x, grad, weight, visible) if needed[1] else None
+        return grad_x, grad_weight, grad.sum(dim=(0, 1, 2)) if needed[2] else None, None, None
 
 
 def _neighbours(x, weight, visible: VisiblePatches | None) -> tuple:
@@ -293,9 +280,9 @@ def _neighbours(x, weight, visible: VisiblePatches | None) -> tuple:
 
 
 def _convolved(x, weight, bias, visible: VisiblePatches | None, backend: str) -> torch.Tensor:
-    c, halo = x.shape[-1], weight.shape[-1] // 2
     if backend == "kernel":
         return kernels.convolve(x, weight, bias, *_neighbours(x, weight, visible))
+    c, halo = x.shape[-1], weight.shape[-1] // 2
     if backend == "window":
         rows, index = _with_zero_row(x), visible.window_index(math.isqrt(x.shape[2]), halo)
         windows = rows.index_select(0, index.flatten()).view(*index.shape, c)  # (N*K, s+2h, s+2h, C)
@@ -314,21 +301,19 @@ def _with_zero_row(x: torch.Tensor) -> torch.Tensor:
 
 def _weight_grad(x, grad, weight, visible: VisiblePatches | None) -> torch.Tensor:
     """The gradient of a depthwise weight (C, 1, k, k), of maps or visible patches."""
-    if x.device.type == "cpu":
-        halo = weight.shape[-1] // 2
-        if visible is not None:
-            return _weight_grad_by_window(x, grad, weight, visible)
-        padded = F.pad(x, (0, 0, halo, halo, halo, halo))
-        return depthwise_weight_grad(padded.permute(1, 2, 0, 3), grad.permute(1, 2, 0, 3))
-    return _weight_grad_by_map(x, grad, weight, visible)
+    if x.device.type != "cpu":
+        return _weight_grad_by_map(x, grad, weight, visible)
+    if visible is not None:
+        return _weight_grad_by_window(x, grad, weight, visible)
+    padded = F.pad(x, (0, 0, *4 * [weight.shape[-1] // 2]))
+    return depthwise_weight_grad(padded.permute(1, 2, 0, 3), grad.permute(1, 2, 0, 3))
 
 
 def _weight_grad_by_map(x, grad, weight, visible: VisiblePatches | None) -> torch.Tensor:
     """As the library computes it."""
     c, halo = weight.shape[0], weight.shape[-1] // 2
-    if visible is not None:
-        x, grad = visible.scatter(x), visible.scatter(grad)
-    x, grad = x.permute(0, 3, 1, 2), grad.permute(0, 3, 1, 2)
+    maps = (x, grad) if visible is None else map(visible.scatter, (x, grad))
+    x, grad = (t.permute(0, 3, 1, 2) for t in maps)
     return torch.ops.aten.convolution_backward(
         grad, x, weight, None, (1, 1), (halo, halo), (1, 1), False, (0, 0), c, (False, True, False)
     )[1]

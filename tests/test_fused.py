@@ -349,6 +349,15 @@ class Int8Linear(nn.Module):
         return nn.functional.linear(x, self.weight.to(x) * self.scale, self.bias)
 
 
+class Halved(torch.Tensor):
+    """Weights of a type of their own, as sharded and quantised ones are: a product with them gives the half."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        y = super().__torch_function__(function, types, args, kwargs)
+        return y.as_subclass(torch.Tensor) / 2 if function is nn.functional.linear else y
+
+
 class MeanGRN(GRN):
     def forward(self, x):
         return super().forward(x) - x.mean(dim=(1, 2), keepdim=True)
@@ -382,6 +391,9 @@ CHANGES = {
     ),
     "adapter on dwconv": set_layer("dwconv", lambda base: Adapted(base, nn.Conv2d(6, 2, 1), nn.Conv2d(2, 6, 1))),
     "int8 weights": set_layer("pwconv2", Int8Linear),
+    "weights of another type": lambda block: setattr(
+        block.pwconv1, "weight", nn.Parameter(block.pwconv1.weight.detach().as_subclass(Halved))
+    ),
     "no bias": lambda block: setattr(block.pwconv1, "bias", None),
     "another convolution": set_layer(
         "dwconv", lambda _: randomise(nn.Conv2d(6, 6, 3, padding=2, dilation=2, groups=6))
@@ -489,6 +501,21 @@ def test_torch_func(inputs):
         each = torch.func.vmap(torch.func.grad(loss), (None, 0))(weights, torch.stack([x, 2 * x]))
         results.append([tangent, *grads.values(), *each.values()])
     assert_same(*results)
+
+
+def test_vmap_over_inputs_alone():
+    quick, plain = pair()
+    x = INPUTS["dense"][0]
+    y = torch.func.vmap(quick)(torch.stack([x, 2 * x]))
+    assert_close(y, torch.stack([plain(x), plain(2 * x)]))
+
+
+@pytest.mark.parametrize("layer", ["dwconv", "pwconv1", "pwconv2"])
+def test_a_layer_of_another_dtype_is_refused_as_in_the_plain_block(layer):
+    for block in pair():
+        getattr(block, layer).float()
+        with pytest.raises(RuntimeError, match="type"):
+            block(INPUTS["dense"][0])
 
 
 def test_forward_mode():
