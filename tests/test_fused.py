@@ -66,24 +66,6 @@ def test_equals_the_modules(shape, cache, monkeypatch):
         torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-12)
 
 
-@pytest.mark.parametrize("shape", [FOLDED, PLAIN], ids=["folded", "plain"])
-def test_gradcheck(shape):
-    parts = modules(shape[-1])
-    x = torch.randn(2, *shape[1:], dtype=torch.float64, requires_grad=True)
-    parameters = [p for part in parts for p in part.parameters()]
-    assert torch.autograd.gradcheck(lambda x, *_: grn_mlp(x, *parts), (x, *parameters))
-
-
-@pytest.mark.parametrize("shape", [FOLDED, PLAIN], ids=["folded", "plain"])
-def test_pieces_change_nothing_but_rounding_of_sums(shape, monkeypatch):
-    """A sample's output does not depend on which samples share its piece."""
-    parts = modules(shape[-1], torch.float32)
-    x = torch.randn(*shape)
-    together = results(grn_mlp, x, parts)[0]
-    monkeypatch.setattr(fused._GRNMLP, "CACHE", 1)
-    torch.testing.assert_close(results(grn_mlp, x, parts)[0], together, rtol=1e-6, atol=1e-6)
-
-
 @pytest.mark.parametrize("shape", [(4, 8, 16, 32), (4, 5, 4, 32)], ids=["folded", "plain"])
 def test_bfloat16_autocast(shape):
     """Within the error that the modules themselves have under autocast: both are compared with float64."""
