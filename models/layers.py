@@ -51,8 +51,8 @@ def grn_scale(norm: torch.Tensor, gamma: torch.Tensor, eps: float) -> torch.Tens
 class PatchConv(nn.Conv2d):
     """Convolution whose kernel equals its stride, as one matrix product: (N, C, H, W) -> (N, C', H // k, W // k).
 
-    What nn.Conv2d computes, several times faster where the features lie channels last in memory, as all of them do
-    here. Rows and columns beyond a multiple of k are dropped, as a strided convolution drops them.
+    What nn.Conv2d computes, for features that lie channels last in memory, as all of them do here. Rows and columns
+    beyond a multiple of k are dropped, as a strided convolution drops them.
     """
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int):
