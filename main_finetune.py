@@ -33,9 +33,14 @@ from utils.args import (
     Arguments,
     add_bool,
     add_shared_arguments,
+    at_least,
     check_shared_arguments,
     effective_lr,
+    fraction,
     given,
+    not_negative,
+    positive,
+    share,
     tell_without_effect,
 )
 from utils.errors import UsageError, suggest
@@ -78,11 +83,14 @@ def get_args_parser() -> ArgumentParser:
     group.add_argument("--model_prefix", default="", help="take only the weights under this prefix, without it")
     add_bool(group, "--stem_average", False, "average the checkpoint's stem over its channels where --in_chans differs")
     group.add_argument(
-        "--images_per_class", type=int, default=None, help="train on the first so many images of each class alone"
+        "--images_per_class",
+        type=at_least(1),
+        default=None,
+        help="train on the first so many images of each class alone",
     )
-    group.add_argument("--head_init_scale", type=float, default=0.001, help="factor on a fresh head's weights")
-    group.add_argument("--drop_path", type=float, default=0.0, help="stochastic depth of the last block")
-    group.add_argument("--layer_decay", type=float, default=1.0, help="learning-rate factor per layer below the head")
+    group.add_argument("--head_init_scale", type=not_negative, default=0.001, help="factor on a fresh head's weights")
+    group.add_argument("--drop_path", type=fraction, default=0.0, help="stochastic depth of the last block")
+    group.add_argument("--layer_decay", type=share, default=1.0, help="learning-rate factor per layer below the head")
     group.add_argument(
         "--layer_decay_type", choices=("single", "group"), default="single",
         help="count blocks one by one, or, for depths 3,3,27,3, in groups",
@@ -91,42 +99,54 @@ def get_args_parser() -> ArgumentParser:
     add_bool(group, "--linear_probe", False, linear_help)
     group = parser.add_argument_group("optimizer")
     group.add_argument("--opt", default="adamw", help="any optimizer of timm's factory")
-    group.add_argument("--opt_eps", type=float, default=1e-8, help="the optimizer's epsilon")
-    group.add_argument("--opt_betas", type=float, nargs="+", default=None, help="the optimizer's betas, if not its own")
-    group.add_argument("--momentum", type=float, default=0.9, help="momentum of optimizers that have one")
-    group.add_argument("--clip_grad", type=float, default=None, help="largest norm of the gradient")
-    group.add_argument("--warmup_steps", type=int, default=-1, help="warm-up in steps; overrides --warmup_epochs")
-    group.add_argument("--weight_decay_end", type=float, default=None, help="weight decay at the end of a half cosine")
+    group.add_argument("--opt_eps", type=not_negative, default=1e-8, help="the optimizer's epsilon")
+    group.add_argument(
+        "--opt_betas", type=fraction, nargs="+", default=None, help="the optimizer's betas, if not its own"
+    )
+    group.add_argument("--momentum", type=fraction, default=0.9, help="momentum of optimizers that have one")
+    group.add_argument("--clip_grad", type=positive, default=None, help="largest norm of the gradient")
+    group.add_argument(
+        "--warmup_steps", type=at_least(-1), default=-1, help="warm-up in steps; overrides --warmup_epochs"
+    )
+    group.add_argument(
+        "--weight_decay_end", type=not_negative, default=None, help="weight decay at the end of a half cosine"
+    )
     group = parser.add_argument_group("augmentation")
-    group.add_argument("--color_jitter", type=float, default=None, help="strength; only without --aa")
+    group.add_argument("--color_jitter", type=not_negative, default=None, help="strength; only without --aa")
     group.add_argument("--aa", default="rand-m9-mstd0.5-inc1", help="timm auto-augment policy; '' for none")
-    group.add_argument("--smoothing", type=float, default=0.1, help="label smoothing")
+    group.add_argument("--smoothing", type=fraction, default=0.1, help="label smoothing")
     group.add_argument(
         "--train_interpolation", choices=("random", "bilinear", "bicubic"), default="bicubic",
         help="of the random crop, above 32 px",
     )  # fmt: skip
-    group.add_argument("--reprob", type=float, default=0.25, help="chance that a rectangle of the image is erased")
+    group.add_argument("--reprob", type=fraction, default=0.25, help="chance that a rectangle of the image is erased")
     group.add_argument("--remode", choices=("const", "rand", "pixel"), default="pixel", help="what fills it")
-    group.add_argument("--recount", type=int, default=1, help="rectangles erased")
+    group.add_argument("--recount", type=at_least(1), default=1, help="rectangles erased")
     add_bool(group, "--resplit", False, "leave a clean half of the images, drawn anew each epoch, unerased")
-    group.add_argument("--mixup", type=float, default=0.0, help="Mixup's alpha; 0: none")
-    group.add_argument("--cutmix", type=float, default=0.0, help="CutMix's alpha; 0: none")
-    group.add_argument("--cutmix_minmax", type=float, nargs=2, default=None, help="CutMix's smallest and largest side")
-    group.add_argument("--mixup_prob", type=float, default=1.0, help="chance of either per batch")
-    group.add_argument("--mixup_switch_prob", type=float, default=0.5, help="chance of CutMix where both are on")
+    group.add_argument("--mixup", type=not_negative, default=0.0, help="Mixup's alpha; 0: none")
+    group.add_argument("--cutmix", type=not_negative, default=0.0, help="CutMix's alpha; 0: none")
+    group.add_argument(
+        "--cutmix_minmax", type=fraction, nargs=2, default=None, help="CutMix's smallest and largest side"
+    )
+    group.add_argument("--mixup_prob", type=fraction, default=1.0, help="chance of either per batch")
+    group.add_argument("--mixup_switch_prob", type=fraction, default=0.5, help="chance of CutMix where both are on")
     group.add_argument("--mixup_mode", choices=("batch", "pair", "elem"), default="batch", help="what shares a mix")
     group = parser.add_argument_group("moving average of the weights")
     add_bool(group, "--model_ema", False, "keep an exponential moving average of the weights")
-    group.add_argument("--model_ema_decay", type=float, default=0.9999, help="its decay per optimizer step")
+    group.add_argument("--model_ema_decay", type=fraction, default=0.9999, help="its decay per optimizer step")
     add_bool(group, "--model_ema_force_cpu", False, "keep it on the CPU")
     add_bool(group, "--model_ema_eval", False, "evaluate it after each epoch, beside the model")
     group = parser.add_argument_group("evaluation data")
-    group.add_argument("--nb_classes", type=int, default=None, help="number of classes, where the data does not tell")
+    group.add_argument(
+        "--nb_classes", type=at_least(1), default=None, help="number of classes, where the data does not tell"
+    )
     group.add_argument("--eval_data_path", default=None, help="folder of the validation class folders")
     add_bool(group, "--imagenet_default_mean_and_std", True, "normalise as ImageNet models do; false: as Inception")
     eval_help = "only evaluate --resume, or --finetune with its head; model and images are as in its training"
     add_bool(group, "--eval", False, eval_help)
-    group.add_argument("--eval_freq", type=int, default=1, help="epochs between evaluations; the last always has one")
+    group.add_argument(
+        "--eval_freq", type=at_least(1), default=1, help="epochs between evaluations; the last always has one"
+    )
     add_bool(group, "--dist_eval", True, "spread the evaluation over the processes")
     add_bool(group, "--disable_eval", False, "train without evaluating")
     return parser
@@ -150,21 +170,10 @@ def check_args(args) -> None:
             f"--layer_decay_type group: is made for depths 3,3,27,3 (base, large, huge), {args.model} has "
             f"{','.join(map(str, depths))}; give --layer_decay_type single"
         )
-    for name in ("drop_path", "smoothing", "reprob", "mixup_prob", "mixup_switch_prob", "model_ema_decay"):
-        if not 0 <= getattr(args, name) <= 1:
-            raise UsageError(f"--{name} {getattr(args, name)}: must lie between 0 and 1")
-    if not 0 < args.layer_decay <= 1:
-        raise UsageError(f"--layer_decay {args.layer_decay}: must be above 0 and at most 1")
     if mixes(args) and args.batch_size % 2:
         raise UsageError(f"--batch_size {args.batch_size}: must be even, Mixup and CutMix pair the images of a batch")
-    if args.eval_freq < 1:
-        raise UsageError(f"--eval_freq {args.eval_freq}: must be at least 1")
-    if args.images_per_class is not None and args.images_per_class < 1:
-        raise UsageError(f"--images_per_class {args.images_per_class}: must be at least 1")
     if args.linear_probe:
         check_linear_probe(args)
-    if args.clip_grad is not None and args.clip_grad <= 0:
-        raise UsageError(f"--clip_grad {args.clip_grad}: must be above 0")
     if args.finetune and not Path(args.finetune).is_file():
         raise UsageError(f"--finetune {args.finetune}: no such file")
     if args.finetune and args.resume:

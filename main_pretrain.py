@@ -24,8 +24,10 @@ from utils.args import (
     ArgumentParser,
     add_bool,
     add_shared_arguments,
+    at_least,
     check_shared_arguments,
     effective_lr,
+    fraction,
     tell_without_effect,
 )
 from utils.errors import UsageError
@@ -44,10 +46,10 @@ def get_args_parser() -> ArgumentParser:
         parser, epochs=800, warmup_epochs=40, blr=1.5e-4, min_lr=0.0, min_crop=0.2, data_sets=datasets.DATA_SETS_HELP
     )
     group = parser.add_argument_group("masked autoencoding")
-    group.add_argument("--mask_ratio", type=float, default=0.6, help="share of patches that are removed")
+    group.add_argument("--mask_ratio", type=fraction, default=0.6, help="share of patches that are removed")
     add_bool(group, "--norm_pix_loss", True, "normalise each target patch by its own mean and deviation")
-    group.add_argument("--decoder_depth", type=int, default=1, help="blocks of the decoder")
-    group.add_argument("--decoder_embed_dim", type=int, default=512, help="channels of the decoder")
+    group.add_argument("--decoder_depth", type=at_least(0), default=1, help="blocks of the decoder")
+    group.add_argument("--decoder_embed_dim", type=at_least(1), default=512, help="channels of the decoder")
     group.add_argument(
         "--initial_checkpoint", default="",
         help="weights to start from, in any layout; the decoder is fresh unless the file has one that fits; ignored "
@@ -55,15 +57,22 @@ def get_args_parser() -> ArgumentParser:
     )  # fmt: skip
     add_bool(group, "--stem_average", False, "average the checkpoint's stem over its channels where --in_chans differs")
     group.add_argument(
-        "--picture_freq", type=int, default=10, help="epochs between reconstruction pictures in --output_dir; 0: none"
+        "--picture_freq",
+        type=at_least(0),
+        default=10,
+        help="epochs between reconstruction pictures in --output_dir; 0: none",
     )
     group = parser.add_argument_group("k-NN accuracy of the encoder", "on labelled images; training never sees labels")
-    group.add_argument("--knn_freq", type=int, default=0, help="epochs between k-NN evaluations; 0: none")
-    group.add_argument("--knn_images", type=int, default=5000, help="at most so many that vote, and so many tested")
+    group.add_argument("--knn_freq", type=at_least(0), default=0, help="epochs between k-NN evaluations; 0: none")
+    group.add_argument(
+        "--knn_images", type=at_least(1), default=5000, help="at most so many that vote, and so many tested"
+    )
     group.add_argument(
         "--eval_data_path", default=None, help="class folders of test images; without, image_folder holds a fifth out"
     )
-    group.add_argument("--nb_classes", type=int, default=None, help="number of classes, where the data does not tell")
+    group.add_argument(
+        "--nb_classes", type=at_least(1), default=None, help="number of classes, where the data does not tell"
+    )
     return parser
 
 
@@ -78,8 +87,6 @@ def check_args(args) -> None:
             f"--input_size {args.input_size}: must be a multiple of the patch size {patch_size} (8 * stem_stride), "
             f"such as {fitting}"
         )
-    if not 0 < args.mask_ratio < 1:
-        raise UsageError(f"--mask_ratio {args.mask_ratio}: must lie between 0 and 1, such as 0.6")
     try:
         fcmae.num_visible((args.input_size // patch_size) ** 2, args.mask_ratio)
     except ValueError as error:
@@ -88,12 +95,6 @@ def check_args(args) -> None:
         raise UsageError(f"--initial_checkpoint {args.initial_checkpoint}: no such file")
     if args.initial_checkpoint and args.resume:
         raise UsageError("--initial_checkpoint and --resume: give one; the first starts a run, --resume continues one")
-    for name in ("decoder_depth", "picture_freq", "knn_freq"):
-        if getattr(args, name) < 0:
-            raise UsageError(f"--{name} {getattr(args, name)}: must not be negative")
-    for name in ("decoder_embed_dim", "knn_images"):
-        if getattr(args, name) < 1:
-            raise UsageError(f"--{name} {getattr(args, name)}: must be at least 1")
 
 
 def without_effect(args) -> list[tuple[str, object, str]]:

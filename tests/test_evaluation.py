@@ -129,7 +129,7 @@ def test_a_default_said_aloud_is_no_difference(caplog):
         ("--input_size 7", "--input_size 7: must be at least the model's total stride 8"),
         ("--mean 1 2 3", "--mean: give --mean and --std, or neither"),
         ("--mean 1 --std 1", "--mean: has 1 numbers"),
-        ("--crop_pct 2", "--crop_pct 2.0: must be above 0"),
+        ("--crop_pct 2", "--crop_pct 2: must be a number above 0"),
     ],
 )
 def test_flags_that_contradict_the_weights(flags, message, scripts, sizes, tmp_path):

@@ -3,8 +3,10 @@
 import argparse
 import contextlib
 import logging
+import math
+import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from .distributed import main_process_first
@@ -56,6 +58,7 @@ class ArgumentParser(argparse.ArgumentParser):
         return parsed
 
     def error(self, message: str):
+        message = re.sub(r"^argument (\S+): (\S*: must be )", r"\1 \2", message)  # --flag value: must be ...
         self.exit(2, f"error: {message}\n")
 
 
@@ -75,6 +78,31 @@ def seed(text: str) -> int:
     raise argparse.ArgumentTypeError(f"{text!r} is not a seed: give a whole number from 0 to {2**32 - 1}")
 
 
+def _number(kind: type, ranged: str, fits: Callable[[float], bool]) -> Callable[[str], int | float]:
+    def parse(text: str) -> int | float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not math.isfinite(value) or not fits(value):
+            raise argparse.ArgumentTypeError(f"{text}: must be {ranged}")
+        return value
+
+    return parse
+
+
+def at_least(least: int) -> Callable[[str], int | float]:
+    """An argparse type: a whole number from `least` on."""
+    return _number(int, f"a whole number, at least {least}", lambda x: x >= least)
+
+
+finite = _number(float, "a number", lambda x: True)
+not_negative = _number(float, "a number, at least 0", lambda x: x >= 0)
+positive = _number(float, "a number above 0", lambda x: x > 0)
+fraction = _number(float, "a number from 0 to 1", lambda x: 0 <= x <= 1)
+share = _number(float, "a number above 0 and at most 1", lambda x: 0 < x <= 1)
+
+
 def add_bool(group, flag: str, default: bool | None, help: str) -> None:
     """A flag that takes a boolean; bare, it means true."""
     group.add_argument(flag, type=boolean, nargs="?", const=True, default=default, metavar="BOOL", help=help)
@@ -86,17 +114,17 @@ def add_shared_arguments(
 ):  # fmt: skip
     """The arguments of both scripts; the keywords are the defaults in which they differ."""
     group = parser.add_argument_group("training")
-    group.add_argument("--batch_size", type=int, default=64, help="images per process and forward pass")
-    group.add_argument("--update_freq", type=int, default=1, help="batches accumulated for one optimizer step")
-    group.add_argument("--epochs", type=int, default=epochs, help="length of the run")
-    group.add_argument("--start_epoch", type=int, default=0, help="first epoch; a resume sets it")
+    group.add_argument("--batch_size", type=at_least(1), default=64, help="images per process and forward pass")
+    group.add_argument("--update_freq", type=at_least(1), default=1, help="batches accumulated for one optimizer step")
+    group.add_argument("--epochs", type=at_least(1), default=epochs, help="length of the run")
+    group.add_argument("--start_epoch", type=at_least(0), default=0, help="first epoch; a resume sets it")
     group.add_argument("--seed", type=seed, default=0, help="everything random follows from it")
 
     group = parser.add_argument_group("model")
     sizes = "atto,femto,pico,nano,tiny,base,large,huge"
     group.add_argument("--model", default="convnextv2_base", help=f"convnextv2_{{{sizes}}}")
-    group.add_argument("--in_chans", type=int, default=3, help="channels of the images")
-    group.add_argument("--input_size", type=int, default=224, help="side of the training images in pixels")
+    group.add_argument("--in_chans", type=at_least(1), default=3, help="channels of the images")
+    group.add_argument("--input_size", type=at_least(1), default=224, help="side of the training images in pixels")
     stem_help = "kernel and stride of the stem; 2 or 1 suit images below 100 pixels"
     group.add_argument("--stem_stride", type=int, default=4, choices=(4, 2, 1), help=stem_help)
     add_bool(group, "--grad_checkpointing", False, "recompute activations in backward: less memory, more time")
@@ -104,13 +132,13 @@ def add_shared_arguments(
     add_bool(group, "--compile", False, "compile the model's blocks with torch.compile")
 
     group = parser.add_argument_group("learning rate and weight decay")
-    group.add_argument("--lr", type=float, default=None, help="absolute learning rate; overrides --blr")
+    group.add_argument("--lr", type=not_negative, default=None, help="absolute learning rate; overrides --blr")
     group.add_argument(
-        "--blr", type=float, default=blr, help="base rate: lr = blr * batch_size * update_freq * processes / 256"
+        "--blr", type=not_negative, default=blr, help="base rate: lr = blr * batch_size * update_freq * processes / 256"
     )
-    group.add_argument("--min_lr", type=float, default=min_lr, help="learning rate at the end of the cosine")
-    group.add_argument("--warmup_epochs", type=int, default=warmup_epochs, help="epochs of linear warm-up")
-    group.add_argument("--weight_decay", type=float, default=0.05, help="weight decay of kernels and matrices")
+    group.add_argument("--min_lr", type=not_negative, default=min_lr, help="learning rate at the end of the cosine")
+    group.add_argument("--warmup_epochs", type=at_least(0), default=warmup_epochs, help="epochs of linear warm-up")
+    group.add_argument("--weight_decay", type=not_negative, default=0.05, help="weight decay of kernels and matrices")
 
     group = parser.add_argument_group("data")
     group.add_argument("--data_path", default=None, help="folder of training images, or of .tar shards; a .tar; a glob")
@@ -123,14 +151,18 @@ def add_shared_arguments(
         "--in_memory", choices=("no", "host", "device"), default="no",
         help="decode all images once and hold them; device: crop them there too",
     )  # fmt: skip
-    group.add_argument("--mean", type=float, nargs="+", default=None, help="of each channel; ImageNet's for 8-bit RGB")
-    group.add_argument("--std", type=float, nargs="+", default=None, help="of each channel; ImageNet's for 8-bit RGB")
-    group.add_argument("--crop_pct", type=float, default=None, help=CROP_HELP)
+    group.add_argument("--mean", type=finite, nargs="+", default=None, help="of each channel; ImageNet's for 8-bit RGB")
     group.add_argument(
-        "--min_crop", type=float, default=min_crop,
+        "--std", type=positive, nargs="+", default=None, help="of each channel; ImageNet's for 8-bit RGB"
+    )
+    group.add_argument("--crop_pct", type=share, default=None, help=CROP_HELP)
+    group.add_argument(
+        "--min_crop", type=share, default=min_crop,
         help="smallest share of an image that a training crop takes; in fine-tuning, above 32 px",
     )  # fmt: skip
-    group.add_argument("--num_workers", type=int, default=10, help="loader processes; change no result but a stream's")
+    group.add_argument(
+        "--num_workers", type=at_least(0), default=10, help="loader processes; change no result but a stream's"
+    )
     add_bool(group, "--pin_mem", True, "page-locked host memory for faster copies to the GPU")
 
     group = parser.add_argument_group("checkpoints and logs")
@@ -140,9 +172,11 @@ def add_shared_arguments(
     group.add_argument("--resume", default="", help="checkpoint file to continue from")
     add_bool(group, "--auto_resume", True, "continue from the newest good checkpoint in --output_dir")
     add_bool(group, "--save_ckpt", True, "save checkpoints")
-    group.add_argument("--save_ckpt_freq", type=int, default=1, help="epochs between checkpoints")
-    group.add_argument("--save_ckpt_steps", type=int, default=0, help="optimizer steps between checkpoints as well")
-    group.add_argument("--save_ckpt_num", type=int, default=3, help="how many of the last checkpoints are kept")
+    group.add_argument("--save_ckpt_freq", type=at_least(1), default=1, help="epochs between checkpoints")
+    group.add_argument(
+        "--save_ckpt_steps", type=at_least(0), default=0, help="optimizer steps between checkpoints as well"
+    )
+    group.add_argument("--save_ckpt_num", type=at_least(1), default=3, help="how many of the last checkpoints are kept")
 
     group = parser.add_argument_group("device and precision")
     group.add_argument("--device", default="auto", help="auto (cuda, else mps, else cpu), or a torch device")
@@ -150,7 +184,7 @@ def add_shared_arguments(
     group.add_argument("--amp_dtype", default="bfloat16", choices=("bfloat16", "float16"), help="mixed-precision type")
 
     group = parser.add_argument_group("processes", "torchrun, mpirun and srun fill these in from their environment")
-    group.add_argument("--world_size", type=int, default=1, help="number of processes, where no launcher tells")
+    group.add_argument("--world_size", type=at_least(1), default=1, help="number of processes, where no launcher tells")
     group.add_argument("--local_rank", type=int, default=-1, help="rank of this process, where no launcher tells")
     add_bool(group, "--dist_on_itp", False, "take the ranks from OpenMPI's environment")
     group.add_argument("--dist_url", default="env://", help="where processes meet: env:// or tcp://HOST:PORT")
@@ -164,22 +198,11 @@ def check_shared_arguments(args: argparse.Namespace, models: list[str]) -> None:
     """
     if args.model not in models:
         raise UsageError(f"--model {args.model}: unknown{suggest(args.model, models)}; one of {', '.join(models)}")
-    counts = "in_chans batch_size update_freq epochs input_size save_ckpt_freq save_ckpt_num world_size"
-    for name in counts.split():
-        if getattr(args, name) < 1:
-            raise UsageError(f"--{name} {getattr(args, name)}: must be at least 1")
-    amounts = "num_workers save_ckpt_steps warmup_epochs start_epoch min_lr weight_decay lr blr"
-    for name in amounts.split():
-        value = getattr(args, name)
-        if value is not None and not value >= 0:
-            raise UsageError(f"--{name} {value}: must not be negative")
     if getattr(args, "warmup_steps", -1) < 0 and args.warmup_epochs >= args.epochs:
         raise UsageError(
             f"--warmup_epochs {args.warmup_epochs}: must be less than --epochs {args.epochs}, "
             "or the learning rate never reaches its peak"
         )
-    if not 0 < args.min_crop <= 1:
-        raise UsageError(f"--min_crop {args.min_crop}: must be above 0 and at most 1")
     if not getattr(args, "eval", False):  # then the checkpoint tells what is not given
         check_image_arguments(args)
     if args.resume and not Path(args.resume).is_file():

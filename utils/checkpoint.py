@@ -62,13 +62,15 @@ def read(path: str | os.PathLike) -> dict:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        if zipfile.is_zipfile(path):
+        zipped = zipfile.is_zipfile(path)
+        if zipped:
             with zipfile.ZipFile(path) as archive:
                 damaged = archive.testzip()  # torch.load itself does not compare checksums
             if damaged:
                 raise UsageError(f"{path}: damaged checkpoint, the checksum of {damaged} does not match")
         with torch.serialization.safe_globals(PLAIN_CLASSES):
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            # mapped, tensors are read as they are loaded into a model: host memory holds them once, not twice
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except UsageError:
         raise
     except UnpicklingError as error:
