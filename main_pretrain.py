@@ -57,6 +57,7 @@ def get_args_parser() -> ArgumentParser:
     )  # fmt: skip
     add_bool(group, "--stem_average", False, "average the checkpoint's stem over its channels where --in_chans differs")
     group.add_argument(
+        "--vis_freq",
         "--picture_freq",
         type=at_least(0),
         default=10,
@@ -101,9 +102,9 @@ def without_effect(args) -> list[tuple[str, object, str]]:
     """The rows of `tell_without_effect`."""
     shown = args.output_dir or args.log_dir or args.wandb
     return [
-        ("picture_freq", not shown, "without --output_dir, --log_dir and --wandb"),
+        ("vis_freq", not shown, "without --output_dir, --log_dir and --wandb"),
         ("knn_images nb_classes eval_data_path eval_list", not args.knn_freq, "without --knn_freq"),
-        ("crop_pct", not ((args.picture_freq and shown) or args.knn_freq), "without pictures and --knn_freq"),
+        ("crop_pct", not ((args.vis_freq and shown) or args.knn_freq), "without pictures and --knn_freq"),
         ("stem_average", not args.initial_checkpoint, "without --initial_checkpoint"),
     ]
 
@@ -213,14 +214,14 @@ def train(args, amp: Amp, run: Run) -> None:
         compile_blocks(model)
     wrapped = distributed.data_parallel(model)
     picture_of = None
-    if args.picture_freq and (args.output_dir or args.log_dir or args.wandb) and distributed.is_main_process():
+    if args.vis_freq and (args.output_dir or args.log_dir or args.wandb) and distributed.is_main_process():
         picture_of = picture_images(dataset, args)
     for epoch in run.epochs():
         stats, scores = train_one_epoch(wrapped, loader, optimizer, amp, schedule, run, epoch), {}
         if labelled and run.due(epoch, args.knn_freq):
             scores["knn_acc1"] = knn_acc1(model.encoder, labelled, amp)
             log.info("epoch %d: k-NN acc1 %.2f", epoch, scores["knn_acc1"])
-        if picture_of is not None and run.due(epoch, args.picture_freq):
+        if picture_of is not None and run.due(epoch, args.vis_freq):
             run.picture(
                 "reconstruction", reconstruction_grid(model, picture_of, amp, *datasets.picture_mean_std(args)), epoch
             )

@@ -22,7 +22,7 @@ def journey(scripts, tmp_path_factory):
     """Pre-training, fine-tuning from it, evaluation: the three results, and the two folders."""
     pre, fine = tmp_path_factory.mktemp("pre"), tmp_path_factory.mktemp("fine")
     results = [
-        scripts.pretrain("--output_dir", pre, "--picture_freq", 2),
+        scripts.pretrain("--output_dir", pre, "--vis_freq", 2),
         scripts.finetune("--output_dir", fine, "--finetune", pre / "checkpoint-2.pth", "--model_ema", "true"),
         scripts.finetune("--eval", "true", "--output_dir", fine),
     ]
@@ -278,7 +278,7 @@ def test_amp_on_the_cpu(scripts, tmp_path):
 
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="needs a C++ compiler")
 @pytest.mark.parametrize(
-    ("stage", "flags"), [("pretrain", ("--picture_freq", 0, "--decoder_depth", 0)), ("finetune", ())]
+    ("stage", "flags"), [("pretrain", ("--vis_freq", 0, "--decoder_depth", 0)), ("finetune", ())]
 )
 def test_compile_on_the_cpu(stage, flags, scripts, tmp_path, monkeypatch):
     """Blocks run as the code that the compiler made of them, and learn the same."""
@@ -380,7 +380,7 @@ PRETRAIN_MISTAKES = [
     ("--data_path $empty", "--data_path .*empty: holds no images"),
     ("--data_path $texts", "--data_path .*texts: holds no images"),
     ("--data_path $corrupt", "unreadable|can be read"),
-    ("--data_path $corrupt --picture_freq 0", "unreadable"),
+    ("--data_path $corrupt --vis_freq 0", "unreadable"),
     ("--data_set IMNET", "--data_path .*'train'.*image_folder"),
     ("--data_set CIFAR10 --data_path $missing", "--data_path .*missing"),
     ("--data_set CIFRA10", r"--data_set CIFRA10: unknown \(did you mean CIFAR10\?\)"),
@@ -542,3 +542,7 @@ def test_an_interruption_from_the_keyboard(stage, scripts, monkeypatch):
     assert result.code == 130
     assert result.err.startswith("interrupted; ")
     assert result.err.count("\n") == 1
+
+
+def test_the_older_name_of_a_flag_is_understood():
+    assert main_pretrain.get_args_parser().parse_args(["--picture_freq", "3"]).vis_freq == 3

@@ -730,7 +730,7 @@ def test_fine_tuning_on_the_device(tmp_path, size, kind):
 def test_pretraining_from_memory(scripts, tmp_path):
     """From the host's memory with the same bits, from the device's with the same loss up to rounding."""
     for mode in ("no", "host", "device"):
-        flags = ("--in_memory", mode, "--epochs", 2, "--picture_freq", 1)
+        flags = ("--in_memory", mode, "--epochs", 2, "--vis_freq", 1)
         result = scripts.pretrain(*flags, "--output_dir", tmp_path / mode)
         assert result.code == 0, result.err
     models = {mode: load(tmp_path / mode / "checkpoint-1.pth")["model"] for mode in ("no", "host")}
@@ -937,7 +937,7 @@ def test_many_channels_end_to_end(scripts, tmp_path, dtype):
         patch.setattr("sys.argv", ["mean_std.py", "--data_path", str(data), "--in_chans", "5"])
         mean_std.main()
     flags = ("--data_path", data, "--in_chans", 5, *out.getvalue().split(), "--epochs", 2)
-    result = scripts.pretrain(*flags, "--output_dir", tmp_path / "pre", "--picture_freq", 1)
+    result = scripts.pretrain(*flags, "--output_dir", tmp_path / "pre", "--vis_freq", 1)
     assert result.code == 0, result.err
     assert (tmp_path / "pre/reconstruction-1.png").is_file()
     for more in ((), ("--in_memory", "device", "--aa", "", "--reprob", 0, "--input_size", 24)):

@@ -48,7 +48,7 @@ def pretrained(scripts, tmp_path_factory):
         folder = tmp_path_factory.mktemp("spread")
         spread = ["--batch_size", batch_size, "--update_freq", update_freq, "--num_workers", workers]
         # SGD-like comparison would hide nothing, but AdamW is what people run: its first steps amplify rounding most
-        done = launch(scripts, "main_pretrain", processes, folder, *spread, "--epochs", 2, "--picture_freq", 0)
+        done = launch(scripts, "main_pretrain", processes, folder, *spread, "--epochs", 2, "--vis_freq", 0)
         assert done.returncode == 0, done.stderr[-3000:]
         assert "strides" not in done.stderr  # DDP warns where it has to copy a gradient
         folders[processes, batch_size, update_freq] = folder
@@ -176,7 +176,7 @@ def test_processes_that_a_launcher_started(launcher, pretrained, scripts, tmp_pa
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         url = f"tcp://127.0.0.1:{free.getsockname()[1]}"
-    flags = ["--batch_size", 6, "--epochs", 2, "--picture_freq", 0, "--dist_url", url]
+    flags = ["--batch_size", 6, "--epochs", 2, "--vis_freq", 0, "--dist_url", url]
     words = command(scripts, "main_pretrain", 2, tmp_path, *flags)
     words = [sys.executable, *words[words.index(str(ROOT / "tests/small_process.py")) :]]
     names = LAUNCHERS[launcher]
@@ -211,7 +211,7 @@ def test_a_mistake_is_one_line_on_every_rank(scripts, tmp_path):
 
 def test_elastic_restart(scripts, tmp_path):
     """One worker is killed in its eighth step; torchrun starts the group again, which ends as if nothing had been."""
-    flags = ["--save_ckpt_steps", 1, "--picture_freq", 0, "--batch_size", 4]
+    flags = ["--save_ckpt_steps", 1, "--vis_freq", 0, "--batch_size", 4]
     calm = launch(scripts, "main_pretrain", 2, tmp_path / "calm", *flags)
     assert calm.returncode == 0
     killed = launch(
@@ -228,7 +228,7 @@ def test_elastic_restart(scripts, tmp_path):
 
 
 def test_ranks_agree_on_the_step_at_which_a_signal_stops_them(scripts, tmp_path):
-    flags = ["--batch_size", 4, "--epochs", 40, "--picture_freq", 0]
+    flags = ["--batch_size", 4, "--epochs", 40, "--vis_freq", 0]
     process = subprocess.Popen(
         command(scripts, "main_pretrain", 2, tmp_path / "stopped", *flags),
         env=environment(), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,

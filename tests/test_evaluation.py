@@ -368,13 +368,13 @@ BOTH = [  # the flag that does nothing, what makes it so, and what gives it an e
     ("--index_cache false", "--data_set shapes", "--data_set image_folder"),
 ]
 PRETRAIN = [
-    ("--picture_freq 3", "", "--output_dir x"),
+    ("--vis_freq 3", "", "--output_dir x"),
     ("--knn_images 9", "", "--knn_freq 1"),
     ("--nb_classes 9", "", "--knn_freq 1"),
     ("--eval_data_path $dir", "", "--knn_freq 1"),
     ("--eval_list $file", "", "--knn_freq 1"),
     ("--crop_pct 0.5", "", "--log_dir x"),
-    ("--crop_pct 0.5", "--picture_freq 0 --output_dir x", "--knn_freq 1"),
+    ("--crop_pct 0.5", "--vis_freq 0 --output_dir x", "--knn_freq 1"),
     ("--stem_average true", "", "--initial_checkpoint $file"),
 ]
 FINETUNE = [

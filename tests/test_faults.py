@@ -23,7 +23,7 @@ from utils.interrupts import EXIT_CODE
 from utils.metrics import RunLog
 
 FLAGS = {
-    main_pretrain: "--epochs 3 --save_ckpt_steps 2 --save_ckpt_num 1 --picture_freq 0",
+    main_pretrain: "--epochs 3 --save_ckpt_steps 2 --save_ckpt_num 1 --vis_freq 0",
     main_finetune: "--epochs 3 --save_ckpt_steps 2 --save_ckpt_num 1 --mixup 0.8 --drop_path 0.3 --model_ema true "
     "--model_ema_decay 0.9 --model_ema_eval true",
 }

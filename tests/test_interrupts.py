@@ -43,8 +43,8 @@ def test_workers_end_when_their_parent_says_so(worker):
 def test_handlers_are_put_back():
     before = [signal.getsignal(number) for number in SIGNALS]
     with Interrupts() as interrupts:
-        assert not interrupts.agreed()
+        assert not interrupts.should_stop()
         os.kill(os.getpid(), signal.SIGUSR1)
         time.sleep(0.05)
-        assert interrupts.agreed()
+        assert interrupts.should_stop()
     assert [signal.getsignal(number) for number in SIGNALS] == before

@@ -262,7 +262,7 @@ def test_unreadable_images_of_knn(tmp_path):
 
 def test_several_processes_agree(scripts, tmp_path):
     """k-NN over 37 and 22 images, the former shared unevenly; lr 0 keeps the weights the same."""
-    common = ("--batch_size", 4, "--epochs", 1, "--warmup_epochs", 0, "--lr", 0, "--picture_freq", 0)
+    common = ("--batch_size", 4, "--epochs", 1, "--warmup_epochs", 0, "--lr", 0, "--vis_freq", 0)
     common += ("--knn_freq", 1, "--eval_data_path", scripts.val, "--knn_images", 37)
     assert scripts.pretrain("--output_dir", tmp_path / "1", *common).code == 0
     done = launch(scripts, "main_pretrain", 2, tmp_path / "2", *common)

@@ -28,7 +28,7 @@ from utils.args import prepared_output_dir
 from utils.metrics import RunLog
 
 CPU = torch.device("cpu")
-BARE = ("--picture_freq", 0)
+BARE = ("--vis_freq", 0)
 
 
 def starts(folder: Path) -> list[dict]:
@@ -230,7 +230,7 @@ def wandb(monkeypatch):
 
 
 def test_wandb_gets_what_tensorboard_gets(scripts, wandb, tmp_path):
-    flags = ("--output_dir", tmp_path / "tiny", "--wandb", "shapes", "--epochs", 2, "--picture_freq", 2)
+    flags = ("--output_dir", tmp_path / "tiny", "--wandb", "shapes", "--epochs", 2, "--vis_freq", 2)
     assert scripts.pretrain(*flags).code == 0
     (run,) = wandb.runs
     assert run.finished

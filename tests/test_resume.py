@@ -18,7 +18,7 @@ from utils.amp import Amp
 from utils.interrupts import EXIT_CODE
 
 FLAGS = {
-    "pretrain": ("--picture_freq", 0),
+    "pretrain": ("--vis_freq", 0),
     "finetune": (
         *("--mixup", 0.8, "--cutmix", 1.0, "--drop_path", 0.3, "--layer_decay", 0.8, "--clip_grad", 1.0),
         *("--model_ema", "--model_ema_decay", 0.9, "--model_ema_eval", "true", "--weight_decay_end", 0.1),

@@ -51,7 +51,7 @@ def test_pre_training(shards, scripts, tmp_path, monkeypatch):
         return masks[-1]
 
     monkeypatch.setattr(FCMAE, "gen_random_mask", drawn)
-    flags = ("--data_path", shards, "--data_set", "wds/x", "--input_size", 32, "--epochs", 2, "--picture_freq", 0)
+    flags = ("--data_path", shards, "--data_set", "wds/x", "--input_size", 32, "--epochs", 2, "--vis_freq", 0)
     for rank in (0, 1):
         monkeypatch.setattr("engine_pretrain.get_rank", lambda r=rank: r)
         result = scripts.pretrain(*flags, "--update_freq", 2, "--batch_size", 4, "--num_workers", 8)

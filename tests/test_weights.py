@@ -447,7 +447,7 @@ def test_pretraining_starts_from_a_classifier_of_any_layout(kind, scripts, tmp_p
     ending, name, wrap = FILES[kind]
     source = classifier().state_dict()
     path = write(wrap(source), tmp_path / f"source{ending}")
-    flags = (*STILL, "--epochs", 1, "--picture_freq", 0, "--output_dir", tmp_path / "out")
+    flags = (*STILL, "--epochs", 1, "--vis_freq", 0, "--output_dir", tmp_path / "out")
     result = scripts.pretrain("--initial_checkpoint", path, *flags)
     assert result.code == 0, result.err
     saved = load_file(tmp_path / "out" / "checkpoint-0.pth")["model"]
@@ -470,7 +470,7 @@ def test_pretraining_takes_a_decoder_that_fits_and_a_resume_comes_first(scripts,
     source, other = autoencoder(), autoencoder()
     torch.nn.init.zeros_(other.mask_token)
     paths = [write({"model": m.state_dict()}, tmp_path / f"{i}.pth") for i, m in enumerate((source, other))]
-    flags = (*STILL, "--picture_freq", 0, "--output_dir", tmp_path / "out")
+    flags = (*STILL, "--vis_freq", 0, "--output_dir", tmp_path / "out")
     for epochs, path in enumerate(paths, 1):
         result = scripts.pretrain("--initial_checkpoint", path, "--epochs", epochs, *flags)
         assert result.code == 0, result.err

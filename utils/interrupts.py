@@ -48,7 +48,7 @@ class Interrupts:
         self.received = number
         log.warning("%s: stopping after this step", signal.Signals(number).name)
 
-    def agreed(self, now: bool = False) -> bool:
+    def should_stop(self, now: bool = False) -> bool:
         """Whether any process had received a signal by the last step boundary; all processes call it at each.
 
         now: count what came since the last boundary too, at the price of waiting for all processes.

@@ -173,7 +173,7 @@ class Run:
             saved = self.due(epoch, self.flags["save_ckpt_freq"])
             if self.saves and saved:
                 self.save(epoch)
-            if self.interrupts is not None and self.interrupts.agreed(now=True):
+            if self.interrupts is not None and self.interrupts.should_stop(now=True):
                 if self.saves and not saved:
                     self.save(epoch)
                 self._leave(f"epoch {epoch}")
@@ -225,7 +225,7 @@ class Run:
 
     def step_done(self, tracker: EpochTracker, step: int) -> None:
         """Save if it is time or a signal came, and leave if one came. All processes call it after every step."""
-        stop, freq = self.interrupts is not None and self.interrupts.agreed(), self.flags["save_ckpt_steps"]
+        stop, freq = self.interrupts is not None and self.interrupts.should_stop(), self.flags["save_ckpt_steps"]
         due = self.saves and (stop or (freq and (step + 1) % freq == 0 and step + 1 < tracker.steps))
         if due:
             tracker.guard.check(tracker.epoch)
