@@ -6,7 +6,6 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from timm.data import Mixup
-from timm.utils import ModelEmaV3
 
 from utils.amp import Amp
 from utils.distributed import accumulate, all_reduce_sum, broadcast, get_rank, get_world_size
@@ -19,13 +18,13 @@ log = logging.getLogger("fcmae")
 
 
 def train_one_epoch(
-    model: torch.nn.Module, loader, criterion: Callable, optimizer: torch.optim.Optimizer, amp: Amp,
-    schedule: Schedule, run: Run, epoch: int, *, mixup: Mixup | None = None,
-    ema: ModelEmaV3 | None = None,
+    model: torch.nn.Module, loader, criterion: Callable, optimizer: torch.optim.Optimizer, schedule: Schedule, run: Run,
+    epoch: int, mixup: Mixup | None = None,
 ) -> dict[str, float]:  # fmt: skip
     """Train for one epoch on a `datasets.StepLoader` whose samples are (image, label).
 
-    The weights' moving average is updated after each optimizer step. The device is read only where a line is due.
+    The weights' moving average, where the run has one, is updated after each optimizer step. The device is read only
+    where a line is due.
 
     Returns:
         loss over all processes, class_acc (percent) where labels are not mixed, lr of the last step, images_per_second.
@@ -35,6 +34,7 @@ def train_one_epoch(
         Interrupted: a signal came; the state after the last step is on disk.
     """
     model.train()
+    amp = run.amp
     names = ("loss",) if mixup else ("loss", "class_acc")
     tracker = run.tracker(names, epoch, len(loader), amp.device)
     lr = schedule.apply(optimizer, epoch + max(tracker.start_step - 1, 0) / len(loader))  # if no step is left to do
@@ -54,8 +54,8 @@ def train_one_epoch(
             values = {"loss": loss} if mixup else {"loss": loss, "class_acc": top_k(logits, labels, 1)}
             tracker.update(step, len(imgs) if batch.share else 0, **values)
         grad_norm = amp.step(optimizer, with_norm=tracker.due(step))
-        if ema:
-            ema.update(getattr(model, "module", model))
+        if run.ema:
+            run.ema.update(getattr(model, "module", model))
         tracker.report(step, lr, grad_norm)
         run.step_done(tracker, step)
     share_buffers(model)

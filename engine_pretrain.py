@@ -2,7 +2,6 @@
 
 import torch
 
-from utils.amp import Amp
 from utils.distributed import accumulate, get_rank
 from utils.lr_sched import Schedule
 from utils.run import Run
@@ -10,9 +9,8 @@ from utils.seeding import seed_all
 
 
 def train_one_epoch(
-    model: torch.nn.Module, loader, optimizer: torch.optim.Optimizer, amp: Amp, schedule: Schedule, run: Run,
-    epoch: int,
-) -> dict[str, float]:  # fmt: skip
+    model: torch.nn.Module, loader, optimizer: torch.optim.Optimizer, schedule: Schedule, run: Run, epoch: int
+) -> dict[str, float]:
     """Train for one epoch on a `datasets.StepLoader` whose samples are (image, label) or (image, label, mask).
 
     The device is read only where a console line is due.
@@ -25,6 +23,7 @@ def train_one_epoch(
         Interrupted: a signal came; the state after the last step is on disk.
     """
     model.train()
+    amp = run.amp
     tracker = run.tracker(("loss",), epoch, len(loader), amp.device)
     lr = schedule.apply(optimizer, epoch + max(tracker.start_step - 1, 0) / len(loader))  # if no step is left to do
     for step, batches in tracker(loader.steps(epoch, tracker.start_step)):

@@ -443,7 +443,7 @@ def train(args, amp: Amp, run: Run) -> None:
         compile_blocks(model)
     wrapped = distributed.data_parallel(model)
     for epoch in run.epochs():
-        stats = train_one_epoch(wrapped, loader, criterion, optimizer, amp, schedule, run, epoch, mixup=mixup, ema=ema)
+        stats = train_one_epoch(wrapped, loader, criterion, optimizer, schedule, run, epoch, mixup)
         evaluates = eval_loader is not None and run.due(epoch, args.eval_freq)
         scores = score(model, ema if args.model_ema_eval else None, eval_loader, amp) if evaluates else {}
         run.record(epoch, stats, scores)

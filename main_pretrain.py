@@ -217,7 +217,7 @@ def train(args, amp: Amp, run: Run) -> None:
     if args.vis_freq and (args.output_dir or args.log_dir or args.wandb) and distributed.is_main_process():
         picture_of = picture_images(dataset, args)
     for epoch in run.epochs():
-        stats, scores = train_one_epoch(wrapped, loader, optimizer, amp, schedule, run, epoch), {}
+        stats, scores = train_one_epoch(wrapped, loader, optimizer, schedule, run, epoch), {}
         if labelled and run.due(epoch, args.knn_freq):
             scores["knn_acc1"] = knn_acc1(model.encoder, labelled, amp)
             log.info("epoch %d: k-NN acc1 %.2f", epoch, scores["knn_acc1"])

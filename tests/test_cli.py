@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 import main_finetune
+import main_pretrain
 from models import fcmae
 from models.convnextv2 import ConvNeXtV2
 from tests import small_runs

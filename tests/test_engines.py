@@ -84,24 +84,26 @@ def precise(**kwargs):
     return Amp(CPU, False, torch.bfloat16, **kwargs)
 
 
-def plain_run():
-    return Run(vars(main_finetune.get_args_parser().parse_args([])), precise())
+def plain_run(amp=None, ema=None):
+    run = Run(vars(main_finetune.get_args_parser().parse_args([])), amp or precise())
+    run.ema = ema
+    return run
 
 
 def pretrain(model, loader, optimizer=None, amp=None, schedule=None, epochs=1):
     """Statistics of each epoch."""
     optimizer, schedule = optimizer or adamw(model), schedule or Schedule(1e-3, 0, 0, 3)
     return [
-        engine_pretrain.train_one_epoch(model, loader, optimizer, amp or precise(), schedule, plain_run(), epoch)
+        engine_pretrain.train_one_epoch(model, loader, optimizer, schedule, plain_run(amp), epoch)
         for epoch in range(epochs)
     ]
 
 
-def finetune(model, loader, criterion=None, optimizer=None, amp=None, schedule=None, epoch=0, **kwargs):
+def finetune(model, loader, criterion=None, optimizer=None, amp=None, schedule=None, epoch=0, mixup=None, ema=None):
     optimizer, schedule = optimizer or adamw(model), schedule or Schedule(1e-3, 0, 0, 3)
     criterion = criterion or nn.CrossEntropyLoss()
     return engine_finetune.train_one_epoch(
-        model, loader, criterion, optimizer, amp or precise(), schedule, plain_run(), epoch, **kwargs
+        model, loader, criterion, optimizer, schedule, plain_run(amp, ema), epoch, mixup
     )
 
 
@@ -173,7 +175,7 @@ def last_step(world_size, batch_size, monkeypatch, engine, build, draw=None):
         run = plain_run()
         run.epoch_progress = {"step": 1, "averages": [sums]}
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        stats = engine.train_one_epoch(model, loader, *rest, optimizer, precise(), constant(0.1), run, 0)
+        stats = engine.train_one_epoch(model, loader, *rest, optimizer, constant(0.1), run, 0)
         counted.append(stats["loss"])
         state = weights(model)
         means = {name: (means[name] if means else 0) + value / world_size for name, value in state.items()}

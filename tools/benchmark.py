@@ -171,7 +171,7 @@ def engine_steps(args, device, compiled) -> Step:
     optimizer, schedule = adamw(model), Schedule(1e-4, 0.0, 1, 10)
     amp = Amp(device, args.dtype != "float32", getattr(torch, args.dtype))
     training_run = Run(vars(main_pretrain.get_args_parser().parse_args([])), amp)
-    return lambda: train_one_epoch(model, loader, optimizer, amp, schedule, training_run, 0)
+    return lambda: train_one_epoch(model, loader, optimizer, schedule, training_run, 0)
 
 
 def bare_steps(args, device, compiled) -> Step:

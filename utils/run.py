@@ -79,7 +79,7 @@ class Run:
         self.flags, self.amp, self.interrupts = flags, amp, interrupts
         self.seed, self.output_dir, self.start_epoch = flags["seed"], flags["output_dir"], flags["start_epoch"]
         self.saves = bool(self.output_dir and flags["save_ckpt"])
-        self.log, self.best, self.epoch_progress = RunLog("", None), NO_BEST, None
+        self.log, self.best, self.epoch_progress, self.ema = RunLog("", None), NO_BEST, None, None
         self._content = None
         self.id, self.new, path, self._position = from_main_process(self._choose)
         self.resume_from, self.kept = path and Path(path), None
