@@ -28,40 +28,35 @@ def _own(package: str) -> str:
     return name
 
 
-convnextv2, fcmae, weights, _linear_probe = (
-    importlib.import_module(f"{_own('models')}.{name}") for name in ("convnextv2", "fcmae", "weights", "linear_probe")
+convnextv2, fcmae, weights = (
+    importlib.import_module(f"{_own(package)}.{name}")
+    for package, name in (("models", "convnextv2"), ("models", "fcmae"), ("utils", "weights"))
 )
-files = importlib.import_module(f"{_own('utils')}.checkpoint")
 
 dependencies = ["torch", "torchvision", "timm", "safetensors"]
 
 
-def _classifier_arguments(state: dict) -> dict:
-    size = weights.infer_size(weights.to_backbone(state))
-    return {"in_chans": size.in_chans, "stem_stride": size.stem_stride, "num_classes": size.num_classes or 0}
+def _classifier_arguments(config: weights.BackboneConfig) -> dict:
+    return {"in_chans": config.in_chans, "stem_stride": config.stem_stride, "num_classes": config.num_classes}
 
 
-def _autoencoder_arguments(state: dict) -> dict:
-    size, parts = weights.infer_size(weights.to_backbone(state)), weights.to_fcmae(state)
-    arguments = {"in_chans": size.in_chans, "patch_size": convnextv2.total_stride(size.stem_stride)}
-    if "proj.weight" in parts:
-        blocks = {name.split(".")[1] for name in parts if name.startswith("decoder.")}
-        arguments |= {"decoder_embed_dim": len(parts["proj.weight"]), "decoder_depth": len(blocks)}
-    return arguments
+def _autoencoder_arguments(config: weights.BackboneConfig) -> dict:
+    patch_size = convnextv2.total_stride(config.stem_stride)
+    return {"in_chans": config.in_chans, "patch_size": patch_size, **config.decoder}
 
 
 def _entry(name: str, factory, arguments_of):
-    def build(checkpoint=None, model_key: str = "model|module", **kwargs):
+    def build(checkpoint=None, model_key: str = weights.MODEL_KEY, **kwargs):
         if checkpoint is None:
             return factory(**kwargs)
-        state = _linear_probe.fold_batch_norm(weights.unwrap(files.read(checkpoint), model_key))
-        model = factory(**{**arguments_of(state), **kwargs})
         try:
-            report = weights.load(model, state)
-        except ValueError as error:
-            raise ValueError(f"{checkpoint} is not for {name}: {error}") from error
-        if report.fresh:
-            fresh = report.rows()["missing, so fresh"]
+            model, report, *_ = weights.load_checkpoint(
+                checkpoint, lambda config: factory(**{**arguments_of(config), **kwargs}), model_key=model_key
+            )
+        except weights.UsageError as error:
+            raise ValueError(f"{name} from {error}") from error
+        if report.missing_keys:
+            fresh = report.rows()["fresh"]
             logging.getLogger("fcmae").warning("%s has nothing that fits for %s: fresh", checkpoint, fresh)
         return model
 

@@ -22,11 +22,10 @@ from torch.utils.data import DataLoader
 
 import datasets
 from engine_finetune import evaluate, train_one_epoch
-from models import convnextv2, fused, weights
+from models import convnextv2, fused
 from models.convnextv2 import SIZES, ConvNeXtV2, compile_blocks, layer_id, name_of, num_layer_ids
-from models.linear_probe import LinearProbe, fold_batch_norm
-from models.weights import MODEL_KEY, fold
-from utils import checkpoint, distributed, errors
+from models.linear_probe import LinearProbe
+from utils import checkpoint, distributed, errors, weights
 from utils.amp import Amp
 from utils.args import (
     ArgumentParser,
@@ -79,7 +78,9 @@ def get_args_parser() -> ArgumentParser:
     )
     group = parser.add_argument_group("fine-tuning")
     group.add_argument("--finetune", default="", help="checkpoint whose encoder to start from; the head is new")
-    group.add_argument("--model_key", default=MODEL_KEY, help="where a checkpoint holds its weights, by preference")
+    group.add_argument(
+        "--model_key", default=weights.MODEL_KEY, help="where a checkpoint holds its weights, by preference"
+    )
     group.add_argument("--model_prefix", default="", help="take only the weights under this prefix, without it")
     add_bool(group, "--stem_average", False, "average the checkpoint's stem over its channels where --in_chans differs")
     group.add_argument(
@@ -88,7 +89,8 @@ def get_args_parser() -> ArgumentParser:
         default=None,
         help="train on the first so many images of each class alone",
     )
-    group.add_argument("--head_init_scale", type=not_negative, default=0.001, help="factor on a fresh head's weights")
+    head_help = "the head, which is new, starts with std 0.02 times this"
+    group.add_argument("--head_init_scale", type=not_negative, default=0.001, help=head_help)
     group.add_argument("--drop_path", type=fraction, default=0.0, help="stochastic depth of the last block")
     group.add_argument("--layer_decay", type=share, default=1.0, help="learning-rate factor per layer below the head")
     group.add_argument(
@@ -223,49 +225,6 @@ def check_linear_probe(args) -> None:
         raise UsageError(f"--batch_size {args.batch_size}: must be even, batch norm needs two images in every batch")
 
 
-def unwrap(content: dict, path: str | Path, model_key: str = MODEL_KEY, model_prefix: str = "") -> dict:
-    """The state dict inside a checkpoint. Raises UsageError where --model_key or --model_prefix finds none."""
-    if model_key != MODEL_KEY and not any(key in content for key in model_key.split("|")):
-        raise UsageError(f"--model_key {model_key}: {path} has none of these, but {', '.join(map(str, content))}")
-    try:
-        state = weights.unwrap(content, model_key)
-    except ValueError as error:
-        raise UsageError(f"{path}: {error}") from error
-    if not model_prefix:
-        return state
-    if not any(name.startswith(model_prefix) for name in state):
-        found = ", ".join(fold(state, state))
-        raise UsageError(f"--model_prefix {model_prefix}: no name in {path} begins so; it has {found}")
-    return {name.removeprefix(model_prefix): v for name, v in state.items() if name.startswith(model_prefix)}
-
-
-def load_pretrained(
-    model: ConvNeXtV2, path: str | Path, model_key: str = MODEL_KEY, model_prefix: str = "", stem_average: bool = False
-) -> None:
-    """Load an encoder into a classifier and give it a new head; say which keys were loaded, dropped and missing.
-
-    Raises:
-        UsageError: the file's backbone is of another size, or incomplete.
-    """
-    state = unwrap(checkpoint.read(path), path, model_key, model_prefix)
-    try:
-        report = weights.load(model, state, stem_average)
-    except weights.Misfit as error:
-        hint = f"; give --in_chans {error.size.in_chans} or --stem_average true"
-        hint = hint if error.size.in_chans != model.in_chans else ""
-        raise UsageError(f"--finetune {path}: not for this --model or --stem_stride; {error}{hint}") from error
-    except ValueError as error:
-        raise UsageError(f"--finetune {path}: {error}") from error
-    if isinstance(model, LinearProbe):
-        model.head.reset()
-    else:
-        nn.init.trunc_normal_(model.head.weight, std=2e-5)
-        nn.init.zeros_(model.head.bias)
-    log.info("--finetune %s: %d of %d tensors", path, len(report.loaded), len(model.state_dict()))
-    for label, names in report.rows(f"head.* ({model.num_classes} classes)").items():
-        log.info("  %s: %s", label, names)
-
-
 def build_optimizer(model: ConvNeXtV2, args, lr: float) -> torch.optim.Optimizer:
     """timm's optimizer over this project's parameter groups, fused where torch has it so."""
     ids = {}
@@ -318,7 +277,7 @@ def build_criterion(args, mixup: Mixup | None) -> nn.Module:
 
 
 def build_model(args, nb_classes: int) -> ConvNeXtV2:
-    if args.linear_probe and not args.eval:  # evaluated, a probe is an ordinary classifier
+    if args.linear_probe:
         return LinearProbe(
             nb_classes, args.batch_size, in_chans=args.in_chans, stem_stride=args.stem_stride, **SIZES[args.model]
         )
@@ -378,6 +337,13 @@ def score(model: nn.Module, ema: ModelEmaV3 | None, loader: DataLoader, amp: Amp
     return scores
 
 
+def build_classifier(path: str | Path, config: weights.BackboneConfig) -> ConvNeXtV2:
+    """The model of a checkpoint's sizes. Raises UsageError where that has no head."""
+    if not config.num_classes:
+        raise UsageError(f"--eval true: {path} holds an encoder without a classifier's head; fine-tune it first")
+    return ConvNeXtV2(**config.encoder(), num_classes=config.num_classes)
+
+
 def evaluate_only(args, amp: Amp) -> None:
     """Score a checkpoint on the validation set; neither training data nor training state is needed.
 
@@ -388,30 +354,20 @@ def evaluate_only(args, amp: Amp) -> None:
         path = to_evaluate(args.output_dir)
     if not path:
         raise UsageError("--eval true: needs a checkpoint; give --resume FILE, or the --output_dir of a run")
-    content = checkpoint.read(path)
-    try:
-        state = weights.to_backbone(unwrap(content, path, args.model_key, args.model_prefix))
-    except ValueError as error:
-        raise UsageError(f"{path}: {error}") from error
-    state = fold_batch_norm(state)
-    if "head.weight" not in state:
-        raise UsageError(f"--eval true: {path} holds an encoder without a classifier's head; fine-tune it first")
-    size = weights.infer_size(state)
-    same = SIZES[args.model] == {"depths": size.depths, "dims": size.dims}
-    model = args.model if same else name_of(size)
-    datasets.as_trained(args, path, content, size, model=model, nb_classes=size.num_classes)
-    scored = {f"eval {path}": state}
+    load = partial(weights.load_checkpoint, path, partial(build_classifier, path), whole=True)
+    found = load("--eval true:", model_key=args.model_key, model_prefix=args.model_prefix)
+    scored, config = {f"eval {path}": found.model}, found.config
     if args.model_ema_eval:
-        if not content.get("model_ema"):
-            raise UsageError(f"--model_ema_eval true: {path} holds no moving average")
-        scored[f"eval {path} (EMA)"] = content["model_ema"]
-    dataset, nb_classes = datasets.build_dataset(False, args, content.get("classes"))
+        scored[f"eval {path} (EMA)"] = load("--model_ema_eval true:", model_key="model_ema").model
+    same = SIZES[args.model] == {"depths": config.depths, "dims": config.dims}
+    name = args.model if same else name_of(config) or "(of no published size)"
+    datasets.as_trained(args, path, found.content, config, model=name, nb_classes=config.num_classes)
+    dataset, _ = datasets.build_dataset(False, args, found.content.get("classes"))
     loader = datasets.build_eval_loader(dataset, args, spread=args.dist_eval)
-    model = build_model(args, nb_classes).to(amp.device)
-    if args.compile:
-        compile_blocks(model)
-    for header, state_dict in scored.items():
-        checkpoint.load_weights(model, state_dict, str(path))
+    for header, model in scored.items():
+        model.to(amp.device)
+        if args.compile:
+            compile_blocks(model)
         evaluate(model, loader, amp, header)
 
 
@@ -423,7 +379,10 @@ def train(args, amp: Amp, run: Run) -> None:
     if args.fused:
         fused.enable(model)
     if args.finetune and not run.resume_from:
-        load_pretrained(model, args.finetune, args.model_key, args.model_prefix, args.stem_average)
+        weights.load_checkpoint(
+            args.finetune, model, "--finetune", model_key=args.model_key, model_prefix=args.model_prefix,
+            stem_average=args.stem_average, fresh_head=True,
+        )  # fmt: skip
     model.to(amp.device)
     ema = build_ema(model, args)
     lr = effective_lr(args, distributed.get_world_size())

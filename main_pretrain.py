@@ -16,9 +16,9 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 import datasets
 from engine_pretrain import train_one_epoch
-from models import fcmae, fused, weights
+from models import fcmae, fused
 from models.convnextv2 import SIZES, compile_blocks, total_stride
-from utils import checkpoint, distributed, errors
+from utils import distributed, errors, weights
 from utils.amp import Amp
 from utils.args import (
     ArgumentParser,
@@ -157,26 +157,6 @@ def build_model(args) -> fcmae.FCMAE:
     return model
 
 
-def load_initial(model: fcmae.FCMAE, path: str | Path, stem_average: bool = False) -> None:
-    """Start from the weights of a file of any layout; say which keys were loaded, dropped and missing.
-
-    Raises:
-        UsageError: the file's backbone is of another size, or incomplete.
-    """
-    name, content = f"--initial_checkpoint {path}", checkpoint.read(path)
-    try:
-        report = weights.load(model, weights.unwrap(content), stem_average)
-    except weights.Misfit as error:
-        hint = f"; give --in_chans {error.size.in_chans} or --stem_average true"
-        hint = hint if error.size.in_chans != model.in_chans else ""
-        raise UsageError(f"{name}: not for this --model or --stem_stride; {error}{hint}") from error
-    except ValueError as error:
-        raise UsageError(f"{name}: {error}") from error
-    log.info("%s: %d of %d tensors", name, len(report.loaded), len(model.state_dict()))
-    for label, names in report.rows().items():
-        log.info("  %s: %s", label, names)
-
-
 def build_loader(dataset: Dataset, args, device: torch.device) -> datasets.StepLoader:
     """Steps of (image, label, mask)."""
     prepare = datasets.build_prepare(dataset, args, device)
@@ -203,7 +183,7 @@ def train(args, amp: Amp, run: Run) -> None:
     )
     schedule = Schedule(lr, args.min_lr, args.warmup_epochs, args.epochs)
     if args.initial_checkpoint and not run.resume_from:
-        load_initial(model, args.initial_checkpoint, args.stem_average)
+        weights.load_checkpoint(args.initial_checkpoint, model, "--initial_checkpoint", stem_average=args.stem_average)
     run.begin(model, optimizer, loader, order={"--seed": args.seed, "number of images": loader.sampler.num_samples})
     log.info(
         "%s: %.2f M parameters, patches of %d pixels, lr %.3g, epochs %d to %d on %s",

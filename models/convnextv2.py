@@ -191,7 +191,7 @@ class ConvNeXtV2(Encoder):
 
 
 def name_of(model) -> str | None:
-    """Which of the published sizes a model, or what `weights.infer_size` returned, has."""
+    """Which of the published sizes a model, or a checkpoint's `BackboneConfig`, has."""
     return next((name for name in SIZES if SIZES[name] == {"depths": model.depths, "dims": model.dims}), None)
 
 

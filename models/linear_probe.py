@@ -24,10 +24,6 @@ class ProbeHead(nn.Linear):
         super().__init__(in_features, num_classes)
         self.full_batch = full_batch
         self.batch_norm = nn.BatchNorm1d(in_features, eps=EPS, affine=False)
-        self.reset()
-
-    def reset(self) -> None:
-        self.batch_norm.reset_running_stats()
         nn.init.trunc_normal_(self.weight, std=0.01)
         nn.init.zeros_(self.bias)
 
@@ -54,14 +50,3 @@ class LinearProbe(ConvNeXtV2):
         with torch.no_grad():
             x = self.forward_features(x)
         return self.head(x)
-
-
-def fold_batch_norm(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The state dict of a `LinearProbe` as that of the `ConvNeXtV2` with the same logits; others as they are."""
-    head = {name: v for name, v in state_dict.items() if name.startswith("head.")}
-    if "head.batch_norm.running_var" not in head:
-        return state_dict
-    weight = head["head.weight"] / (head["head.batch_norm.running_var"] + EPS).sqrt()
-    bias = head["head.bias"] - weight @ head["head.batch_norm.running_mean"]
-    rest = {name: v for name, v in state_dict.items() if name not in head}
-    return rest | {"head.weight": weight, "head.bias": bias}

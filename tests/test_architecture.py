@@ -19,7 +19,6 @@ ALLOWED = {  # file -> the rooms it may import from
     "models/fcmae.py": {"models.layers", "models.visible", "models.convnextv2"},
     "models/linear_probe.py": {"models.convnextv2"},
     "models/fused.py": {"models.kernels", "models.layers", "models.visible", "models.convnextv2"},
-    "models/weights.py": set(),
 }
 
 

@@ -16,6 +16,7 @@ from tests import small_runs
 from tests.small_runs import STEPS, TINY, Scripts, load, records, same, snapshot, write_images
 from utils.amp import Amp
 from utils.param_groups import decays
+from utils.weights import load_checkpoint, summarise_names
 
 
 @pytest.fixture(scope="module")
@@ -168,17 +169,17 @@ def test_the_report_of_loaded_keys(journey):
         f"--finetune {pre}/checkpoint-2.pth: {total - 4} of {total} tensors",
         "  loaded: downsample_layers.*, stages.*",
         "  dropped: mask_token, proj.*, decoder.*, pred.*",
-        "  missing, so fresh: norm.*, head.*",
-        "  re-initialised: head.* (4 classes)",
+        "  fresh: norm.*, head.*",
+        "  layout: fcmae",
     ]
 
 
-def test_fold_lists_exactly_the_names():
+def test_summarise_names_lists_exactly_the_names():
     among = ["a.x.weight", "a.x.bias", "a.y.weight", "b", "c.weight", "c.bias"]
-    assert list(main_finetune.fold(among, among)) == ["a.*", "b", "c.*"]
-    assert list(main_finetune.fold(["a.x.weight", "a.x.bias", "c.bias"], among)) == ["a.x.*", "c.bias"]
-    assert list(main_finetune.fold(["a.x.weight", "b"], among)) == ["a.x.weight", "b"]
-    assert list(main_finetune.fold([], among)) == []
+    assert summarise_names(among, among) == "a.*, b, c.*"
+    assert summarise_names(["a.x.weight", "a.x.bias", "c.bias"], among) == "a.x.*, c.bias"
+    assert summarise_names(["a.x.weight", "b"], among) == "a.x.weight, b"
+    assert summarise_names([], among) == "none"
 
 
 def dense(classes=10, seed=1, **kwargs):
@@ -195,31 +196,23 @@ def test_finetuning_from_a_dense_checkpoint_keeps_grn(classes, tmp_path, caplog)
     torch.save({"model": source.state_dict()}, tmp_path / "dense.pth")
     caplog.set_level("INFO", "fcmae")
     main_finetune.log.propagate = True
-    main_finetune.load_pretrained(model, tmp_path / "dense.pth")
+    load_checkpoint(tmp_path / "dense.pth", model, fresh_head=True)
     expected = source.state_dict()
     for name, value in model.state_dict().items():
         if not name.startswith("head."):
             assert torch.equal(value, expected[name]), name
     assert sum(name.endswith(("grn.gamma", "grn.beta")) for name in expected) == 2 * sum(TINY["depths"])
-    assert ("dropped: head.*" in caplog.text) == (classes == 10)
-
-
-def test_the_head_is_initialised_anew(tmp_path):
-    torch.save(dense(500).state_dict(), tmp_path / "dense.pth")
-    model = ConvNeXtV2(**TINY, num_classes=500, stem_stride=1)
-    main_finetune.load_pretrained(model, tmp_path / "dense.pth")
-    assert model.head.weight.std().item() == pytest.approx(2e-5, rel=0.05)
-    assert abs(model.head.weight.mean().item()) < 1e-6
-    assert (model.head.bias == 0).all()
+    assert "dropped: head.*" in caplog.text
+    assert "fresh: head.*" in caplog.text
 
 
 def test_model_key_and_model_prefix(tmp_path):
     a, b = dense(4, seed=1), dense(4, seed=2)
     content = {"model": a.state_dict(), "teacher": {f"net.{k}": v for k, v in b.state_dict().items()}}
     torch.save(content, tmp_path / "both.pth")
-    for flags, expected in (((), a), (("teacher", "net."), b)):
+    for where, expected in (({}, a), ({"model_key": "teacher", "model_prefix": "net."}, b)):
         model = ConvNeXtV2(**TINY, num_classes=4, stem_stride=1)
-        main_finetune.load_pretrained(model, tmp_path / "both.pth", *flags)
+        load_checkpoint(tmp_path / "both.pth", model, **where)
         assert torch.equal(model.stages[2][1].grn.gamma, expected.stages[2][1].grn.gamma)
 
 
@@ -231,6 +224,31 @@ def test_head_init_scale(scripts, tmp_path):
 
     torch.testing.assert_close(head("--head_init_scale", "0.5"), 500 * head())
     assert head("--head_init_scale", "1").std().item() == pytest.approx(0.02, rel=0.1)
+
+
+@pytest.mark.parametrize("scale", [None, 0.5])
+def test_the_head_is_new_also_where_the_file_has_one_that_fits(scale, scripts, tmp_path):
+    """With std 0.02 * --head_init_scale, 2e-5 where that is not given; a learning rate of 0 leaves it so."""
+    torch.save(dense(4).state_dict(), tmp_path / "dense.pth")
+    flags = ("--finetune", tmp_path / "dense.pth", "--epochs", 1, "--warmup_epochs", 0, "--lr", 0, "--min_lr", 0)
+    flags += () if scale is None else ("--head_init_scale", scale)
+    result = scripts.finetune(*flags, "--output_dir", tmp_path / "out")
+    assert result.code == 0, result.err
+    saved, source = load(tmp_path / "out" / "checkpoint-0.pth")["model"], dense(4).state_dict()
+    assert saved["head.weight"].std().item() == pytest.approx(0.02 * (scale or 0.001), rel=0.3)
+    assert not saved["head.bias"].any()
+    assert same(*({n: v for n, v in state.items() if not n.startswith("head.")} for state in (saved, source)))
+
+
+def test_a_new_head_is_not_drawn_twice(scripts, tmp_path):
+    """Loading takes no random numbers: the head is the one that the seed gives without --finetune."""
+    torch.save(dense(4).state_dict(), tmp_path / "dense.pth")
+    heads = []
+    for name, more in (("with", ("--finetune", tmp_path / "dense.pth")), ("without", ())):
+        flags = ("--epochs", 1, "--warmup_epochs", 0, "--lr", 0, "--min_lr", 0, "--output_dir", tmp_path / name)
+        assert scripts.finetune(*flags, *more).code == 0
+        heads.append(load(tmp_path / name / "checkpoint-0.pth")["model"]["head.weight"])
+    assert torch.equal(*heads)
 
 
 # ---- optimizers and precision

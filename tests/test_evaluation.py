@@ -18,11 +18,11 @@ import engine_finetune
 import hubconf
 import main_finetune
 import main_pretrain
-from models import weights
 from models.convnextv2 import SIZES, ConvNeXtV2
 from models.linear_probe import LinearProbe
 from tests.small_runs import TINY, Scripts, load, records, same
 from tools import export, probe, visualize
+from utils import weights
 from utils.amp import Amp
 from utils.args import tell_without_effect
 from utils.errors import UsageError
@@ -31,7 +31,7 @@ from utils.slurm import add_slurm_arguments
 
 ROOT = Path(__file__).resolve().parent.parent
 WIDE = {"depths": (1, 1, 1, 1), "dims": (8, 16, 16, 24)}  # another model than atto, which tests make TINY
-SIZE = weights.Size(TINY["depths"], TINY["dims"], 3, 1, 4)
+CONFIG = weights.BackboneConfig(TINY["depths"], TINY["dims"], 3, 1, 4, {})
 TRAINING = "--epochs 1 --warmup_epochs 0 --lr 2e-3 --num_workers 0 --device cpu --batch_size 8"
 EVAL = ("--eval", "true", "--num_workers", 0, "--device", "cpu")
 
@@ -115,7 +115,7 @@ def test_a_default_said_aloud_is_no_difference(caplog):
     caplog.set_level("WARNING", "fcmae")
     content = {"args": {"input_size": 64, "crop_pct": None, "imagenet_default_mean_and_std": False}}
     flags = "--crop_pct 0.875 --mean 0.5 0.5 0.5 --std 0.5 0.5 0.5"
-    datasets.as_trained(main_finetune.get_args_parser().parse_args(flags.split()), "x.pth", content, SIZE)
+    datasets.as_trained(main_finetune.get_args_parser().parse_args(flags.split()), "x.pth", content, CONFIG)
     assert caplog.text == ""
 
 
@@ -146,7 +146,7 @@ TOLD = {"input_size": 48, "crop_pct": 0.5, "mean": [0.1] * 3, "std": [0.2] * 3, 
 
 def settings(content: dict, *flags: str) -> dict:
     args = main_finetune.get_args_parser().parse_args(flags)
-    datasets.as_trained(args, "x.pth", content, SIZE)
+    datasets.as_trained(args, "x.pth", content, CONFIG)
     return {name: getattr(args, name) for name in (*TOLD, "in_chans", "stem_stride")}
 
 
@@ -249,10 +249,10 @@ def test_the_best_average_is_read_everywhere(scripts, averaged, tmp_path, monkey
         assert same(export.read_source(export.get_args_parser().parse_args(words))[0].model.state_dict(), state)
     assert same(hubconf.convnextv2_atto(checkpoint=path).state_dict(), average)
     model = ConvNeXtV2(num_classes=2, **TINY, stem_stride=1)
-    main_finetune.load_pretrained(model, path)
+    weights.load_checkpoint(path, model, fresh_head=True)
     assert same({k: v for k, v in model.state_dict().items() if k in encoder}, encoder)
     autoencoder = main_pretrain.fcmae.FCMAE(**TINY, patch_size=8)
-    main_pretrain.load_initial(autoencoder, path)
+    weights.load_checkpoint(path, autoencoder)
     assert same(autoencoder.encoder.state_dict(), encoder)
 
 

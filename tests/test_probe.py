@@ -15,13 +15,12 @@ import datasets
 import engine_finetune
 import main_pretrain
 from main_finetune import build_optimizer, get_args_parser
-from models import weights
 from models.convnextv2 import ConvNeXtV2, Encoder
-from models.linear_probe import LinearProbe, ProbeHead, fold_batch_norm
+from models.linear_probe import LinearProbe, ProbeHead
 from tests.small_runs import STEPS, TINY, Scripts, killed_after, load, records, same, write_images
 from tests.test_distributed import launch
 from tools import probe
-from utils import knn
+from utils import knn, layouts, weights
 from utils.amp import Amp
 from utils.errors import UsageError
 from utils.seeding import seed_all
@@ -285,7 +284,7 @@ def probed(scripts, pretrained, tmp_path_factory):
 
 def test_only_the_head_is_trained(pretrained, probed):
     out, _ = probed
-    encoder = weights.to_backbone(load(pretrained[0] / LAST)["model"])
+    encoder = layouts.to_backbone(load(pretrained[0] / LAST)["model"])
     first, last = (load(out / f"checkpoint-{epoch}.pth") for epoch in (0, 2))
     assert all(torch.equal(last["model"][name], value) for name, value in encoder.items())
     moved = {name for name, value in last["model"].items() if not torch.equal(value, first["model"][name])}
@@ -378,10 +377,10 @@ def test_folding_the_batch_norm():
     model, imgs = small_probe(), torch.randn(6, 3, 16, 16, generator=generator(), dtype=torch.float64)
     model.train()(imgs)
     classifier = ConvNeXtV2(num_classes=5, **TINY, stem_stride=1).double()
-    classifier.load_state_dict(fold_batch_norm(model.state_dict()))
+    classifier.load_state_dict(layouts.fold_batch_norm(model.state_dict()))
     assert torch.allclose(classifier.eval()(imgs), model.eval()(imgs), rtol=1e-10)
     plain = classifier.state_dict()
-    assert fold_batch_norm(plain) is plain
+    assert layouts.fold_batch_norm(plain) is plain
 
 
 def test_lars_takes_the_steps_of_mae():
@@ -407,8 +406,6 @@ def test_lars_takes_the_steps_of_mae():
 
 def test_a_new_probe_head():
     head = ProbeHead(400, 300)
-    head.batch_norm(torch.randn(8, 400) + 3)
-    head.reset()
     assert head.weight.std().item() == pytest.approx(0.01, rel=0.02)
     assert not head.bias.any()
     assert not head.batch_norm.running_mean.any()
@@ -509,8 +506,8 @@ def test_the_probe_needs_no_data(scripts, random_encoder):
 
 def test_any_layout_gives_the_same_features(pretrained, probed, tmp_path):
     pre = load(pretrained[0] / LAST)
-    torch.save(weights.to_timm(pre["model"]), tmp_path / "timm.pth")
-    torch.save({f"module.{name}": v for name, v in weights.to_backbone(pre["model"]).items()}, tmp_path / "dense.pth")
+    torch.save(layouts.to_timm(pre["model"]), tmp_path / "timm.pth")
+    torch.save({f"module.{name}": v for name, v in layouts.to_backbone(pre["model"]).items()}, tmp_path / "dense.pth")
     imgs = torch.randn(2, 3, 16, 16, generator=generator())
     features = []
     for path in (pretrained[0] / LAST, tmp_path / "timm.pth", tmp_path / "dense.pth", probed[0] / LAST):

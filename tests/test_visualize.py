@@ -11,12 +11,12 @@ from PIL import Image
 
 import datasets
 import main_pretrain
-from models import weights
 from models.convnextv2 import Block, ConvNeXtV2, Encoder
 from models.fcmae import FCMAE
 from models.layers import GRN
 from tests.small_runs import TINY, load, same
 from tools import visualize
+from utils import layouts
 from utils.amp import Amp
 from utils.pictures import reconstructions
 
@@ -269,7 +269,7 @@ def test_any_layout_is_drawn(draw, scripts, checkpoint, tmp_path):
     """A classifier has features, from a file without arguments too, but nothing to reconstruct with."""
     torch.manual_seed(0)
     path = tmp_path / "classifier.pth"
-    torch.save(weights.to_timm(ConvNeXtV2(num_classes=4, **TINY, stem_stride=1).state_dict()), path)
+    torch.save(layouts.to_timm(ConvNeXtV2(num_classes=4, **TINY, stem_stride=1).state_dict()), path)
     result, out = draw("--features", "--checkpoint", path, "--input_size", 24, "--max_images", 2)
     assert result.code == 0, result.err
     tiles(out / "features.png", 2, 5, size=120)

@@ -1,4 +1,4 @@
-"""models/weights.py: every layout in and out, against the reference's golden outputs and timm's own models."""
+"""utils/weights.py, layouts.py: every layout in and out, against the reference's golden outputs and timm's models."""
 
 import json
 import re
@@ -14,20 +14,12 @@ from safetensors.torch import save_file
 from models import convnextv2
 from models.convnextv2 import SIZES, ConvNeXtV2, convnextv2_atto, convnextv2_tiny
 from models.fcmae import FCMAE
-from models.weights import (
-    Misfit,
-    average_stem,
-    infer_size,
-    layout,
-    load,
-    to_backbone,
-    to_fcmae,
-    to_huggingface,
-    to_timm,
-    unwrap,
-)
+from models.linear_probe import LinearProbe
 from tests.small_runs import TINY
 from tests.small_runs import load as load_file
+from utils.errors import UsageError
+from utils.layouts import convert, layout, to_backbone, to_huggingface, to_timm
+from utils.weights import SizeMismatch, infer_config, load, load_checkpoint, unwrap
 
 GOLDEN = Path(__file__).parent / "golden"
 fill_dense = runpy.run_path(str(GOLDEN / "fill.py"))["fill_dense"]
@@ -39,6 +31,12 @@ def golden_json(name):
 
 def filled(shapes):
     return {name: torch.from_numpy(fill_dense(name, shape)) for name, shape in shapes.items()}
+
+
+def to_fcmae(state_dict):
+    """By the names of `FCMAE`."""
+    names = {n: re.sub(r"^(?=downsample_layers|stages)", "encoder.", n) for n in convert(state_dict)}
+    return {names[n]: v for n, v in convert(state_dict).items() if not n.startswith(("norm.", "head."))}
 
 
 def shapes_of(state_dict):
@@ -236,16 +234,34 @@ def test_layout(sparse, fcmae, dense):
 @pytest.mark.parametrize("name", ["resnet10t", "convnext_atto"])  # ConvNeXt V1: no GRN
 def test_layout_of_something_else(name):
     state_dict = timm.create_model(name).state_dict()
-    for function in (layout, to_backbone, to_fcmae):
+    for function in (layout, to_backbone, infer_config):
         with pytest.raises(ValueError, match=f"not a ConvNeXt V2.*{next(iter(state_dict))}"):
             function(state_dict)
 
 
-def test_infer_size(sparse, dense):
-    assert infer_size(dense) == ((2, 2, 6, 2), (40, 80, 160, 320), 3, 4, 1000)
-    assert infer_size(dict(reversed(to_backbone(sparse).items()))) == ((2, 2, 6, 2), (40, 80, 160, 320), 3, 4, None)
-    with pytest.raises(ValueError, match="not the state dict of a backbone"):
-        infer_size(sparse)
+def test_infer_config(sparse, dense):
+    atto = (2, 2, 6, 2), (40, 80, 160, 320), 3, 4
+    assert infer_config(dense) == infer_config(to_timm(dense)) == infer_config(to_huggingface(dense))
+    assert infer_config(dense) == (*atto, 1000, {})
+    assert infer_config(dict(reversed(to_backbone(sparse).items()))) == (*atto, 0, {})
+    assert infer_config(sparse) == (*atto, 0, {"decoder_depth": 1, "decoder_embed_dim": 512})
+    without_stem = {name: value for name, value in dense.items() if not name.startswith("downsample_layers.0.")}
+    with pytest.raises(ValueError, match="not the state dict of a whole backbone"):
+        infer_config(without_stem)
+
+
+def test_a_model_is_built_to_the_sizes_of_its_state_dict():
+    other = {"depths": (1, 2, 1, 1), "dims": (8, 8, 8, 24), "in_chans": 2}
+    for stride in (1, 2, 4):
+        model = ConvNeXtV2(**other, stem_stride=stride, num_classes=5)
+        config = infer_config(model.state_dict())
+        rebuilt = ConvNeXtV2(**config.encoder(), num_classes=config.num_classes)
+        assert shapes_of(rebuilt.state_dict()) == shapes_of(model.state_dict())
+        model = FCMAE(**other, patch_size=8 * stride, decoder_depth=3, decoder_embed_dim=12)
+        config = infer_config(model.state_dict())
+        assert config.encoder() == other | {"stem_stride": stride}
+        assert config.decoder == {"decoder_depth": 3, "decoder_embed_dim": 12}
+    assert infer_config(FCMAE(**TINY, decoder_depth=0).state_dict()).decoder["decoder_depth"] == 0
 
 
 # ---- into a model
@@ -286,7 +302,7 @@ DENSE = {  # a classifier's weights as different people's files have them
 def test_every_layout_gives_the_golden_outputs(kind, dense):
     model, golden = convnextv2_atto().eval(), np.load(GOLDEN / "dense_atto.npz")
     report = load(model, unwrap(DENSE[kind](dense)))
-    assert (report.loaded, report.dropped, report.fresh) == (list(model.state_dict()), [], [])
+    assert (report.loaded, report.unexpected_keys, report.missing_keys) == (list(model.state_dict()), [], [])
     x = torch.from_numpy(np.random.RandomState(0).standard_normal((2, 3, 224, 224)).astype(np.float32))
     with torch.inference_mode():
         np.testing.assert_allclose(model(x), golden["logits"], rtol=0, atol=1e-5)
@@ -296,8 +312,8 @@ def test_the_references_sparse_file_gives_the_golden_features(sparse):
     model, golden = convnextv2_atto().eval(), np.load(GOLDEN / "remap_dense_forward.npz")
     report = load(model, unwrap({"model": sparse}))
     assert report.layout == "reference_sparse"
-    assert report.fresh == names_below(model.state_dict(), "norm.", "head.")
-    assert report.dropped == names_below(to_fcmae(sparse), "mask_token", "proj.", "decoder.", "pred.")
+    assert report.missing_keys == names_below(model.state_dict(), "norm.", "head.")
+    assert report.unexpected_keys == names_below(to_fcmae(sparse), "mask_token", "proj.", "decoder.", "pred.")
     x = torch.from_numpy(np.random.RandomState(0).standard_normal((2, 3, 224, 224)).astype(np.float32))
     with torch.inference_mode():
         pooled = model.forward_stages(x)[-1].mean((2, 3))
@@ -310,8 +326,8 @@ def test_a_head_is_taken_where_it_fits(classes):
     before = model.head.weight.clone()
     report = load(model, source.state_dict())
     head = ["head.weight", "head.bias"]
-    assert report.dropped == (head if classes == 10 else [])
-    assert report.fresh == ([] if classes == 4 else head)
+    assert report.unexpected_keys == (head if classes == 10 else [])
+    assert report.missing_keys == ([] if classes == 4 else head)
     assert torch.equal(model.head.weight, source.head.weight if classes == 4 else before)
     assert torch.equal(model.norm.weight, source.norm.weight)
 
@@ -319,13 +335,13 @@ def test_a_head_is_taken_where_it_fits(classes):
 def test_an_encoder_alone_leaves_the_norm_fresh():
     source, model = autoencoder(), classifier(False, num_classes=0)
     report = load(model, source.state_dict())
-    assert report.fresh == ["norm.weight", "norm.bias"]
-    assert set(report.loaded) == set(model.state_dict()) - set(report.fresh)
+    assert report.missing_keys == ["norm.weight", "norm.bias"]
+    assert set(report.loaded) == set(model.state_dict()) - set(report.missing_keys)
     assert_same({n: model.state_dict()[n] for n in report.loaded}, to_backbone(source.state_dict()))
     assert report.rows() == {
         "loaded": "downsample_layers.*, stages.*",
         "dropped": "mask_token, proj.*, decoder.*, pred.*",
-        "missing, so fresh": "norm.*",
+        "fresh": "norm.*",
         "layout": "fcmae",
     }
 
@@ -336,8 +352,8 @@ def test_a_decoder_is_taken_whole_or_not_at_all(change):
     before = {name: value.clone() for name, value in model.state_dict().items()}
     report = load(model, source)
     decoder, theirs = (names_below(s, "mask_token", "proj.", "decoder.", "pred.") for s in (before, source))
-    assert report.fresh == (decoder if change else [])
-    assert report.dropped == (theirs if change else [])
+    assert report.missing_keys == (decoder if change else [])
+    assert report.unexpected_keys == (theirs if change else [])
     expected = {name: before[name] if change and name in decoder else source[name] for name in before}
     assert_same(model.state_dict(), expected)
 
@@ -353,10 +369,10 @@ def test_every_layout_into_an_autoencoder(kind, dense, sparse):
     encoder = names_below(model.state_dict(), "encoder.")
     if kind == "sparse":
         assert report.loaded == list(model.state_dict())
-        assert (report.dropped, report.fresh) == ([], [])
+        assert (report.unexpected_keys, report.missing_keys) == ([], [])
     else:
         assert report.loaded == encoder
-        assert sorted(report.dropped) == ["head.bias", "head.weight", "norm.bias", "norm.weight"]
+        assert sorted(report.unexpected_keys) == ["head.bias", "head.weight", "norm.bias", "norm.weight"]
 
 
 @pytest.mark.parametrize(
@@ -374,9 +390,9 @@ def test_another_size_is_refused_and_changes_nothing(change, message, target):
     model = target()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     source = {name: value + 1 for name, value in classifier(**change).state_dict().items()}
-    with pytest.raises(Misfit, match=message) as caught:
+    with pytest.raises(SizeMismatch, match=message) as caught:
         load(model, source)
-    assert caught.value.size == infer_size(source)
+    assert caught.value.config == infer_config(source)
     assert_same(model.state_dict(), before)
 
 
@@ -396,10 +412,10 @@ def test_averaging_the_stem():
     for source_chans, chans in ((3, 1), (3, 4), (1, 3), (4, 3)):
         source = classifier(in_chans=source_chans).eval().double()
         model = classifier(False, in_chans=chans).eval().double()
-        with pytest.raises(Misfit):
+        with pytest.raises(SizeMismatch):
             load(model, source.state_dict())
         report = load(model, source.state_dict(), stem_average=True)
-        assert (report.averaged, report.fresh, report.dropped) == (source_chans, [], [])
+        assert (report.averaged, report.missing_keys, report.unexpected_keys) == (source_chans, [], [])
         assert report.rows()["layout"] == f"backbone, its stem averaged over {source_chans} channels"
         grey = torch.rand(2, 1, 16, 16, dtype=torch.float64)
         with torch.inference_mode():
@@ -411,8 +427,53 @@ def test_averaging_the_stem():
         assert model.state_dict()[stem].std(dim=1, correction=0).max() == 0
         source, model = source.state_dict(), model.state_dict()
         assert_same({n: v for n, v in model.items() if n != stem}, {n: v for n, v in source.items() if n != stem})
-    weight = torch.arange(24.0).view(2, 3, 2, 2)
-    assert torch.equal(average_stem(weight, 1), weight.sum(dim=1, keepdim=True))
+
+
+@pytest.mark.parametrize("model", [classifier, autoencoder])
+def test_weights_that_are_not_finite_are_refused(model, tmp_path):
+    """But not those of a head that is left out."""
+    model, source = model(), classifier()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    source.stages[2][0].grn.gamma.data[0, 0, 0, 3] = float("nan")
+    torch.save(source.state_dict(), tmp_path / "nan.pth")
+    with pytest.raises(UsageError, match=r"^--finetune .*nan.pth: its weights are NaN or infinite"):
+        load_checkpoint(tmp_path / "nan.pth", model, "--finetune")
+    assert_same(model.state_dict(), before)
+    source = classifier()
+    source.head.weight.data[0, 0] = float("inf")
+    torch.save(source.state_dict(), tmp_path / "head.pth")
+    load_checkpoint(tmp_path / "head.pth", model, fresh_head=True)
+    assert_same(to_backbone(to_fcmae(model.state_dict())), to_backbone(to_fcmae(source.state_dict())))
+
+
+def test_a_fresh_head_is_skipped():
+    source, model = classifier(), classifier(False)
+    before = model.head.weight.clone()
+    report = load(model, source.state_dict(), fresh_head=True)
+    assert report.missing_keys == report.unexpected_keys == ["head.weight", "head.bias"]
+    assert torch.equal(model.head.weight, before)
+    assert torch.equal(model.norm.weight, source.norm.weight)
+
+
+def test_whole_leaves_nothing_fresh(tmp_path):
+    path = tmp_path / "encoder.pth"
+    torch.save(autoencoder().state_dict(), path)
+    load_checkpoint(path, lambda config: FCMAE(**TINY, **config.decoder, patch_size=8), whole=True)
+    build = lambda config: ConvNeXtV2(**config.encoder(), num_classes=config.num_classes)  # noqa: E731
+    assert load_checkpoint(path, build).report.missing_keys == ["norm.weight", "norm.bias"]
+    with pytest.raises(UsageError, match=r"encoder.pth: has nothing that fits for norm\.\* of the model"):
+        load_checkpoint(path, build, whole=True)
+
+
+def test_a_probe_is_read_as_the_classifier_with_its_logits(tmp_path):
+    """Its features vary so little that the batch norm's epsilon counts."""
+    probe = randomised(LinearProbe(4, **TINY, stem_stride=1)).eval().double()
+    probe.head.batch_norm.running_var.fill_(1e-6)
+    torch.save({"model": probe.state_dict()}, tmp_path / "probe.pth")
+    model = classifier().eval().double()
+    assert load_checkpoint(tmp_path / "probe.pth", model).report.unexpected_keys == []
+    imgs = torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    torch.testing.assert_close(model(imgs), probe(imgs), rtol=1e-10, atol=0)
 
 
 def test_a_stem_that_fits_is_not_averaged():
@@ -461,7 +522,7 @@ def test_pretraining_starts_from_a_classifier_of_any_layout(kind, scripts, tmp_p
         f"--initial_checkpoint {path}: {len(to_fcmae(source))} of {len(saved)} tensors",
         "  loaded: encoder.*",
         f"  dropped: {dropped}",
-        "  missing, so fresh: mask_token, proj.*, decoder.*, pred.*",
+        "  fresh: mask_token, proj.*, decoder.*, pred.*",
         f"  layout: {name}",
     ]
 
@@ -480,8 +541,8 @@ def test_pretraining_takes_a_decoder_that_fits_and_a_resume_comes_first(scripts,
 
 def test_finetuning_loads_timm_and_hugging_face_files(scripts, tmp_path):
     source = classifier(num_classes=9).state_dict()
-    for kind, convert in (("timm", to_timm), ("huggingface", to_huggingface)):
-        path = write(convert(source), tmp_path / f"{kind}.safetensors")
+    for kind, rename in (("timm", to_timm), ("huggingface", to_huggingface)):
+        path = write(rename(source), tmp_path / f"{kind}.safetensors")
         flags = ("--epochs", 1, *STILL, "--output_dir", tmp_path / kind)
         result = scripts.finetune("--finetune", path, *flags)
         assert result.code == 0, result.err

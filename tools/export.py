@@ -1,4 +1,4 @@
-"""Weights for other libraries: a checkpoint of any layout as files of timm, Hugging Face, ONNX or TorchScript.
+"""Weights for other libraries: a checkpoint of any layout as files of timm, Hugging Face or ONNX.
 
 python tools/export.py --checkpoint output/finetune/checkpoint-best.pth --to timm --output exported/shapes.safetensors
 python tools/export.py --checkpoint output/pretrain/checkpoint-799.pth --to hf --output exported/encoder
@@ -21,10 +21,8 @@ from safetensors.torch import save_file
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import datasets
-from models import weights
 from models.convnextv2 import ConvNeXtV2, name_of
-from models.linear_probe import fold_batch_norm
-from utils import checkpoint
+from utils import layouts, weights
 from utils.args import ArgumentParser, add_bool
 from utils.errors import UsageError, run
 
@@ -36,7 +34,6 @@ FILES = {  # target: what the weights are called in a folder, and what a file of
     "hf": ("model.safetensors", ()),
     "safetensors": ("model.safetensors", (".safetensors",)),
     "onnx": ("model.onnx", (".onnx",)),
-    "torchscript": ("model.pt", (".pt",)),
 }
 
 Outputs = list[torch.Tensor]  # logits, without a head the pooled features; then, where there are some, the four maps
@@ -63,36 +60,31 @@ class Exported(NamedTuple):
 
 def read_source(args) -> tuple[Source, weights.Report]:
     """The model that a checkpoint holds. Raises UsageError where it holds none, or not what the flags ask for."""
-    content = checkpoint.read(args.checkpoint)
-    if args.ema and not content.get("model_ema"):
-        raise UsageError(f"--ema true: {args.checkpoint} holds no moving average")
-    try:
-        state = fold_batch_norm(weights.unwrap(content, KEYS[args.ema]))
-        size = weights.infer_size(weights.to_backbone(state))
-        head = size.num_classes or 0
-        num_classes = head if args.num_classes is None else args.num_classes
-        if num_classes not in (0, head):
+
+    def build(config: weights.BackboneConfig) -> ConvNeXtV2:
+        head = config.num_classes
+        if args.num_classes not in (None, 0, head):
             has = f"a head of {head} classes" if head else "no head"
-            raise UsageError(f"--num_classes {num_classes}: {args.checkpoint} has {has}; 0 leaves a head out")
-        model = build(size, num_classes)
-        report = weights.load(model, state)
-    except ValueError as error:
-        raise UsageError(f"--checkpoint {args.checkpoint}: {error}") from error
-    if "head.weight" in report.fresh:
+            raise UsageError(f"--num_classes {args.num_classes}: {args.checkpoint} has {has}; 0 leaves a head out")
+        return classifier(config._replace(num_classes=head if args.num_classes is None else args.num_classes))
+
+    flag = "--ema true:" if args.ema else "--checkpoint"
+    found = weights.load_checkpoint(args.checkpoint, build, flag, model_key=KEYS[args.ema])
+    if "head.weight" in found.report.missing_keys:
         raise UsageError(f"--checkpoint {args.checkpoint}: its head is more than a linear layer; give --num_classes 0")
-    datasets.as_trained(args, args.checkpoint, content, size)
+    datasets.as_trained(args, args.checkpoint, found.content, found.config)
     try:
         normalisation = dict(zip(("mean", "std"), datasets.mean_std(args), strict=True))
     except UsageError:  # more channels than there are conventions for
         normalisation = {}
-    classes = content.get("classes") or []
-    classes = classes if len(classes) == num_classes else []
-    return Source(model, args.input_size, normalisation, datasets.eval_crop(args), classes), report
+    classes = found.content.get("classes") or []
+    classes = classes if len(classes) == found.model.num_classes else []
+    source = Source(found.model, args.input_size, normalisation, datasets.eval_crop(args), classes)
+    return source, found.report
 
 
-def build(size: weights.Size, num_classes: int) -> ConvNeXtV2:
-    model = ConvNeXtV2(size.in_chans, num_classes, size.depths, size.dims, stem_stride=size.stem_stride)
-    return model.eval()
+def classifier(config: weights.BackboneConfig) -> ConvNeXtV2:
+    return ConvNeXtV2(**config.encoder(), num_classes=config.num_classes).eval()
 
 
 def check_target(target: str, model: ConvNeXtV2) -> None:
@@ -148,10 +140,7 @@ def write_safetensors(source: Source, file: Path) -> Exported:
     save_state(source.model.state_dict(), file)
 
     def load():
-        state = checkpoint.read(file)
-        size = weights.infer_size(state)
-        ours = build(size, size.num_classes or 0)
-        ours.load_state_dict(state)
+        ours = weights.load_checkpoint(file, classifier, whole=True).model
         return lambda x: [ours(x)]
 
     return Exported([file], [f"safetensors.torch.load_file({str(file)!r})"], "safetensors", load)
@@ -160,10 +149,10 @@ def write_safetensors(source: Source, file: Path) -> Exported:
 def write_timm(source: Source, file: Path) -> Exported:
     """timm's names, and beside them the JSON that timm reads a model from (config.json in a folder)."""
     model, side = source.model, source.input_size
-    save_state(weights.to_timm(model.state_dict()), file)
+    save_state(layouts.to_timm(model.state_dict()), file)
     name, model_args = name_of(model), {}
     if name is None:  # any size can be built from one that has the same kind of linears
-        name = "convnextv2_atto" if weights.timm_has_conv_mlp(model.dims) else "convnextv2_tiny"
+        name = "convnextv2_atto" if layouts.timm_has_conv_mlp(model.dims[0]) else "convnextv2_tiny"
         model_args |= {"depths": model.depths, "dims": model.dims}
     if model.in_chans != 3:
         model_args["in_chans"] = model.in_chans
@@ -211,7 +200,7 @@ def write_timm(source: Source, file: Path) -> Exported:
 def write_hf(source: Source, file: Path) -> Exported:
     """A folder for from_pretrained of transformers: config.json, model.safetensors and preprocessor_config.json."""
     model, folder = source.model, file.parent
-    save_state(weights.to_huggingface(model.state_dict()), file)
+    save_state(layouts.to_huggingface(model.state_dict()), file)
     labels = source.classes or [f"LABEL_{i}" for i in range(model.num_classes)]
     kind = "ConvNextV2ForImageClassification" if model.num_classes else "ConvNextV2Model"
     config = {
@@ -278,17 +267,6 @@ def write_onnx(source: Source, file: Path) -> Exported:
     return Exported(files, [f"{recipe}  # {shape(source)}, opset {OPSET}"], "onnxruntime", load)
 
 
-def write_torchscript(source: Source, file: Path) -> Exported:
-    """A traced module that takes any number of images of the input size."""
-    torch.jit.trace(source.model, example(source, 2), check_trace=False).save(str(file))
-
-    def load():
-        script = torch.jit.load(str(file))
-        return lambda x: [script(x)]
-
-    return Exported([file], [f"torch.jit.load({str(file)!r})(images)  # {shape(source)}"], "torch", load)
-
-
 def example(source: Source, batch: int) -> torch.Tensor:
     return torch.randn(batch, source.model.in_chans, source.input_size, source.input_size)
 
@@ -320,10 +298,7 @@ def verify(source: Source, exported: Exported, tolerance: float) -> str:
     return f"{result}, below --tolerance {allowed}"
 
 
-TARGETS = {
-    "timm": write_timm, "hf": write_hf, "safetensors": write_safetensors, "onnx": write_onnx,
-    "torchscript": write_torchscript,
-}  # fmt: skip
+TARGETS = {"timm": write_timm, "hf": write_hf, "safetensors": write_safetensors, "onnx": write_onnx}
 
 
 def get_args_parser() -> ArgumentParser:

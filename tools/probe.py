@@ -23,9 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import datasets
 from engine_finetune import top_k
-from models import weights
 from models.convnextv2 import Encoder
-from utils import checkpoint
+from utils import weights
 from utils.amp import Amp
 from utils.args import CROP_HELP, ArgumentParser, add_bool, seed
 from utils.distributed import pick_device, setup_logging
@@ -44,16 +43,9 @@ def load_encoder(args) -> Encoder:
     Raises:
         UsageError: no checkpoint of a whole ConvNeXt V2 encoder, or flags of the images that are impossible for it.
     """
-    path, content = args.checkpoint, checkpoint.read(args.checkpoint)
-    try:
-        state = weights.unwrap(content)
-        size = weights.infer_size(weights.to_backbone(state))
-        encoder = Encoder(size.in_chans, size.depths, size.dims, stem_stride=size.stem_stride)
-        weights.load(encoder, state)
-    except ValueError as error:
-        raise UsageError(f"--checkpoint {path}: {error}") from error
-    datasets.as_trained(args, path, content, size)
-    return encoder.eval()
+    found = weights.load_checkpoint(args.checkpoint, lambda config: Encoder(**config.encoder()), "--checkpoint")
+    datasets.as_trained(args, args.checkpoint, found.content, found.config)
+    return found.model.eval()
 
 
 def add_image_arguments(parser: ArgumentParser) -> None:

@@ -10,7 +10,6 @@ means the same thing in all of them. --diversity: the paper's feature cosine dis
 layer. Without --images, drawn shapes are shown.
 """
 
-import re
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -22,11 +21,10 @@ from torchvision.utils import save_image
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import datasets
-from models import weights
 from models.convnextv2 import Block, Encoder, total_stride
 from models.fcmae import FCMAE, num_visible
 from tools.probe import add_image_arguments, load_encoder
-from utils import checkpoint
+from utils import weights
 from utils.amp import Amp
 from utils.args import ArgumentParser, add_bool, prepared_output_dir, seed
 from utils.distributed import pick_device, setup_logging
@@ -64,18 +62,15 @@ def load_images(args) -> torch.Tensor:
 
 def load_fcmae(path: str, norm_pix_loss: bool) -> FCMAE:
     """The autoencoder of a pre-training checkpoint. Raises UsageError where the file holds no whole decoder."""
-    state = weights.unwrap(checkpoint.read(path))
-    size, state = weights.infer_size(weights.to_backbone(state)), weights.to_fcmae(state)
-    if not {"mask_token", "proj.weight", "pred.weight"} <= state.keys():
-        raise UsageError(f"--checkpoint {path}: holds no decoder; --reconstructions needs a pre-training checkpoint")
-    decoder_depth = sum(re.fullmatch(r"decoder\.\d+\.dwconv\.weight", name) is not None for name in state)
-    model = FCMAE(
-        size.in_chans, size.depths, size.dims, decoder_depth=decoder_depth,
-        decoder_embed_dim=state["mask_token"].shape[1], norm_pix_loss=norm_pix_loss,
-        patch_size=total_stride(size.stem_stride),
-    )  # fmt: skip
-    checkpoint.load_weights(model, state, f"--checkpoint {path}")
-    return model.eval()
+
+    def build(config: weights.BackboneConfig) -> FCMAE:
+        if not config.decoder:
+            needs = "--reconstructions needs a pre-training checkpoint"
+            raise UsageError(f"--checkpoint {path}: holds no decoder; {needs}")
+        sizes = {"in_chans": config.in_chans, "depths": config.depths, "dims": config.dims, **config.decoder}
+        return FCMAE(**sizes, norm_pix_loss=norm_pix_loss, patch_size=total_stride(config.stem_stride))
+
+    return weights.load_checkpoint(path, build, "--checkpoint", whole=True).model.eval()
 
 
 def reconstruction_rows(

@@ -1,0 +1,167 @@
+"""How other code bases name and shape the parameters of a ConvNeXt V2: theirs as ours, ours as theirs, by tables.
+
+A layout is a line in LAYOUTS, an odd shape a line in SHAPES. What is converted may share memory with its source; a
+layout that is not known raises ValueError.
+"""
+
+import itertools
+import math
+import re
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+PROBE_EPS = 1e-6  # of the batch norm of models/linear_probe.py
+
+# The beginning of a parameter's name here, in timm and in transformers; # stands for a number. The rows are applied in
+# order, so none may give a name that a later one changes again.
+NAMES = (
+    ("downsample_layers.0.0.", "stem.0.", "embeddings.patch_embeddings."),
+    ("downsample_layers.0.1.", "stem.1.", "embeddings.layernorm."),
+    ("downsample_layers.#.#.", "stages.#.downsample.#.", "encoder.stages.#.downsampling_layer.#."),
+    ("stages.#.#.dwconv.", "stages.#.blocks.#.conv_dw.", "encoder.stages.#.layers.#.dwconv."),
+    ("stages.#.#.norm.", "stages.#.blocks.#.norm.", "encoder.stages.#.layers.#.layernorm."),
+    ("stages.#.#.pwconv1.", "stages.#.blocks.#.mlp.fc1.", "encoder.stages.#.layers.#.pwconv1."),
+    ("stages.#.#.grn.gamma", "stages.#.blocks.#.mlp.grn.weight", "encoder.stages.#.layers.#.grn.weight"),
+    ("stages.#.#.grn.beta", "stages.#.blocks.#.mlp.grn.bias", "encoder.stages.#.layers.#.grn.bias"),
+    ("stages.#.#.pwconv2.", "stages.#.blocks.#.mlp.fc2.", "encoder.stages.#.layers.#.pwconv2."),
+    ("head.", "head.fc.", "classifier."),
+    ("norm.", "head.norm.", "layernorm."),
+)
+
+
+def _renamings(source: int, target: int) -> tuple[tuple[str, str], ...]:
+    """Two columns of NAMES as regular expressions and what to put for them."""
+    rules = []
+    for row in NAMES:
+        group = itertools.count(1)
+        pattern = r"(\d+)".join(re.escape(part) for part in row[source].split("#"))
+        rules.append((f"^{pattern}", re.sub("#", lambda _, group=group: rf"\{next(group)}", row[target])))
+    return tuple(rules)
+
+
+# layout -> (a name that only this layout has, its renamings to backbone names, applied in order). Each signature is in
+# every block of a ConvNeXt V2 and in no ConvNeXt V1. The first that matches is taken: reference_sparse, what the
+# reference's MinkowskiEngine training saves, has fcmae's signature too. fcmae may be without a decoder.
+LAYOUTS = {
+    "reference_sparse": (r"\bstages\.\d+\.\d+\.dwconv\.kernel$", (
+        (r"^encoder\.", ""),
+        (r"\.(ln|linear)\.", "."),
+        (r"\.kernel$", ".weight"),
+    )),
+    "fcmae": (r"^encoder\.stages\.\d+\.\d+\.grn\.gamma$", (
+        (r"^encoder\.", ""),
+    )),
+    "backbone": (r"^stages\.\d+\.\d+\.grn\.gamma$", ()),
+    "timm": (r"^stages[._]\d+\.blocks\.\d+\.mlp\.grn\.weight$", (
+        (r"^(stem|stages)_(\d+)\.", r"\1.\2."),  # of features_only models
+        *_renamings(1, 0),
+    )),
+    "huggingface": (r"^(convnextv2\.)?encoder\.stages\.\d+\.layers\.\d+\.grn\.weight$", (
+        (r"^convnextv2\.", ""),
+        *_renamings(2, 0),
+    )),
+}  # fmt: skip
+TO_TIMM, TO_HUGGINGFACE = _renamings(0, 1), _renamings(0, 2)
+
+
+def _dense_kernel(kernel: Tensor) -> Tensor:
+    """MinkowskiEngine's kernel, depthwise (k*k, C) or (k*k, in, out), as a conv weight (out, in/groups, k, k)."""
+    k = math.isqrt(len(kernel))  # the row offset varies fastest: dims are column, row, in, out
+    return kernel.reshape(k, k, -1, kernel.shape[-1]).permute(3, 2, 1, 0).contiguous()
+
+
+# What to do with a tensor, by its name in the source; the first line that matches, none: as it is.
+SHAPES = (
+    (r"\.kernel$", _dense_kernel),
+    (r"\.grn\.\w+$", lambda v: v.reshape(1, 1, 1, -1)),  # (4C,), (1, 4C), ...
+    (r"\.(pwconv\d|pwconv\d\.linear|mlp\.fc\d)\.weight$", lambda v: v.flatten(1)),  # a linear written as a 1x1 conv
+    (r"\.bias$", torch.flatten),  # (1, C)
+)
+
+
+def first_names(names: Iterable) -> str:
+    """The first few, for a message."""
+    names = [str(name) for name in names]
+    shown = ", ".join(names[:6]) or "none"
+    return shown if len(names) <= 6 else f"{shown}, ... ({len(names)} in all)"
+
+
+def layout(state_dict: Mapping[str, Tensor]) -> str:
+    """Which of LAYOUTS the names follow, told by the one parameter that no other layout calls so.
+
+    Raises ValueError, naming a few parameters, when it is none (a ConvNeXt V1 for one: it has no GRN).
+    """
+    for kind, (signature, _) in LAYOUTS.items():
+        if any(re.search(signature, name) for name in state_dict):
+            return kind
+    names = first_names(state_dict)
+    raise ValueError(f"not a ConvNeXt V2 in a known layout ({', '.join(LAYOUTS)}); its names: {names}")
+
+
+def convert(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Every parameter of any layout by the name and shape in `ConvNeXtV2`; what is not of it, a decoder, goes along."""
+    _, renames = LAYOUTS[layout(state_dict)]
+    converted = {}
+    for name, value in state_dict.items():
+        reshape = next((f for pattern, f in SHAPES if re.search(pattern, name)), None)
+        converted[_rename(name, renames)] = reshape(value) if reshape else value
+    return fold_batch_norm(converted)
+
+
+def fold_batch_norm(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict of a `LinearProbe` as that of the `ConvNeXtV2` with the same logits; others as they are."""
+    head = {name: v for name, v in state_dict.items() if name.startswith("head.")}
+    if "head.batch_norm.running_var" not in head:
+        return state_dict
+    weight = head["head.weight"] / (head["head.batch_norm.running_var"] + PROBE_EPS).sqrt()
+    bias = head["head.bias"] - weight @ head["head.batch_norm.running_mean"]
+    rest = {name: v for name, v in state_dict.items() if name not in head}
+    return rest | {"head.weight": weight, "head.bias": bias}
+
+
+def _rename(name: str, rules: Iterable[tuple[str, str]]) -> str:
+    for pattern, replacement in rules:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def to_backbone(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict of any layout as a `ConvNeXtV2` has it; `norm` and `head` where the source has them."""
+    return {n: v for n, v in convert(state_dict).items() if re.match(r"(downsample_layers|stages|norm|head)\.", n)}
+
+
+def to_timm(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A backbone of any layout by the names and shapes of timm's convnextv2_* models; the inverse of `to_backbone`.
+
+    timm writes the linears of its sizes below tiny, told here by their first width, as 1x1 convolutions (`conv_mlp`).
+    """
+    state = to_backbone(state_dict)
+    conv_mlp = timm_has_conv_mlp(len(state["downsample_layers.0.0.weight"]))
+    converted = {}
+    for name, value in state.items():
+        if ".grn." in name:
+            value = value.flatten()
+        elif conv_mlp and re.search(r"\.pwconv\d\.weight$", name):
+            value = value[..., None, None]
+        converted[_rename(name, TO_TIMM)] = value
+    return converted
+
+
+def timm_has_conv_mlp(first_width: int) -> bool:
+    """Whether timm's model writes its linears as 1x1 convolutions; of sizes that timm has not, a convention."""
+    return first_width < 96
+
+
+def to_huggingface(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A backbone of any layout by the names and shapes of transformers; the inverse of `to_backbone`.
+
+    With a head those of ConvNextV2ForImageClassification, without one those of ConvNextV2Model.
+    """
+    state = to_backbone(state_dict)
+    prefix = "convnextv2." if "head.weight" in state else ""
+    return {
+        (prefix if not name.startswith("head.") else "") + _rename(name, TO_HUGGINGFACE): value
+        for name, value in state.items()
+    }

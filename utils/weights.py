@@ -1,0 +1,225 @@
+"""Any checkpoint into a model: read, recognised, loaded, reported, or refused.
+
+`load_checkpoint` is the one way from a file to a model. Its steps work on state dicts: `unwrap`, `infer_config` and
+`load`.
+"""
+
+import logging
+import os
+import re
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from .checkpoint import finite, read
+from .errors import UsageError
+from .layouts import convert, first_names, layout
+
+log = logging.getLogger("fcmae")
+
+MODEL_KEY = "model|module"
+ENCODER, DECODER = r"(downsample_layers|stages)\.", r"(proj|decoder|pred)\.|mask_token$"
+
+
+class BackboneConfig(NamedTuple):
+    """What the shapes of a state dict tell about its model, by the names of the constructors' arguments."""
+
+    depths: tuple[int, ...]
+    dims: tuple[int, ...]
+    in_chans: int
+    stem_stride: int
+    num_classes: int  # 0: no head
+    decoder: dict  # decoder_depth and decoder_embed_dim of `FCMAE`; empty: no whole decoder
+
+    def encoder(self) -> dict:
+        """The arguments of `Encoder`, and of `ConvNeXtV2` but for num_classes."""
+        return {name: getattr(self, name) for name in ("depths", "dims", "in_chans", "stem_stride")}
+
+    def __str__(self):
+        return f"depths {self.depths}, dims {self.dims}, {self.in_chans} channels and stem stride {self.stem_stride}"
+
+
+class SizeMismatch(ValueError):
+    """The backbone is whole, and of another size than the model's: `config` is the checkpoint's."""
+
+    def __init__(self, config: BackboneConfig, own: BackboneConfig):
+        super().__init__(f"it has {config}, the model has {own}")
+        self.config, self.own = config, own
+
+
+class Report(NamedTuple):
+    """What `load` did, by the names of the model's parameters."""
+
+    layout: str
+    averaged: int  # channels that the stem of the checkpoint was averaged over; 0: it fits
+    loaded: list[str]
+    unexpected_keys: list[str]  # the checkpoint's that were dropped
+    missing_keys: list[str]  # the model's that stay as they were initialised
+
+    def rows(self) -> dict[str, str]:
+        """What to show a person, by its label; a module of which all parameters are listed is written once."""
+        own, source = self.loaded + self.missing_keys, self.loaded + self.unexpected_keys
+        return {
+            "loaded": summarise_names(self.loaded, own),
+            "dropped": summarise_names(self.unexpected_keys, source),
+            "fresh": summarise_names(self.missing_keys, own),
+            "layout": self.layout + (f", its stem averaged over {self.averaged} channels" if self.averaged else ""),
+        }
+
+
+class Loaded(NamedTuple):
+    """What `load_checkpoint` gives."""
+
+    model: nn.Module
+    report: Report
+    config: BackboneConfig  # the file's
+    content: dict  # of the file
+
+
+def load_checkpoint(
+    path: str | os.PathLike, model: nn.Module | Callable[[BackboneConfig], nn.Module], flag: str = "", *,
+    model_key: str = MODEL_KEY, model_prefix: str = "", stem_average: bool = False, fresh_head: bool = False,
+    whole: bool = False,
+) -> Loaded:  # fmt: skip
+    """Load a file of any layout into a model, or into one that is built to the file's sizes.
+
+    Args:
+        path: a .pth, .pt, .bin or .safetensors file.
+        model: the model, then the report is logged; or a function that builds it from the file's `BackboneConfig`.
+        flag: what names the file on the command line, for messages.
+        model_key, model_prefix: where in the file the weights are, see `unwrap`.
+        stem_average, fresh_head: see `load`.
+        whole: refuse a file that leaves a parameter of the model fresh.
+
+    Raises:
+        UsageError: a file that cannot be read, or is not for the model.
+    """
+    content, source, given = read(path), f"{flag} {path}".strip(), isinstance(model, nn.Module)
+    try:
+        state_dict = unwrap(content, model_key, model_prefix)
+        config = infer_config(state_dict)
+        model = model if given else model(config)
+        report = load(model, state_dict, stem_average, fresh_head)
+    except ValueError as error:
+        if given and isinstance(error, SizeMismatch):
+            hint = f"; give --in_chans {error.config.in_chans} or --stem_average true"
+            hint = hint if error.config.in_chans != error.own.in_chans else ""
+            error = f"not for this --model or --stem_stride; {error}{hint}"
+        raise UsageError(f"{source}: {error}") from None
+    rows = report.rows()
+    if whole and report.missing_keys:
+        raise UsageError(f"{source}: has nothing that fits for {rows['fresh']} of the model")
+    if given:
+        log.info("%s: %d of %d tensors", source, len(report.loaded), len(report.loaded + report.missing_keys))
+        for label, names in rows.items():
+            log.info("  %s: %s", label, names)
+    return Loaded(model, report, config, content)
+
+
+def summarise_names(names: list[str], among: list[str], prefix: str = "") -> str:
+    """Names for reading: a module of which all of `among` is listed is written once, as `module.*`."""
+    shown = []
+    for child in dict.fromkeys(name.removeprefix(prefix).split(".")[0] for name in names):
+        path = prefix + child
+        listed, below = ([name for name in keys if name.startswith(f"{path}.")] for keys in (names, among))
+        part = f"{path}.*" if set(listed) >= set(below) else summarise_names(listed, among, f"{path}.")
+        shown.append(part if listed else path)
+    return ", ".join(shown) or "none"
+
+
+def _is_state_dict(value) -> bool:
+    return isinstance(value, Mapping) and len(value) > 0 and all(isinstance(v, Tensor) for v in value.values())
+
+
+def unwrap(checkpoint: dict, model_key: str = MODEL_KEY, model_prefix: str = "") -> dict[str, Tensor]:
+    """The state dict inside a checkpoint, without the prefixes of DistributedDataParallel and torch.compile.
+
+    Looks under the keys of `model_key`, separated by `|`, in their order; a state dict by itself counts as "model".
+    With MODEL_KEY, the key that the checkpoint has under "scored" comes first, a moving average that was the best so
+    far; and the keys of common trainers come last. Of the names only those under `model_prefix` are taken, without it.
+
+    Raises:
+        ValueError: none of the keys has a state dict, or no name has the prefix.
+    """
+    keys = model_key.split("|")
+    if model_key == MODEL_KEY:
+        keys = [*([str(checkpoint["scored"])] if "scored" in checkpoint else []), *keys, "state_dict", "model_ema"]
+    candidates = {"model": checkpoint} if _is_state_dict(checkpoint) else checkpoint
+    state_dict = next(filter(_is_state_dict, map(candidates.get, keys)), None)
+    if state_dict is None:
+        sought = f"nothing under --model_key {model_key}"
+        usual = {MODEL_KEY: f"no state dict under {', '.join(keys)}", "model_ema": "no moving average"}
+        raise ValueError(f"holds {usual.get(model_key, sought)}; it has {first_names(checkpoint)}")
+    names = (re.sub(r"\b_orig_mod\.", "", name) for name in state_dict)
+    state_dict = {re.sub(r"^(module\.)+", "", n): v for n, v in zip(names, state_dict.values(), strict=True)}
+    found = {name.removeprefix(model_prefix): v for name, v in state_dict.items() if name.startswith(model_prefix)}
+    if not found:
+        raise ValueError(f"--model_prefix {model_prefix}: no name begins so; it has {first_names(state_dict)}")
+    return found
+
+
+def infer_config(state_dict: Mapping[str, Tensor]) -> BackboneConfig:
+    """What the shapes of a state dict of any layout tell about its model.
+
+    Raises ValueError for an unknown layout, or when the stem or all blocks are missing.
+    """
+    state, channels = convert(state_dict), defaultdict(list)  # stage -> channels of each of its blocks
+    for name, value in state.items():
+        if found := re.match(r"stages\.(\d+)\.\d+\.dwconv\.weight$", name):
+            channels[int(found[1])].append(len(value))
+    if not channels or "downsample_layers.0.0.weight" not in state:
+        raise ValueError(f"not the state dict of a whole backbone; its names: {first_names(state_dict)}")
+    blocks = [channels[stage] for stage in sorted(channels)]
+    depths, dims = tuple(len(stage) for stage in blocks), tuple(stage[0] for stage in blocks)
+    stem, num_classes = state["downsample_layers.0.0.weight"], len(state.get("head.weight", ()))
+    decoder = {}
+    if {"mask_token", "proj.weight", "pred.weight"} <= state.keys():
+        blocks = [name for name in state if re.fullmatch(r"decoder\.\d+\.dwconv\.weight", name)]
+        decoder = {"decoder_depth": len(blocks), "decoder_embed_dim": state["mask_token"].shape[1]}
+    return BackboneConfig(depths, dims, stem.shape[1], stem.shape[-1], num_classes, decoder)
+
+
+def load(
+    model: nn.Module, state_dict: Mapping[str, Tensor], stem_average: bool = False, fresh_head: bool = False
+) -> Report:
+    """Load a state dict of any layout into a `ConvNeXtV2` or an `FCMAE`, and tell what was done.
+
+    The encoder must be there whole. The final norm, the head and FCMAE's decoder are each taken where the state dict
+    has one that fits, and stay as they are where it has not; the model's initialisation is the caller's business.
+
+    Args:
+        stem_average: give a stem of another number of channels the model's. Each gets the mean times their ratio, so
+            that an image whose channels are all the same, such as a grey one, gives the features that it gave.
+        fresh_head: leave the head as it is, even if the state dict has one that fits.
+
+    Raises:
+        ValueError: an unknown layout, weights that are NaN or infinite, an incomplete encoder, or (`SizeMismatch`) one
+            of another size; nothing is loaded then.
+    """
+    own = model.state_dict()
+    prefix = "encoder." if any(name.startswith("encoder.") for name in own) else ""
+    source = {f"{prefix}{n}" if re.match(ENCODER, n) else n: v for n, v in convert(state_dict).items()}
+    stem, averaged = f"{prefix}downsample_layers.0.0.weight", 0
+    if stem_average and stem in source and source[stem].shape[1] != own[stem].shape[1]:
+        averaged = source[stem].shape[1]
+        mean = source[stem].sum(dim=1, keepdim=True) / own[stem].shape[1]
+        source[stem] = mean.expand(-1, own[stem].shape[1], -1, -1)
+    loaded = {}
+    for part in (prefix + ENCODER, r"norm\.", DECODER, *([] if fresh_head else [r"head\."])):
+        found = {name: v for name, v in source.items() if re.match(part, name)}
+        ours, theirs = ({n: v.shape for n, v in state.items() if re.match(part, n)} for state in (own, found))
+        if ours == theirs:
+            loaded |= found
+        elif part == prefix + ENCODER:
+            config, needed = infer_config(source), infer_config(own)
+            if config.encoder() != needed.encoder():
+                raise SizeMismatch(config, needed)
+            wrong = [name for name in ours | theirs if ours.get(name) != theirs.get(name)]
+            raise ValueError(f"not a whole backbone: missing, unknown or of another shape are {first_names(wrong)}")
+    if not finite(loaded):
+        raise ValueError("its weights are NaN or infinite; give an earlier checkpoint")
+    model.load_state_dict(loaded, strict=False)
+    unexpected, missing = ([name for name in names if name not in loaded] for names in (source, own))
+    return Report(layout(state_dict), averaged, [name for name in own if name in loaded], unexpected, missing)
