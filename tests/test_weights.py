@@ -245,9 +245,9 @@ def test_infer_config(sparse, dense):
     assert infer_config(dense) == (*atto, 1000, {})
     assert infer_config(dict(reversed(to_backbone(sparse).items()))) == (*atto, 0, {})
     assert infer_config(sparse) == (*atto, 0, {"decoder_depth": 1, "decoder_embed_dim": 512})
-    without_stem = {name: value for name, value in dense.items() if not name.startswith("downsample_layers.0.")}
-    with pytest.raises(ValueError, match="not the state dict of a whole backbone"):
-        infer_config(without_stem)
+    for part in (("downsample_layers.0.",), ("downsample_layers.2.", "stages.2.")):
+        with pytest.raises(ValueError, match="not the state dict of a whole backbone"):
+            infer_config({name: value for name, value in dense.items() if not name.startswith(part)})
 
 
 def test_a_model_is_built_to_the_sizes_of_its_state_dict():
@@ -262,6 +262,7 @@ def test_a_model_is_built_to_the_sizes_of_its_state_dict():
         assert config.encoder() == other | {"stem_stride": stride}
         assert config.decoder == {"decoder_depth": 3, "decoder_embed_dim": 12}
     assert infer_config(FCMAE(**TINY, decoder_depth=0).state_dict()).decoder["decoder_depth"] == 0
+    assert infer_config(FCMAE(depths=(0, 0, 1, 0), dims=(8, 4, 8, 6)).state_dict())[:2] == ((0, 0, 1, 0), (8, 4, 8, 6))
 
 
 # ---- into a model

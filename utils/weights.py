@@ -7,7 +7,6 @@
 import logging
 import os
 import re
-from collections import defaultdict
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -163,17 +162,17 @@ def unwrap(checkpoint: dict, model_key: str = MODEL_KEY, model_prefix: str = "")
 def infer_config(state_dict: Mapping[str, Tensor]) -> BackboneConfig:
     """What the shapes of a state dict of any layout tell about its model.
 
-    Raises ValueError for an unknown layout, or when the stem or all blocks are missing.
+    Raises ValueError for an unknown layout, or when the stem or all of a stage is missing.
     """
-    state, channels = convert(state_dict), defaultdict(list)  # stage -> channels of each of its blocks
-    for name, value in state.items():
-        if found := re.match(r"stages\.(\d+)\.\d+\.dwconv\.weight$", name):
-            channels[int(found[1])].append(len(value))
-    if not channels or "downsample_layers.0.0.weight" not in state:
+    state, depths, dims = convert(state_dict), (), ()
+    for i in range(4):
+        blocks = [v for name, v in state.items() if re.match(rf"stages\.{i}\.\d+\.dwconv\.weight$", name)]
+        before = state.get(f"downsample_layers.{i}.{min(i, 1)}.weight", ())
+        depths, dims = (*depths, len(blocks)), (*dims, len([*blocks, before][0]))
+    stem = state.get("downsample_layers.0.0.weight")
+    if stem is None or 0 in dims:
         raise ValueError(f"not the state dict of a whole backbone; its names: {first_names(state_dict)}")
-    blocks = [channels[stage] for stage in sorted(channels)]
-    depths, dims = tuple(len(stage) for stage in blocks), tuple(stage[0] for stage in blocks)
-    stem, num_classes = state["downsample_layers.0.0.weight"], len(state.get("head.weight", ()))
+    num_classes = len(state.get("head.weight", ()))
     decoder = {}
     if {"mask_token", "proj.weight", "pred.weight"} <= state.keys():
         blocks = [name for name in state if re.fullmatch(r"decoder\.\d+\.dwconv\.weight", name)]
