@@ -25,7 +25,7 @@ from engine_finetune import evaluate, train_one_epoch
 from models import convnextv2, fused
 from models.convnextv2 import SIZES, ConvNeXtV2, compile_blocks, layer_id, name_of, num_layer_ids
 from models.linear_probe import LinearProbe
-from utils import checkpoint, distributed, errors, weights
+from utils import distributed, errors, weights
 from utils.amp import Amp
 from utils.args import (
     ArgumentParser,
