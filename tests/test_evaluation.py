@@ -141,6 +141,26 @@ def test_flags_that_contradict_the_weights(flags, message, scripts, sizes, tmp_p
     assert re.search(f"^error: {message}", result.err), result.err
 
 
+def test_evaluation_of_a_size_that_is_not_published(scripts, tmp_path):
+    torch.save(ConvNeXtV2(num_classes=4, **WIDE, stem_stride=1).state_dict(), tmp_path / "wide.pth")
+    flags = (*EVAL, "--data_set", "image_folder", "--eval_data_path", scripts.val, "--resume", tmp_path / "wide.pth")
+    assert scripts.call(main_finetune, *flags).code == 0
+    result = scripts.call(main_finetune, *flags, "--model", "convnextv2_atto")
+    assert result.code == 2
+    assert re.search("wide.pth: a checkpoint of another model, with --model .of no published size", result.err)
+
+
+@pytest.mark.parametrize("part", ["norm", "head"])
+def test_a_classifier_that_is_not_whole_is_not_evaluated(part, scripts, tmp_path):
+    """Its random part would give numbers that mean nothing."""
+    state = ConvNeXtV2(num_classes=4, **TINY, stem_stride=1).state_dict()
+    torch.save({name: v for name, v in state.items() if name != f"{part}.bias"}, tmp_path / "part.pth")
+    flags = (*EVAL, "--data_set", "image_folder", "--eval_data_path", scripts.val, "--resume", tmp_path / "part.pth")
+    result = scripts.call(main_finetune, *flags)
+    assert result.code == 2
+    assert f"part.pth: has nothing that fits for {part}.* of the model" in result.err
+
+
 TOLD = {"input_size": 48, "crop_pct": 0.5, "mean": [0.1] * 3, "std": [0.2] * 3, "imagenet_default_mean_and_std": False}
 
 

@@ -199,6 +199,9 @@ def test_ema_and_num_classes(fine, tmp_path):
     expected = {name: v for name, v in model.state_dict().items() if not name.startswith("head.")}
     assert_same_state(load_file(tmp_path / "encoder.safetensors"), expected)
     assert re.search(r"dropped +head\.\*\n", out)
+    torch.save(average.state_dict(), tmp_path / "bare.pth")
+    exported(tmp_path / "bare.pth", "safetensors", tmp_path / "bare", "--ema", "false")
+    assert_same_state(load_file(tmp_path / "bare" / "model.safetensors"), average.state_dict())
     exported(path, "safetensors", tmp_path / "same", "--num_classes", 4)
     assert_same_state(load_file(tmp_path / "same" / "model.safetensors"), model.state_dict())
 
@@ -501,5 +504,7 @@ def test_hub_refuses_what_does_not_fit(small, fine, tmp_path):
     torch.save(timm.create_model("resnet10t").state_dict(), tmp_path / "resnet.pth")
     with pytest.raises(ValueError, match="not a ConvNeXt V2"):
         hub("convnextv2_atto", checkpoint=tmp_path / "resnet.pth")
+    with pytest.raises(ValueError, match=r"fine.pth: holds nothing under --model_key teacher; it has model"):
+        hub("convnextv2_atto", checkpoint=fine[0], model_key="teacher")
     with pytest.raises(ValueError, match="no such checkpoint file"):
         hub("convnextv2_atto", checkpoint=tmp_path / "absent.pth")

@@ -218,6 +218,23 @@ def test_unwrap_takes_the_first_key_present():
     assert_same(unwrap({"model": a, "model_ema": b}, model_key="absent|model_ema|model"), b)
 
 
+def test_a_key_that_is_named_is_the_one_taken():
+    weight = {"weight": torch.zeros(1)}
+    for content in (weight, {"model": weight}, {"state_dict": weight}):
+        with pytest.raises(ValueError, match=f"nothing under --model_key teacher; it has {next(iter(content))}"):
+            unwrap(content, "teacher")
+        with pytest.raises(ValueError, match="holds no moving average"):
+            unwrap(content, "model_ema")
+    assert_same(unwrap(weight, "model"), weight)  # by itself it is a model's
+
+
+def test_unwrap_takes_the_names_under_a_prefix():
+    a, b = torch.zeros(1), torch.ones(1)
+    assert_same(unwrap({"module.net.weight": a, "module.head.weight": b}, model_prefix="net."), {"weight": a})
+    with pytest.raises(ValueError, match=r"--model_prefix back: no name begins so; it has net.weight"):
+        unwrap({"net.weight": a}, model_prefix="back")
+
+
 @pytest.mark.parametrize("nothing", [{}, {"epoch": 1, "optimizer": {"lr": 0.1}}, {"epoch": 1, "model": {}}])
 def test_unwrap_without_a_state_dict(nothing):
     found = next(iter(nothing), "none")

@@ -29,12 +29,6 @@ from utils.errors import UsageError, run
 KEYS = {None: weights.MODEL_KEY, True: "model_ema", False: "model|module|state_dict"}  # --ema -> where weights are
 OPSET = 18
 ONE_FILE = 2**31 - 2**24  # bytes of weights that an ONNX file may hold, with room for its graph
-FILES = {  # target: what the weights are called in a folder, and what a file of them may end in
-    "timm": ("model.safetensors", (".safetensors", ".pth")),
-    "hf": ("model.safetensors", ()),
-    "safetensors": ("model.safetensors", (".safetensors",)),
-    "onnx": ("model.onnx", (".onnx",)),
-}
 
 Outputs = list[torch.Tensor]  # logits, without a head the pooled features; then, where there are some, the four maps
 
@@ -104,9 +98,9 @@ def check_target(target: str, model: ConvNeXtV2) -> None:
 
 def output_file(target: str, output: str) -> Path:
     """Where the weights go, in a folder that is there and can be written. Raises UsageError where it cannot."""
-    name, endings = FILES[target]
+    _, name, endings = TARGETS[target]
     path = Path(output)
-    if path.suffix in {ending for _, known in FILES.values() for ending in known} - set(endings):
+    if path.suffix in {ending for *_, known in TARGETS.values() for ending in known} - set(endings):
         file_too = f", or a file that ends in {' or '.join(endings)}" if endings else ""
         raise UsageError(f"--output {output}: --to {target} takes a folder{file_too}")
     file = path if path.suffix in endings and not path.is_dir() else path / name
@@ -177,7 +171,7 @@ def write_timm(source: Source, file: Path) -> Exported:
             **({"label_names": source.classes} if source.classes else {}),
         },
     }
-    in_folder = file.name == FILES["timm"][0]
+    in_folder = file.name == TARGETS["timm"][1]
     config_file = save_json(config, file.with_name("config.json") if in_folder else file.with_suffix(".json"))
     overlay = {"file": str(file)} | {key: config["pretrained_cfg"][key] for key in ("input_size", "first_conv")}
     calls = [
@@ -298,7 +292,12 @@ def verify(source: Source, exported: Exported, tolerance: float) -> str:
     return f"{result}, below --tolerance {allowed}"
 
 
-TARGETS = {"timm": write_timm, "hf": write_hf, "safetensors": write_safetensors, "onnx": write_onnx}
+TARGETS = {  # by whom it is written, what the weights are called in a folder, and what a file of them may end in
+    "timm": (write_timm, "model.safetensors", (".safetensors", ".pth")),
+    "hf": (write_hf, "model.safetensors", ()),
+    "safetensors": (write_safetensors, "model.safetensors", (".safetensors",)),
+    "onnx": (write_onnx, "model.onnx", (".onnx",)),
+}
 
 
 def get_args_parser() -> ArgumentParser:
@@ -325,7 +324,7 @@ def main(argv: list[str] | None = None) -> None:
     file = output_file(args.to, args.output)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # tracing: the checks of the input's shape become constants, as they should
-        exported = TARGETS[args.to](source, file)
+        exported = TARGETS[args.to][0](source, file)
         verified = verify(source, exported, args.tolerance)
     model = source.model
     rows = {
