@@ -98,7 +98,7 @@ def as_trained(args, path: str | Path, content: dict, size, **shapes) -> None:
     """Let a checkpoint tell of model and images what no flag gives; a flag that differs from it stays, with a warning.
 
     content: of the file `path`, whose "args", of any trainer, count where they make sense. size: what the shapes of its
-    weights tell, see `weights.infer_size`. shapes: what else they tell, by the names of flags; None: nothing.
+    weights tell, see `weights.infer_config`. shapes: what else they tell, by the names of flags; None: nothing.
 
     Raises:
         UsageError: a flag that contradicts the shapes, or what flags and checkpoint together say of the images.

@@ -155,7 +155,8 @@ def unwrap(checkpoint: dict, model_key: str = MODEL_KEY, model_prefix: str = "")
     state_dict = {re.sub(r"^(module\.)+", "", n): v for n, v in zip(names, state_dict.values(), strict=True)}
     found = {name.removeprefix(model_prefix): v for name, v in state_dict.items() if name.startswith(model_prefix)}
     if not found:
-        raise ValueError(f"--model_prefix {model_prefix}: no name begins so; it has {first_names(state_dict)}")
+        names = summarise_names(list(state_dict), list(state_dict))
+        raise ValueError(f"--model_prefix {model_prefix}: no name begins so; it has {names}")
     return found
 
 
