@@ -1,4 +1,4 @@
-"""Transforms, data sets by name, samplers and loaders; files are read in utils/files.py and utils/images.py.
+"""Transforms, data sets by name, samplers and loaders; files are read in utils/data/.
 
 Randomness: every sample is augmented under a seed of (seed, epoch, index), so a run does not depend on --num_workers,
 nor, for the data, on the number of processes. Streams (wds/, tfds/) have an order and augmentations of their own.
@@ -37,15 +37,15 @@ from torchvision.transforms.v2.functional import center_crop, resize, to_pil_ima
 
 from utils.args import check_image_arguments, given
 from utils.crops import Box, crop, crop_batch, draw_box, draw_shift
+from utils.data.files import ClassFolders, ImageFiles, ImageList, ImageTree, TimmFiles, class_names, open_tar
+from utils.data.images import BadImage, load_image, to_tensor
+from utils.data.shapes import Shapes
+from utils.data.tars import tar_shards
 from utils.distributed import check_same, get_rank, get_world_size, main_process_first
 from utils.errors import UsageError, suggest
-from utils.files import ClassFolders, ImageFiles, ImageList, ImageTree, TimmFiles, class_names, open_tar
-from utils.images import BadImage, load_image, to_tensor
 from utils.interrupts import ignore_signals
 from utils.memory import CropsInMemory, InMemory, with_transform
 from utils.seeding import seed_cpu, seed_words
-from utils.shapes import Shapes
-from utils.tars import tar_shards
 
 log = logging.getLogger("fcmae")
 

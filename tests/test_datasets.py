@@ -39,10 +39,10 @@ from tests.small_runs import COMMON, STEPS, killed_after, load, records, same
 from tools import benchmark_loader, mean_std
 from utils import memory
 from utils.crops import Box, crop, draw_box
+from utils.data.files import TimmFiles
+from utils.data.shapes import Shapes
 from utils.errors import UsageError, run
-from utils.files import TimmFiles
 from utils.seeding import seed_all
-from utils.shapes import Shapes
 
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding")  # which torchvision announces to drop
 MEAN, STD = (torch.tensor(x).view(3, 1, 1) for x in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
@@ -1046,7 +1046,7 @@ def test_ranks_make_one_index_of_tars(tmp_path, monkeypatch):
         yield
         entered.append(bool(list(tmp_path.glob(".fcmae*"))))
 
-    monkeypatch.setattr("utils.files.main_process_first", first)
+    monkeypatch.setattr("utils.data.files.main_process_first", first)
     save(picture(8, 8), tmp_path / "x/a/0.png")
     with tarfile.open(tmp_path / "x.tar", "w") as tar:
         tar.add(tmp_path / "x", "x")

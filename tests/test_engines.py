@@ -20,12 +20,12 @@ from models.convnextv2 import ConvNeXtV2, layer_id
 from models.fcmae import FCMAE
 from tests.small_runs import STEPS, Scripts, load, records, same
 from utils.amp import Amp
+from utils.data.shapes import Shapes
 from utils.errors import NonFiniteLoss
 from utils.lr_sched import Schedule
 from utils.metrics import EpochTracker
 from utils.param_groups import param_groups
 from utils.run import Run
-from utils.shapes import Shapes
 
 CPU = torch.device("cpu")
 TINY = {"depths": (1, 1, 1, 1), "dims": (8, 8, 16, 16)}

@@ -25,8 +25,8 @@ from tests.small_runs import TINY, Scripts, load, records, same
 from tools import export, probe, visualize
 from utils.amp import Amp
 from utils.args import tell_without_effect
+from utils.data.shapes import draw
 from utils.errors import UsageError
-from utils.shapes import draw
 from utils.slurm import add_slurm_arguments
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -73,7 +73,7 @@ def scored(record: dict, suffix: str = "") -> str:
     ],
 )
 def test_evaluation_needs_no_flag_of_the_training(flags, scripts, sizes, tmp_path, monkeypatch):
-    monkeypatch.setattr("utils.shapes.NUM_SAMPLES", {"train": 16, "val": 12})
+    monkeypatch.setattr("utils.data.shapes.NUM_SAMPLES", {"train": 16, "val": 12})
     record = finetuned(scripts, tmp_path, flags)
     data = "--data_set shapes" if "shapes" in flags else f"--data_set image_folder --eval_data_path {scripts.val}"
     result = scripts.call(main_finetune, *EVAL, *data.split(), "--resume", tmp_path / "checkpoint-0.pth")
@@ -198,7 +198,7 @@ def test_timm_crops_at_384_as_the_evaluation_does(crop_pct, mode, share, tmp_pat
 
 def test_the_head_tells_how_many_classes_a_data_set_has(scripts, tmp_path, monkeypatch):
     """Where that does not tell, as a stream."""
-    monkeypatch.setattr("utils.shapes.NUM_SAMPLES", {"train": 16, "val": 12})
+    monkeypatch.setattr("utils.data.shapes.NUM_SAMPLES", {"train": 16, "val": 12})
     record = finetuned(scripts, tmp_path, "--model convnextv2_atto --input_size 32 --data_set shapes")
     monkeypatch.setattr(datasets, "_count_classes", lambda dataset: None)
     result = scripts.call(main_finetune, *EVAL, "--data_set", "shapes", "--resume", tmp_path / "checkpoint-0.pth")

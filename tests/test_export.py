@@ -21,8 +21,8 @@ from models.linear_probe import LinearProbe
 from tests.small_runs import TINY, Result
 from tools import export
 from utils import checkpoint
+from utils.data.shapes import draw
 from utils.errors import UsageError, run
-from utils.shapes import draw
 
 ROOT = Path(__file__).resolve().parent.parent
 CLASSES = ["circle", "square", "star", "moon"]

@@ -19,12 +19,12 @@ from PIL import Image
 from tests.test_datasets import picture, save
 from tests.test_images import pixels
 from utils import index
-from utils import tars as tars_module
+from utils.data import tars as tars_module
+from utils.data.files import EXTENSIONS, ClassFolders, ImageList, ImageTree, class_names, open_tar
+from utils.data.images import BadImage
+from utils.data.tars import tar_shards
 from utils.errors import UsageError
-from utils.files import EXTENSIONS, ClassFolders, ImageList, ImageTree, class_names, open_tar
-from utils.images import BadImage
 from utils.index import cache_path, list_files
-from utils.tars import tar_shards
 
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding")  # which torchvision announces to drop
 JPG = (".jpg", ".png")

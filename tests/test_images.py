@@ -13,10 +13,10 @@ from PIL import Image
 from torchvision.transforms import RandomResizedCrop
 
 from tests.test_datasets import broken_files, picture
-from utils import images
 from utils.crops import Box, crop, crop_batch, draw_box, draw_shift
+from utils.data import images
+from utils.data.images import BadImage, load_image, load_tensor, to_tensor
 from utils.errors import UsageError
-from utils.images import BadImage, load_image, load_tensor, to_tensor
 
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding")  # which torchvision announces to drop
 RANDOM = np.random.RandomState(0)

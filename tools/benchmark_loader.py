@@ -29,8 +29,8 @@ import datasets
 import main_pretrain
 from utils.args import ArgumentParser
 from utils.crops import crop, draw_box
+from utils.data.images import load_image, load_tensor
 from utils.errors import UsageError, run
-from utils.images import load_image, load_tensor
 
 CPU = torch.device("cpu")
 NAMES = ("Pillow, float32", "torchvision, uint8", "torchvision, normalised on the CPU")

@@ -16,10 +16,10 @@ from torch.utils.data import DataLoader, Dataset, Subset
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from utils.args import ArgumentParser, add_bool
+from utils.data.files import ImageTree, open_tar
+from utils.data.images import BadImage
+from utils.data.tars import tar_shards
 from utils.errors import UsageError, run
-from utils.files import ImageTree, open_tar
-from utils.images import BadImage
-from utils.tars import tar_shards
 
 
 class Moments(Dataset):

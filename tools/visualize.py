@@ -29,11 +29,11 @@ from tools.probe import add_image_arguments, load_encoder
 from utils import checkpoint
 from utils.amp import Amp
 from utils.args import ArgumentParser, add_bool, prepared_output_dir, seed
+from utils.data.images import BadImage, load_tensor
+from utils.data.shapes import Shapes
 from utils.distributed import pick_device, setup_logging
 from utils.errors import UsageError, run
-from utils.images import BadImage, load_tensor
 from utils.pictures import reconstructions, shown, tile
-from utils.shapes import Shapes
 
 
 def load_images(args) -> torch.Tensor:

@@ -8,7 +8,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from .images import hidden
+from .data.images import hidden
 
 VERSION = 2
 FRESH = 2_000_000_000  # nanoseconds; a folder changed so recently may change again without its time telling

@@ -12,8 +12,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from .crops import Box
+from .data.images import BadImage, to_tensor
 from .errors import UsageError
-from .images import BadImage, to_tensor
 from .interrupts import ignore_signals
 
 log = logging.getLogger("fcmae")

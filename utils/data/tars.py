@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .errors import UsageError
+from ..errors import UsageError
 from .images import ARRAY_EXTENSIONS, EXTENSIONS, BadImage, hidden
 
 log = logging.getLogger("fcmae")

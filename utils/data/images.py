@@ -12,7 +12,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from .errors import UsageError
+from ..errors import UsageError
 
 try:
     from torchvision.io import ImageReadMode, decode_jpeg, decode_png

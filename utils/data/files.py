@@ -1,6 +1,6 @@
 """Data sets of image files: folders of any depth, class folders, lists of files, tars.
 
-Before a transform is set, an image is a tensor as `utils.images.load_tensor` has it.
+Before a transform is set, an image is a tensor as `utils.data.images.load_tensor` has it.
 """
 
 import logging
@@ -15,10 +15,10 @@ import torch
 from torch.utils.data import Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from .distributed import main_process_first
-from .errors import UsageError, suggest
+from ..distributed import main_process_first
+from ..errors import UsageError, suggest
+from ..index import list_files
 from .images import EXTENSIONS, BadImage, decode, hidden, load_tensor
-from .index import list_files
 from .tars import TarIndex, open_index, tar_shards
 
 log = logging.getLogger("fcmae")
