@@ -16,7 +16,7 @@ from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
 
 from utils.args import check_image_arguments, given
 from utils.data import transforms
-from utils.data.files import ClassFolders, ImageFiles, ImageList, ImageTree, class_names
+from utils.data.files import ClassFolders, ImageFiles, ImageList, class_names
 from utils.data.images import BadImage, load_image, to_tensor
 from utils.data.sampling import (
     EvalSamples,
@@ -29,7 +29,7 @@ from utils.data.sampling import (
     with_transform,
 )
 from utils.data.shapes import Shapes
-from utils.data.tars import open_tar, tar_shards
+from utils.data.tars import open_tar, open_unlabelled, tar_shards
 from utils.data.transforms import MEAN_STD_HINT, Augmentation, Normalise
 from utils.distributed import check_same, get_rank, get_world_size, main_process_first
 from utils.errors import UsageError, suggest
@@ -142,18 +142,11 @@ def build_pretrain_dataset(args) -> Dataset:
     elif args.train_list:
         dataset = ImageList(args.train_list, "--train_list", args.data_path, in_chans=args.in_chans)
     else:
-        root = _data_path(args)
-        if args.data_set == "IMNET":
-            root = os.path.join(root, "train")
-            if not os.path.isdir(root):
-                raise UsageError(
-                    f"--data_path {args.data_path}: has no folder 'train'; "
-                    "for any folder of images give --data_set image_folder"
-                )
-        if tar_shards(root):
-            dataset = open_tar(root, "--data_path", args.in_chans, labelled=False)
-        else:
-            dataset = ImageTree(root, "--data_path", args.in_chans)
+        root, flag = _class_root(True, args)
+        if args.data_set == "IMNET" and not os.path.isdir(root):
+            instead = "for any folder of images give --data_set image_folder"
+            raise UsageError(f"{flag} {args.data_path}: has no folder 'train'; {instead}")
+        dataset = open_unlabelled(root, flag, args.in_chans)
     detect_bit_depth(dataset, args)
     dataset.transform = transforms.pretrain_transform(args.input_size, args.in_chans, args.min_crop)
     return dataset
@@ -174,20 +167,16 @@ def build_dataset(is_train: bool, args, classes: list[str] | None = None) -> tup
         nb_classes = len(dataset.classes)
         if args.data_set == "IMNET" and nb_classes != 1000 and not isinstance(dataset, ImageList):
             path = args.data_path if is_train else args.eval_data_path or args.data_path
-            raise UsageError(
-                f"{path}: {nb_classes} class folders, --data_set IMNET has 1000; for other data give "
-                "--data_set image_folder"
-            )
+            instead = "for other data give --data_set image_folder"
+            raise UsageError(f"{path}: {nb_classes} class folders, --data_set IMNET has 1000; {instead}")
     else:
         dataset = _named_dataset(is_train, args)
         nb_classes = _count_classes(dataset) or args.nb_classes
         if nb_classes is None:
             raise UsageError(f"--data_set {args.data_set}: does not tell its number of classes; give --nb_classes")
         if classes is not None and len(classes) != nb_classes:  # its labels would then mean something else
-            split = "training" if is_train else "validation"
-            raise UsageError(
-                f"--data_set {args.data_set}: {nb_classes} classes in its {split} split, {len(classes)} were trained on"
-            )
+            split = f"{nb_classes} classes in its {'training' if is_train else 'validation'} split"
+            raise UsageError(f"--data_set {args.data_set}: {split}, {len(classes)} were trained on")
     if args.nb_classes is not None and args.nb_classes != nb_classes:
         raise UsageError(f"--nb_classes {args.nb_classes}: the data set {args.data_set} has {nb_classes} classes")
     dataset.transform = build_transform(is_train, args, detect_bit_depth(dataset, args))
@@ -275,10 +264,8 @@ def _named_dataset(is_train: bool, args) -> Dataset:
         instead = "write its images to .tar shards, which --data_set image_folder and wds/ read"
         raise UsageError(f"--data_set {args.data_set}: Hugging Face's data sets are not read; {instead}")
     if not args.data_set.startswith(TIMM_SCHEMES):
-        raise UsageError(
-            f"--data_set {args.data_set}: unknown{suggest(args.data_set, DATA_SETS)}; "
-            f"one of {', '.join(DATA_SETS)}, or a timm name with a scheme ({' '.join(TIMM_SCHEMES)})"
-        )
+        known = f"one of {', '.join(DATA_SETS)}, or a timm name with a scheme ({' '.join(TIMM_SCHEMES)})"
+        raise UsageError(f"--data_set {args.data_set}: unknown{suggest(args.data_set, DATA_SETS)}; {known}")
     root = None if is_train else getattr(args, "eval_data_path", None)
     try:
         dataset = timm.data.create_dataset(
@@ -354,9 +341,7 @@ def build_train_loader(
     if streamed:
         num_workers = stream_workers(dataset, args.data_set, num_workers, world_size)
     check_same(num_samples, "training images")
-    sampler = StepSampler(
-        num_samples, args.batch_size, args.update_freq, rank, world_size, args.seed, batch_divisor
-    )
+    sampler = StepSampler(num_samples, args.batch_size, args.update_freq, rank, world_size, args.seed, batch_divisor)
     if num_samples < sampler.global_batch:
         raise UsageError(
             f"--batch_size {args.batch_size}: a step takes {sampler.global_batch} images (batch_size * update_freq * "

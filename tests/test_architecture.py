@@ -63,6 +63,17 @@ def test_only_scripts_and_tools_make_the_model_fast(path):
         assert path.parent.name == "tools" or path.name.startswith("main_")
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "utils/data").glob("*.py")), ids=lambda p: p.stem)
+def test_the_room_for_data_takes_plain_values(path):
+    tree = ast.parse(path.read_text())
+    assert not [node.lineno for node in ast.walk(tree) if getattr(node, "id", getattr(node, "arg", "")) == "args"]
+    assert len(path.read_text().splitlines()) <= 350
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef):
+            assert node.end_lineno - node.lineno < 60, node.name
+            assert len(node.args.args) + len(node.args.kwonlyargs) <= 8, node.name
+
+
 def test_the_rules_see_imports():
     assert "models.layers" in local(ROOT / "models/convnextv2.py")
     assert {"datasets", "models.fcmae", "utils.checkpoint"} <= local(ROOT / "main_pretrain.py")

@@ -16,10 +16,9 @@ from torch.utils.data import DataLoader, Dataset, Subset
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from utils.args import ArgumentParser
-from utils.data.files import ImageTree
 from utils.data.images import BadImage
 from utils.data.sampling import shuffled_indices
-from utils.data.tars import open_tar, tar_shards
+from utils.data.tars import open_unlabelled
 from utils.errors import UsageError, run
 
 
@@ -77,10 +76,7 @@ def main() -> None:
     for name in ("in_chans", "max_images", "num_workers"):
         if getattr(args, name) < (name == "in_chans"):
             raise UsageError(f"--{name} {getattr(args, name)}: must be at least {int(name == 'in_chans')}")
-    if tar_shards(args.data_path):
-        images = open_tar(args.data_path, "--data_path", args.in_chans, labelled=False)
-    else:
-        images = ImageTree(args.data_path, "--data_path", args.in_chans)
+    images = open_unlabelled(args.data_path, "--data_path", args.in_chans)
     if 0 < args.max_images < len(images):
         images = Subset(images, shuffled_indices(images)[: args.max_images].tolist())
     mean, std, count = mean_std(images, args.num_workers)

@@ -15,7 +15,7 @@ import numpy as np
 
 from ..distributed import main_process_first
 from ..errors import UsageError
-from .files import ImageFiles, number_classes, number_labels
+from .files import ImageFiles, ImageTree, number_classes, number_labels
 from .images import ARRAY_EXTENSIONS, EXTENSIONS, BadImage, hidden
 
 log = logging.getLogger("fcmae")
@@ -220,6 +220,11 @@ def open_tar(
         numbers = number_classes(sorted(set(names)), dataset.classes, f"{source}: class")
         dataset.targets = [numbers[name] for name in names]
     return dataset
+
+
+def open_unlabelled(root: str, flag: str, in_chans: int) -> ImageFiles:
+    """All images of a folder, however nested, or of tars, as `tar_shards` finds them, each with the label 0."""
+    return open_tar(root, flag, in_chans, labelled=False) if tar_shards(root) else ImageTree(root, flag, in_chans)
 
 
 def _by_class(index: TarIndex, in_chans: int, classes: list[str] | None, labelled: bool):
