@@ -251,8 +251,6 @@ def test_training_on_few_images_of_each_class(scripts, tmp_path):
         assert (result.code, result.err) == (0, "")
         assert "16 images of 4 classes" in result.out
     assert same(*(load(tmp_path / name / "checkpoint-2.pth")["model"] for name in ("folder", "flag")))
-    result = scripts.finetune("--images_per_class", 0)
-    assert (result.code, result.err) == (2, "error: --images_per_class 0: must be at least 1\n")
 
 
 def array_folder(root, dtype, channels=5, count=8, size=24):
@@ -377,12 +375,10 @@ def test_nothing_readable_is_said_at_the_start(tmp_path):
     ("flags", "message"),
     [
         ("--in_chans 13", r"--in_chans 13: needs --mean and --std, .*mean_std.py --data_path FOLDER --in_chans 13"),
-        ("--in_chans 0", "--in_chans 0: must be at least 1"),
         ("--mean 1 2 3", "--mean: give --mean and --std, or neither"),
         ("--std 1 2 3", "--std: give --mean and --std, or neither"),
         ("--mean 1 2 --std 1 2 3", "--mean: has 2 numbers, --in_chans 3 needs 3"),
         ("--mean 1 2 3 --std 1 2", "--std: has 2 numbers, --in_chans 3 needs 3"),
-        ("--mean 1 2 3 --std 1 2 0", "--std 0.0: must be above 0"),
     ],
 )
 @pytest.mark.parametrize("script", [main_pretrain, main_finetune])
