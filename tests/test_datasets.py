@@ -17,7 +17,6 @@ from PIL import Image
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch.utils.data import Dataset
 from torchvision.datasets import CIFAR10, cifar
-from torchvision.transforms import v2
 
 import datasets
 import main_finetune
@@ -28,6 +27,7 @@ from tests.small_runs import COMMON, load, same
 from tests.test_transforms import POLICIES
 from tools import mean_std
 from utils.data.sampling import first_of_each_class
+from utils.data.transforms import random_resized_crop
 from utils.errors import UsageError
 from utils.seeding import seed_all
 
@@ -283,8 +283,7 @@ def test_many_channels_in_pretraining(tmp_path, dtype):
     array = np.load(dataset.paths[3])
     array = array if array.shape[0] == 5 else np.ascontiguousarray(array.transpose(2, 0, 1))
     array = array if dtype == np.uint8 else array.astype(np.float32) / (65535 if dtype == np.uint16 else 1)
-    crop = v2.RandomResizedCrop(16, (args.min_crop, 1.0), interpolation=v2.InterpolationMode.BICUBIC)
-    assert torch.equal(image, v2.RandomHorizontalFlip()(crop(torch.from_numpy(array))))
+    assert torch.equal(image, random_resized_crop(torch.from_numpy(array), 16, args.min_crop))
     found = datasets.build_batch_transform(args, torch.device("cpu"))(image[None])[0]
     torch.testing.assert_close(found, (image / (255 if dtype == np.uint8 else 1) - 0.3) / 0.2)
 

@@ -15,7 +15,7 @@ from torchvision import transforms
 
 import datasets
 from tests.pictures import MEAN, STD, finetune_args, levels, picture, pretrain_args
-from utils.data.transforms import Normalise, pretrain_transform
+from utils.data.transforms import Normalise, pretrain_transform, sample_box
 from utils.errors import UsageError
 from utils.seeding import seed_all
 
@@ -41,16 +41,43 @@ def test_pretrain_transform_crops_then_resizes_as_pil(scale):
         found = transform(image)
         assert (found.dtype, found.shape) == (torch.uint8, (3, 32, 32))
         torch.manual_seed(seed)
-        box = transforms.RandomResizedCrop.get_params(image, (scale, 1.0), (3 / 4, 4 / 3))
-        top, left, height, width = box
+        top, left, height, width, mirrored = sample_box(40, 60, scale)
         expected = image.crop((left, top, left + width, top + height)).resize((32, 32), Image.Resampling.BICUBIC)
-        if torch.rand(1) < 0.5:
+        if mirrored:
             expected, flips = expected.transpose(Image.Transpose.FLIP_LEFT_RIGHT), flips + 1
         assert_about_equal(found.permute(1, 2, 0).numpy(), np.asarray(expected))
         expected = transforms.functional.normalize(found / 255, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
         assert torch.equal(normalise(found[None])[0], expected)
         assert width * height >= 0.9 * scale * 60 * 40
     assert 0 < flips < 8
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "min_crop"), [(40, 60, 0.08), (375, 500, 0.2), (30, 200, 0.5), (90, 20, 1)]
+)
+def test_boxes_are_distributed_as_torchvisions(height, width, min_crop):
+    torch.manual_seed(0)
+    image = torch.empty(3, height, width)
+    boxes = [sample_box(height, width, min_crop) for _ in range(4000)]
+    theirs = [transforms.RandomResizedCrop.get_params(image, (min_crop, 1.0), (3 / 4, 4 / 3)) for _ in range(4000)]
+    for top, left, h, w, _ in boxes:
+        assert 0 <= top <= top + h <= height
+        assert 0 <= left <= left + w <= width
+        assert h > 0 < w
+    assert abs(np.mean([mirrored for *_, mirrored in boxes]) - 0.5) < 0.04
+    for statistic in (0, 1, 2, 3, lambda b: b[2] * b[3], lambda b: b[2] / b[3]):
+        value = statistic if callable(statistic) else lambda b, i=statistic: b[i]
+        a, b = (np.sort([value(box) for box in drawn]) for drawn in (boxes, theirs))
+        grid = np.union1d(a, b)
+        shares = [np.searchsorted(x, grid, "right") / len(x) for x in (a, b)]
+        assert np.abs(shares[0] - shares[1]).max() < 0.043  # Kolmogorov-Smirnov at 0.1 %
+
+
+def test_a_crop_that_does_not_fit_is_the_largest_that_does():
+    for height, width, expected in ((10, 100, (0, 43, 10, 13)), (100, 10, (43, 0, 13, 10))):
+        image = torch.empty(3, height, width)
+        assert sample_box(height, width, 1.0)[:4] == expected
+        assert transforms.RandomResizedCrop.get_params(image, (1.0, 1.0), (3 / 4, 4 / 3)) == expected
 
 
 def test_train_transform_crops_then_resizes_as_pil():

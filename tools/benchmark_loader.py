@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
@@ -29,7 +30,7 @@ from utils.args import ArgumentParser
 from utils.data.files import ImageTree
 from utils.data.images import load_image
 from utils.data.sampling import StepLoader, StepSampler, TrainSamples
-from utils.data.transforms import Normalise, mean_std, pretrain_transform
+from utils.data.transforms import Normalise, mean_std, pretrain_transform, sample_box
 from utils.errors import UsageError, run
 
 NAMES = ("Pillow, float32", "this project's, uint8", "this project's, normalised on the CPU")
@@ -77,9 +78,11 @@ def differences(dataset: ImageTree) -> tuple[float, float]:
         torch.manual_seed(i)
         own, _ = dataset[i]
         torch.manual_seed(i)
-        crop, flip = dataset.transform.transforms[1:]
-        usual = pil_to_tensor(flip(crop(load_image(path))))
-        difference = (own.int() - usual.int()).abs()
+        image = load_image(path)
+        top, left, height, width, mirrored = sample_box(image.height, image.width, MIN_CROP)
+        usual = image.resize(own.shape[1:], Image.Resampling.BICUBIC, (left, top, left + width, top + height))
+        usual = pil_to_tensor(usual)
+        difference = ((own.flip(-1) if mirrored else own).int() - usual.int()).abs()
         means.append(difference.float().mean().item())
         largest = max(largest, difference.max().item())
     return statistics.mean(means), largest
