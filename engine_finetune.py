@@ -21,7 +21,7 @@ def train_one_epoch(
     model: torch.nn.Module, loader, criterion: Callable, optimizer: torch.optim.Optimizer, schedule: Schedule, run: Run,
     epoch: int, mixup: Mixup | None = None,
 ) -> dict[str, float]:  # fmt: skip
-    """Train for one epoch on a `datasets.StepLoader` whose samples are (image, label).
+    """Train for one epoch on a `StepLoader` whose samples are (image, label).
 
     The weights' moving average, where the run has one, is updated after each optimizer step. The device is read only
     where a line is due.
@@ -43,16 +43,16 @@ def train_one_epoch(
         for i, batch in enumerate(batches):
             seed_all(run.seed, epoch, step, get_rank(), i)  # here: without workers, to load a batch draws too
             imgs, labels = (x.to(amp.device, non_blocking=True) for x in batch.data)
-            imgs = loader.prepare(imgs)
+            imgs = loader.batch_transform(imgs)
             if mixup:
                 imgs, labels = mixup(imgs, labels)
             with accumulate(model, batch.last):
                 with amp.autocast():
                     logits = model(imgs)
                 loss = criterion(logits.float(), labels)
-                amp.backward(loss * batch.share)
+                amp.backward(loss * batch.loss_weight)
             values = {"loss": loss} if mixup else {"loss": loss, "class_acc": top_k(logits, labels, 1)}
-            tracker.update(step, len(imgs) if batch.share else 0, **values)
+            tracker.update(step, len(imgs) if batch.loss_weight else 0, **values)
         grad_norm = amp.step(optimizer, with_norm=tracker.due(step))
         if run.ema:
             run.ema.update(getattr(model, "module", model))

@@ -11,7 +11,7 @@ from utils.seeding import seed_all
 def train_one_epoch(
     model: torch.nn.Module, loader, optimizer: torch.optim.Optimizer, schedule: Schedule, run: Run, epoch: int
 ) -> dict[str, float]:
-    """Train for one epoch on a `datasets.StepLoader` whose samples are (image, label) or (image, label, mask).
+    """Train for one epoch on a `StepLoader` whose samples are (image, label) or (image, label, mask).
 
     The device is read only where a console line is due.
 
@@ -31,12 +31,12 @@ def train_one_epoch(
         for i, batch in enumerate(batches):
             seed_all(run.seed, epoch, step, get_rank(), i)  # here: without workers, to load a batch draws too
             imgs, _, *mask = batch.data
-            imgs = loader.prepare(imgs.to(amp.device, non_blocking=True))
+            imgs = loader.batch_transform(imgs.to(amp.device, non_blocking=True))
             with accumulate(model, batch.last):
                 with amp.autocast():
                     loss, _, _ = model(imgs, mask=mask[0] if mask else None)  # the mask stays on the CPU, see FCMAE
-                amp.backward(loss * batch.share)
-            tracker.update(step, len(imgs) if batch.share else 0, loss=loss)
+                amp.backward(loss * batch.loss_weight)
+            tracker.update(step, len(imgs) if batch.loss_weight else 0, loss=loss)
         grad_norm = amp.step(optimizer, with_norm=tracker.due(step))
         tracker.report(step, lr, grad_norm)
         run.step_done(tracker, step)

@@ -42,6 +42,8 @@ from utils.args import (
     share,
     tell_without_effect,
 )
+from utils.data.sampling import StepLoader, first_of_each_class
+from utils.data.transforms import SMALL_INPUT_SIZE
 from utils.errors import UsageError, suggest
 from utils.lr_sched import Schedule
 from utils.param_groups import param_groups
@@ -51,7 +53,7 @@ log = logging.getLogger("fcmae")
 
 TRAINING_ALONE = (
     "update_freq epochs start_epoch grad_checkpointing lr blr min_lr warmup_epochs warmup_steps weight_decay "
-    "weight_decay_end in_memory min_crop log_dir wandb save_ckpt save_ckpt_freq save_ckpt_steps save_ckpt_num "
+    "weight_decay_end min_crop log_dir wandb save_ckpt save_ckpt_freq save_ckpt_steps save_ckpt_num "
     "stem_average images_per_class head_init_scale drop_path layer_decay layer_decay_type linear_probe opt opt_eps "
     "opt_betas momentum clip_grad color_jitter aa smoothing train_interpolation reprob remode recount resplit mixup "
     "cutmix cutmix_minmax mixup_prob mixup_switch_prob mixup_mode model_ema model_ema_decay model_ema_force_cpu "
@@ -159,8 +161,8 @@ def check_args(args) -> None:
     check_shared_arguments(args, list(SIZES))
     if not args.eval:
         datasets.mean_std(args)
-        if args.input_size <= datasets.SMALL and (idle := {"min_crop", "train_interpolation"} & given(args)):
-            raise UsageError(f"--{min(idle)}: has no effect at --input_size {datasets.SMALL} and below; leave it out")
+        if args.input_size <= SMALL_INPUT_SIZE and (idle := {"min_crop", "train_interpolation"} & given(args)):
+            raise UsageError(f"--{min(idle)}: has no effect at --input_size {SMALL_INPUT_SIZE} and below; leave it out")
     depths = SIZES[args.model]["depths"]
     opt = args.opt.lower().removeprefix("lookahead_")
     if opt not in list_optimizers():
@@ -292,19 +294,16 @@ def build_model(args, nb_classes: int) -> ConvNeXtV2:
     return model
 
 
-def build_loaders(args, device: torch.device) -> tuple[datasets.StepLoader, DataLoader | None, int, list[str] | None]:
+def build_loaders(args) -> tuple[StepLoader, DataLoader | None, int, list[str] | None]:
     """The training loader, the evaluation loader unless --disable_eval, the number of classes and their names."""
     dataset, nb_classes = datasets.build_dataset(True, args)
     classes = getattr(dataset, "classes", None)
     if args.images_per_class is not None:
-        dataset = datasets.first_of_each_class(dataset, args.images_per_class, f"--data_set {args.data_set}")
-    dataset, prepare = datasets.finetune_in_memory(dataset, args, device)
-    multiple = 2 if mixes(args) or args.linear_probe else 1
-    loader = datasets.build_train_loader(dataset, args, multiple=multiple, prepare=prepare)
+        dataset = first_of_each_class(dataset, args.images_per_class, f"--data_set {args.data_set}")
+    loader = datasets.build_train_loader(dataset, args, batch_divisor=2 if mixes(args) or args.linear_probe else 1)
     eval_loader = None
     if not args.disable_eval:
         eval_dataset, _ = datasets.build_dataset(False, args, classes)
-        eval_dataset = datasets.in_memory(eval_dataset, args)
         eval_loader = datasets.build_eval_loader(eval_dataset, args, spread=args.dist_eval)
     counts = loader.sampler.num_samples, nb_classes, loader.global_batch, len(loader)
     log.info("%d images of %d classes, %d per optimizer step, %d steps per epoch", *counts)
@@ -373,7 +372,7 @@ def evaluate_only(args, amp: Amp) -> None:
 
 def train(args, amp: Amp, run: Run) -> None:
     """Fine-tune for all epochs that are still to be done, evaluating after each."""
-    loader, eval_loader, nb_classes, classes = build_loaders(args, amp.device)
+    loader, eval_loader, nb_classes, classes = build_loaders(args)
     torch.manual_seed(args.seed)
     model = build_model(args, nb_classes)
     if args.fused:

@@ -30,6 +30,7 @@ from utils.args import (
     fraction,
     tell_without_effect,
 )
+from utils.data.sampling import EvalSamples, StepLoader, random_subset, shuffled_indices, with_transform
 from utils.errors import UsageError
 from utils.knn import knn_acc1
 from utils.lr_sched import Schedule
@@ -109,7 +110,7 @@ def without_effect(args) -> list[tuple[str, object, str]]:
     ]
 
 
-def draw_mask(num_patches: int, mask_ratio: float) -> torch.Tensor:
+def sample_mask(num_patches: int, mask_ratio: float) -> torch.Tensor:
     """One sample's mask (L,), drawn beside its augmentation under the sample's own seed."""
     return fcmae.random_mask(torch.rand(num_patches), mask_ratio)
 
@@ -117,8 +118,8 @@ def draw_mask(num_patches: int, mask_ratio: float) -> torch.Tensor:
 def picture_images(dataset: Dataset, args, count: int = 8) -> torch.Tensor:
     """A few images, not augmented and the same in every run; of a stream, the first, augmented: (count, C, H, W)."""
     if not isinstance(dataset, IterableDataset):
-        dataset = datasets.EvalSamples(datasets.with_transform(dataset, datasets.build_transform(False, args)))
-        samples = (dataset[int(i)] for i in datasets.shuffled_indices(dataset))  # the first may all be of one class
+        dataset = EvalSamples(with_transform(dataset, datasets.build_transform(False, args)))
+        samples = (dataset[int(i)] for i in shuffled_indices(dataset))  # the first may all be of one class
     else:
         stream = copy.copy(dataset)
         stream.reader = copy.copy(dataset.reader)  # once read, it would give all workers one and the same part
@@ -128,7 +129,7 @@ def picture_images(dataset: Dataset, args, count: int = 8) -> torch.Tensor:
         raise UsageError(f"--data_path {args.data_path}: none of its images can be read")
     readable = torch.stack(readable)
     if isinstance(dataset, IterableDataset):  # as in training
-        return datasets.build_prepare(dataset, args, readable.device)(readable)
+        return datasets.build_batch_transform(args, readable.device)(readable)
     return readable
 
 
@@ -140,7 +141,7 @@ def knn_loaders(args) -> tuple[DataLoader, DataLoader] | None:
         splits = datasets.labelled_splits(args)
     except UsageError as error:
         raise UsageError(f"--knn_freq {args.knn_freq}: needs labelled images; {error}") from error
-    subsets = (datasets.random_subset(split, args.knn_images) for split in splits)
+    subsets = (random_subset(split, args.knn_images) for split in splits)
     return tuple(datasets.build_eval_loader(subset, args, spread=True) for subset in subsets)
 
 
@@ -157,11 +158,11 @@ def build_model(args) -> fcmae.FCMAE:
     return model
 
 
-def build_loader(dataset: Dataset, args, device: torch.device) -> datasets.StepLoader:
+def build_loader(dataset: Dataset, args, device: torch.device) -> StepLoader:
     """Steps of (image, label, mask)."""
-    prepare = datasets.build_prepare(dataset, args, device)
-    draw = partial(draw_mask, (args.input_size // total_stride(args.stem_stride)) ** 2, args.mask_ratio)
-    loader = datasets.build_train_loader(dataset, args, draw, prepare=prepare)
+    sampler = partial(sample_mask, (args.input_size // total_stride(args.stem_stride)) ** 2, args.mask_ratio)
+    batch_transform = datasets.build_batch_transform(args, device)
+    loader = datasets.build_train_loader(dataset, args, sampler, batch_transform=batch_transform)
     counts = loader.sampler.num_samples, loader.global_batch, len(loader)
     log.info("%d images, %d per optimizer step, %d steps per epoch", *counts)
     return loader
@@ -170,7 +171,7 @@ def build_loader(dataset: Dataset, args, device: torch.device) -> datasets.StepL
 def train(args, amp: Amp, run: Run) -> None:
     """Pre-train for all epochs that are still to be done, drawing pictures on the way."""
     device = amp.device
-    dataset = datasets.in_memory(datasets.build_pretrain_dataset(args), args, datasets.pretrain_draw(args))
+    dataset = datasets.build_pretrain_dataset(args)
     loader = build_loader(dataset, args, device)
     labelled = knn_loaders(args)
     torch.manual_seed(args.seed)

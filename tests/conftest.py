@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.pictures import broken_files, picture, save
 from tests.small_runs import Scripts
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -23,7 +24,7 @@ def pytest_addoption(parser):
 
 @pytest.fixture(scope="session", autouse=True)
 def cache_home(tmp_path_factory):
-    """Lists of files are kept here, not in the home of whoever runs the tests."""
+    """Indexes of tars are kept here, not in the home of whoever runs the tests."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
@@ -54,3 +55,23 @@ def script():
         return subprocess.run(command, cwd=cwd, env=environment, timeout=timeout, capture_output=True, text=True)
 
     return call
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """Class folders train/{ant,bee,cat} and val/{ant,cat} of 60 x 40 images, each of its own colours."""
+    for i, name in enumerate(("ant", "bee", "cat")):
+        for j in range(4):
+            save(picture(seed=10 * i + j), tmp_path / "train" / name / f"{j}.png")
+            if name != "bee":
+                save(picture(seed=100 + 10 * i + j), tmp_path / "val" / name / f"{j}.jpg")
+    return tmp_path
+
+
+@pytest.fixture
+def spoiled(folders):
+    """Those folders, with every kind of broken file in train/bee and val/cat; 12 and 8 good ones remain."""
+    for name, content in broken_files().items():
+        for split in ("train/bee", "val/cat"):
+            (folders / split / f"0-{name}").write_bytes(content)
+    return folders

@@ -14,8 +14,8 @@ import main_finetune
 import main_pretrain
 from models.convnextv2 import SIZES
 from utils.amp import Amp
+from utils.data.shapes import FIRST_INDEX, draw
 from utils.errors import run
-from utils.shapes import FIRST_INDEX, draw
 
 TINY = {"depths": (1, 1, 2, 1), "dims": (8, 8, 16, 16)}
 COMMON = "--data_set image_folder --model convnextv2_atto --input_size 16 --stem_stride 1 --batch_size 8 --epochs 3"

@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = [
-    path for pattern in ("*.py", "models/*.py", "utils/*.py", "tools/*.py") for path in sorted(ROOT.glob(pattern))
-]
+ROOMS = ("*.py", "models/*.py", "utils/*.py", "utils/data/*.py", "tools/*.py")
+SOURCES = [path for pattern in ROOMS for path in sorted(ROOT.glob(pattern))]
 ALLOWED = {  # file -> the rooms it may import from
     "models/kernels.py": set(),
     "models/layers.py": set(),
@@ -63,6 +62,17 @@ def test_only_scripts_and_tools_make_the_model_fast(path):
         assert path.parent.name == "tools" or path.name.startswith("main_")
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "utils/data").glob("*.py")), ids=lambda p: p.stem)
+def test_the_room_for_data_takes_plain_values(path):
+    tree = ast.parse(path.read_text())
+    assert not [node.lineno for node in ast.walk(tree) if getattr(node, "id", getattr(node, "arg", "")) == "args"]
+    assert len(path.read_text().splitlines()) <= 350
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef):
+            assert node.end_lineno - node.lineno < 60, node.name
+            assert len(node.args.args) + len(node.args.kwonlyargs) <= 8, node.name
+
+
 def test_the_rules_see_imports():
     assert "models.layers" in local(ROOT / "models/convnextv2.py")
     assert {"datasets", "models.fcmae", "utils.weights"} <= local(ROOT / "main_pretrain.py")
@@ -73,7 +83,7 @@ def test_no_asserts_prints_or_stubs(path):
     tree = ast.parse(path.read_text())
     assert not [node.lineno for node in ast.walk(tree) if isinstance(node, ast.Assert)], "bare assert"
     assert not re.search(r"NotImplementedError|\bTODO\b|\bFIXME\b", path.read_text())
-    if path.parent.name in ("models", "utils"):
+    if path.parent.name in ("models", "utils", "data"):
         prints = [n for n in ast.walk(tree) if isinstance(n, ast.Call) and getattr(n.func, "id", "") == "print"]
         assert not prints or path.name in ("errors.py", "slurm.py")  # they speak before there is a log
 

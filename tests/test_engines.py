@@ -11,6 +11,7 @@ from timm.loss import SoftTargetCrossEntropy
 from timm.utils import ModelEmaV3
 from torch import nn
 from torch.utils.data import Dataset, IterableDataset
+from torchvision.transforms import ToTensor
 
 import datasets
 import engine_finetune
@@ -20,12 +21,13 @@ from models.convnextv2 import ConvNeXtV2, layer_id
 from models.fcmae import FCMAE
 from tests.small_runs import STEPS, Scripts, load, records, same
 from utils.amp import Amp
+from utils.data.images import BadImage
+from utils.data.shapes import Shapes
 from utils.errors import NonFiniteLoss
 from utils.lr_sched import Schedule
 from utils.metrics import EpochTracker
 from utils.param_groups import param_groups
 from utils.run import Run
-from utils.shapes import Shapes
 
 CPU = torch.device("cpu")
 TINY = {"depths": (1, 1, 1, 1), "dims": (8, 8, 16, 16)}
@@ -47,14 +49,14 @@ class Noise(Dataset):
 
     def __getitem__(self, i):
         if i in self.unreadable:
-            raise datasets.BadImage(f"{i}.png: broken")
+            raise BadImage(f"{i}.png: broken")
         return self.images[i], self.labels[i]
 
 
-def train_loader(dataset, batch_size, update_freq=1, draw=None, multiple=1):
+def train_loader(dataset, batch_size, update_freq=1, sample_mask=None, batch_divisor=1):
     args = SimpleNamespace(batch_size=batch_size, update_freq=update_freq, num_workers=0, pin_mem=False, seed=0)
     args.data_set = "tfds/x"
-    return datasets.build_train_loader(dataset, args, draw, multiple)
+    return datasets.build_train_loader(dataset, args, sample_mask, batch_divisor)
 
 
 def eval_loader(dataset, batch_size=4):
@@ -62,7 +64,7 @@ def eval_loader(dataset, batch_size=4):
     return datasets.build_eval_loader(dataset, args, spread=True)
 
 
-def draw_mask():
+def sample_mask():
     return (torch.rand(4).argsort() < 2).float()
 
 
@@ -134,7 +136,7 @@ def test_pretraining_accumulation_is_one_large_batch(count):
     results = []
     for batch_size, update_freq in ((8, 1), (4, 2), (2, 4)):
         model = fcmae(torch.float64)
-        loader = train_loader(Noise(count, torch.float64), batch_size, update_freq, draw_mask)
+        loader = train_loader(Noise(count, torch.float64), batch_size, update_freq, sample_mask)
         assert len(loader) == 3
         stats = pretrain(model, loader, epochs=2)
         results.append(([s["loss"] for s in stats], weights(model)))
@@ -163,13 +165,13 @@ def test_finetuning_accumulation_is_one_large_batch(count):
         torch.testing.assert_close(other[name], expected[name], rtol=1e-5, atol=1e-6, msg=name)
 
 
-def last_step(world_size, batch_size, monkeypatch, engine, build, draw=None):
+def last_step(world_size, batch_size, monkeypatch, engine, build, sample_mask=None):
     """The mean over processes of the weights after the last step alone, and the mean loss that each of them counted."""
     means, counted = None, []
     monkeypatch.setattr(datasets, "get_world_size", lambda: world_size)
     for rank in range(world_size):
         monkeypatch.setattr(datasets, "get_rank", lambda r=rank: r)
-        model, loader = build(), train_loader(Noise(22, torch.float64), batch_size, draw=draw)
+        model, loader = build(), train_loader(Noise(22, torch.float64), batch_size, sample_mask=sample_mask)
         rest, names = ((nn.CrossEntropyLoss(),), 2) if engine is engine_finetune else ((), 1)
         sums = torch.zeros(2, names + 1, dtype=torch.float64)
         run = plain_run()
@@ -186,7 +188,7 @@ def last_step(world_size, batch_size, monkeypatch, engine, build, draw=None):
 def test_a_process_without_a_share_of_the_last_step_changes_nothing(engine, monkeypatch):
     """22 images, 16 a step: the last one's 6 on 8 processes leave two that go along with weight 0."""
     build = (lambda: fcmae(torch.float64)) if engine is engine_pretrain else (lambda: classifier().double())
-    draw = draw_mask if engine is engine_pretrain else None
+    draw = sample_mask if engine is engine_pretrain else None
     expected, (loss,) = last_step(1, 16, monkeypatch, engine, build, draw)
     found, losses = last_step(8, 2, monkeypatch, engine, build, draw)
     assert max((expected[name] - value).abs().max() for name, value in build().state_dict().items()) > 1e-4
@@ -358,7 +360,7 @@ def test_mixup_targets_and_their_loss():
         return criterion(logits, targets)
 
     # 11 images in pairs: batches of 4, 4 and 2
-    stats = finetune(classifier(), train_loader(Noise(11), 4, multiple=2), watched, mixup=mixup)
+    stats = finetune(classifier(), train_loader(Noise(11), 4, batch_divisor=2), watched, mixup=mixup)
     assert [len(logits) for logits, _ in seen] == [4, 4, 2]
     assert "class_acc" not in stats
     losses = torch.cat([-(targets * logits.log_softmax(1)).sum(1) for logits, targets in seen])
@@ -510,9 +512,9 @@ def test_autocast_on_the_cpu(dtype):
 
 
 def test_the_loss_goes_down():
-    images = Shapes("train", size=16, num_samples=64, transform=datasets.transforms.ToTensor())
+    images = Shapes("train", size=16, num_samples=64, transform=ToTensor())
     model = fcmae()
-    loader = train_loader(images, 16, draw=draw_mask)
+    loader = train_loader(images, 16, sample_mask=sample_mask)
     stats = pretrain(model, loader, schedule=Schedule(1e-3, 0, 1, 25), epochs=25)
     losses = [s["loss"] for s in stats]
     assert 0.8 < losses[0] < 1.3

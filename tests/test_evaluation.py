@@ -12,6 +12,7 @@ import pytest
 import timm.optim
 import torch
 from timm.optim import list_optimizers
+from torchvision.transforms.v2.functional import to_pil_image
 
 import datasets
 import engine_finetune
@@ -25,8 +26,9 @@ from tools import export, probe, visualize
 from utils import weights
 from utils.amp import Amp
 from utils.args import tell_without_effect
+from utils.data.shapes import draw
+from utils.data.transforms import eval_crop, eval_transform, mean_std
 from utils.errors import UsageError
-from utils.shapes import draw
 from utils.slurm import add_slurm_arguments
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -73,7 +75,7 @@ def scored(record: dict, suffix: str = "") -> str:
     ],
 )
 def test_evaluation_needs_no_flag_of_the_training(flags, scripts, sizes, tmp_path, monkeypatch):
-    monkeypatch.setattr("utils.shapes.NUM_SAMPLES", {"train": 16, "val": 12})
+    monkeypatch.setattr("utils.data.shapes.NUM_SAMPLES", {"train": 16, "val": 12})
     record = finetuned(scripts, tmp_path, flags)
     data = "--data_set shapes" if "shapes" in flags else f"--data_set image_folder --eval_data_path {scripts.val}"
     result = scripts.call(main_finetune, *EVAL, *data.split(), "--resume", tmp_path / "checkpoint-0.pth")
@@ -211,14 +213,14 @@ def test_timm_crops_at_384_as_the_evaluation_does(crop_pct, mode, share, tmp_pat
     config = json.loads((tmp_path / "out/config.json").read_text())["pretrained_cfg"]
     assert (config["crop_mode"], config["crop_pct"]) == (mode, share)
     theirs = timm.data.create_transform((3, 384, 384), interpolation="bicubic", crop_pct=share, crop_mode=mode)
-    ours = datasets.build_transform(False, Namespace(**trained, in_chans=3))(image)
-    difference = (theirs(datasets.to_pil_image(image)) - ours).abs()
+    ours = eval_transform(384, 3, eval_crop(384, crop_pct), *mean_std(3))(image)
+    difference = (theirs(to_pil_image(image)) - ours).abs()
     assert difference.max() <= 2.01 / 255 / 0.224  # two levels of 0..255
 
 
 def test_the_head_tells_how_many_classes_a_data_set_has(scripts, tmp_path, monkeypatch):
     """Where that does not tell, as a stream."""
-    monkeypatch.setattr("utils.shapes.NUM_SAMPLES", {"train": 16, "val": 12})
+    monkeypatch.setattr("utils.data.shapes.NUM_SAMPLES", {"train": 16, "val": 12})
     record = finetuned(scripts, tmp_path, "--model convnextv2_atto --input_size 32 --data_set shapes")
     monkeypatch.setattr(datasets, "_count_classes", lambda dataset: None)
     result = scripts.call(main_finetune, *EVAL, "--data_set", "shapes", "--resume", tmp_path / "checkpoint-0.pth")
@@ -385,7 +387,6 @@ BOTH = [  # the flag that does nothing, what makes it so, and what gives it an e
     ("--auto_resume false", "", "--output_dir x"),
     ("--data_path $dir", "--data_set shapes", "--data_set image_folder"),
     ("--eval_data_path $dir", "--data_set CIFAR10", None),
-    ("--index_cache false", "--data_set shapes", "--data_set image_folder"),
 ]
 PRETRAIN = [
     ("--vis_freq 3", "", "--output_dir x"),

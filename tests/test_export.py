@@ -5,7 +5,6 @@ import io
 import json
 import re
 import sys
-from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -13,15 +12,15 @@ import timm
 import torch
 from safetensors.torch import load_file
 
-import datasets
 from models.convnextv2 import SIZES, ConvNeXtV2
 from models.fcmae import FCMAE
 from models.linear_probe import LinearProbe
 from tests.small_runs import TINY, Result
 from tools import export
 from utils import checkpoint, layouts, weights
+from utils.data.shapes import draw
+from utils.data.transforms import eval_crop, eval_transform, mean_std
 from utils.errors import run
-from utils.shapes import draw
 
 ROOT = Path(__file__).resolve().parent.parent
 CLASSES = ["circle", "square", "star", "moon"]
@@ -300,8 +299,7 @@ def test_transformers_prepares_images_as_the_evaluation_does(side, fine, tmp_pat
     transformers = pytest.importorskip("transformers")
     exported(fine[0], "hf", tmp_path / "hf", "--input_size", side)
     image = torch.from_numpy(draw(0, 0, 96)).permute(2, 0, 1)[:, :80]
-    args = Namespace(input_size=side, crop_pct=None, imagenet_default_mean_and_std=False)
-    ours = datasets.build_transform(False, args)(image)
+    ours = eval_transform(side, 3, eval_crop(side), *mean_std(3, of_imagenet=False))(image)
     theirs = transformers.AutoImageProcessor.from_pretrained(tmp_path / "hf")(image, return_tensors="pt")
     assert theirs["pixel_values"][0].shape == ours.shape
     assert (theirs["pixel_values"][0] - ours).abs().max() <= 1.01 * 2 / 255  # a level of 0..255

@@ -1,32 +1,25 @@
-"""utils/files.py: lists of files and tars, bad lines named. utils/index.py: what is remembered, and when it is not."""
+"""utils/data/files.py: folders and lists, bad lines named."""
 
-import builtins
-import contextlib
-import functools
-import gzip
-import io
-import json
 import os
-import pickle
 import shutil
 import tarfile
+from collections import Counter
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from torchvision.transforms.functional import pil_to_tensor
 
-from tests.test_datasets import picture, save
-from tests.test_images import pixels
-from utils import index
-from utils import tars as tars_module
+import datasets
+from tests.pictures import finetune_args, picture, pixels, save
+from tests.small_runs import load, records
+from utils.data.files import ClassFolders, ImageList, ImageTree, class_names, list_files
+from utils.data.tars import open_tar
 from utils.errors import UsageError
-from utils.files import EXTENSIONS, ClassFolders, ImageList, ImageTree, class_names, open_tar
-from utils.images import BadImage
-from utils.index import cache_path, list_files
-from utils.tars import tar_shards
 
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding")  # which torchvision announces to drop
+
+
 JPG = (".jpg", ".png")
 
 
@@ -42,9 +35,6 @@ def listed(folder, text, classes=None, **options):
     file = folder.parent / "list.txt"
     file.write_text(text)
     return ImageList(str(file), "--train_list", str(folder), classes, **options)
-
-
-# ---- lists
 
 
 def test_a_list_without_labels(images):
@@ -129,9 +119,6 @@ def test_no_list(tmp_path):
         ImageList(str(tmp_path / "none.txt"), "--eval_list", None)
 
 
-# ---- folders
-
-
 def test_arrays_count_where_they_are_asked_for(tmp_path):
     save(picture(), tmp_path / "mixed/x.png")
     (tmp_path / "arrays").mkdir()
@@ -167,321 +154,6 @@ def test_hidden_names_are_left_out(tmp_path):
     assert len(listed(root, "a/._0.png\n")) == 1
 
 
-# ---- tars
-
-
-def jpeg(seed):
-    buffer = io.BytesIO()
-    picture(seed=seed).save(buffer, "JPEG")
-    return buffer.getvalue()
-
-
-def add(tar, name, content):
-    info = tarfile.TarInfo(name)
-    info.size = len(content)
-    tar.addfile(info, io.BytesIO(content))
-
-
-@pytest.fixture
-def tars(tmp_path):
-    """A tree of class folders as files, in `one.tar`, and spread over the three tars of `shards`."""
-    folders = [f"{name}/{part}" for name in ("bee", "ant", "cat", "a-b") for part in ("x", "x-y", "")]
-    names = [f"{folder}/{i}.jpg" for folder in folders for i in (0, 1)]
-    (tmp_path / "shards").mkdir()
-    with contextlib.ExitStack() as stack:
-        paths = [tmp_path / "one.tar", *(tmp_path / f"shards/{i}.tar" for i in range(3))]
-        one, *shards = [stack.enter_context(tarfile.open(path, "w")) for path in paths]
-        for i, name in enumerate(names):
-            save(picture(seed=i), path := tmp_path / "tree" / name)
-            one.add(path, f"./{name}")
-            shards[i % 3].add(path, name)
-        for tar in (one, *shards):
-            add(tar, "ant/notes.txt", b"no image")
-            for kind in (tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.CHRTYPE, tarfile.LNKTYPE):
-                info = tarfile.TarInfo(f"odd/{kind.decode()}.jpg")
-                info.type, info.linkname = kind, "ant/0.jpg"
-                tar.addfile(info)
-    return tmp_path
-
-
-@pytest.mark.parametrize("source", ["one.tar", "shards", "shards/", "shards/*.tar", "**/?.tar"])
-def test_tars_are_as_the_tree_on_disk(tars, source):
-    """Order, labels and pixels, labelled or not."""
-    given = ["cat", "bee", "a-b", "ant"]
-    for files, found in (
-        (ImageTree(str(tars / "tree"), "--data_path"), open_tar(f"{tars}/{source}", "--data_path", 3, labelled=False)),
-        (ClassFolders(str(tars / "tree"), "--data_path"), open_tar(f"{tars}/{source}", "--data_path", 3)),
-        (ClassFolders(str(tars / "tree"), "--x", None, given), open_tar(f"{tars}/{source}", "--x", 3, given)),
-    ):
-        assert getattr(found, "classes", None) == getattr(files, "classes", None)
-        assert found.targets == files.targets
-        again = pickle.loads(pickle.dumps(found))
-        for i, path in enumerate(files.paths):
-            assert found.paths[i].partition(".tar/")[2] == os.path.relpath(path, tars / "tree")
-            assert torch.equal(found[i][0], files[i][0])
-            assert torch.equal(again[i][0], files[i][0])
-    with pytest.raises(UsageError, match=r"--x .*: class 'cat' is not among the 3"):
-        open_tar(f"{tars}/{source}", "--x", 3, given[1:])
-
-
-def test_a_tar_of_one_folder_that_holds_all(tmp_path):
-    """As `tar cf train.tar train` makes it."""
-    with tarfile.open(tmp_path / "x.tar", "w") as tar:
-        add(tar, "data/train/cat/deep/0.jpg", jpeg(0))
-        add(tar, "data/train/dog/0.jpg", jpeg(1))
-    assert open_tar(str(tmp_path / "x.tar"), "--data_path", 3).classes == ["cat", "dog"]
-    with tarfile.open(tmp_path / "y.tar", "w") as tar:
-        add(tar, "cat/deep/0.jpg", jpeg(0))
-    assert open_tar(str(tmp_path / "y.tar"), "--data_path", 3, ["bee", "cat"]).targets == [1]
-
-
-def test_a_folder_with_tars_beside_images_is_a_folder(tars):
-    (tars / "tree/all.tar").touch()
-    assert not tar_shards(str(tars / "tree"))
-    (tars / "shards/.cache").mkdir()
-    assert len(tar_shards(str(tars / "shards"))) == 3
-    save(picture(8, 8), tars / "shards/0.png")
-    assert not tar_shards(str(tars / "shards"))
-
-
-def test_labels_of_a_webdataset(tmp_path):
-    for shard in range(2):
-        with tarfile.open(tmp_path / f"{shard}.tar", "w") as tar:
-            for i in range(4):
-                add(tar, f"{i:05}.jpg", jpeg(4 * shard + i))
-                add(tar, f"{i:05}.cls", b"%d\n" % (i + shard))
-    found = open_tar(str(tmp_path), "--data_path", 3)
-    assert found.classes == ["0", "1", "2", "3", "4"]
-    labels = dict(zip(found.paths, found.targets, strict=True))
-    assert labels == {f"{tmp_path}/{shard}.tar/{i:05}.jpg": i + shard for shard in range(2) for i in range(4)}
-    image, label = found[list(labels).index(f"{tmp_path}/1.tar/00002.jpg")]
-    assert torch.equal(image, pixels(Image.open(io.BytesIO(jpeg(6)))))
-    assert label == 3
-    assert open_tar(str(tmp_path), "--eval_data_path", 3, ["a", "b", "c", "d", "e"]).targets == found.targets
-    assert len(open_tar(str(tmp_path), "--data_path", 3, nb_classes=9).classes) == 9
-    assert open_tar(str(tmp_path), "--data_path", 3, labelled=False).targets == [0] * 8
-    with pytest.raises(UsageError, match=r"--x .*1\.tar/00003\.jpg: label '4' is not among the 4 classes"):
-        open_tar(str(tmp_path), "--x", 3, ["a", "b", "c", "d"])
-    with tarfile.open(tmp_path / "2.tar", "w") as tar:
-        add(tar, "00009.jpg", jpeg(0))
-    with pytest.raises(UsageError, match=r"--x .*2\.tar/00009\.jpg has no \.cls file, as others have"):
-        open_tar(str(tmp_path), "--x", 3)
-    with pytest.raises(UsageError, match=r"--x .*2\.tar: holds no labels; a labelled image is CLASS/NAME\.jpg, or"):
-        open_tar(str(tmp_path / "2.tar"), "--x", 3)
-
-
-def test_arrays_in_tars(tmp_path):
-    array = io.BytesIO()
-    np.save(array, np.full((4, 8, 8), 7, np.float32))
-    for names in (("a/x.npy",), ("a/x.npy", "a/x.jpg")):
-        with tarfile.open(tmp_path / f"{len(names)}.tar", "w") as tar:
-            for name in names:
-                add(tar, name, array.getvalue() if name.endswith("npy") else jpeg(0))
-    assert torch.equal(open_tar(str(tmp_path / "1.tar"), "--x", 4)[0][0], torch.full((4, 8, 8), 7.0))
-    assert len(open_tar(str(tmp_path / "2.tar"), "--x", 4)) == 2
-    assert [path[-5:] for path in open_tar(str(tmp_path / "2.tar"), "--x", 3).paths] == ["x.jpg"]
-    assert len(open_tar(str(tmp_path / "1.tar"), "--x", 3)) == 1
-
-
-def test_names_in_tars(tmp_path):
-    """Long ones in either format, bytes that are no text, and one twice, of which the later counts."""
-    long, strange = "a/" + "long" * 50 + ".jpg", os.fsdecode(b"b/caf\xe9.jpg")
-    for kind in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
-        with tarfile.open(tmp_path / f"{kind}.tar", "w", format=kind) as tar:
-            for i, name in enumerate((long, strange, "a/0.jpg", "a/0.jpg")):
-                add(tar, name, jpeg(i))
-        for _ in range(2):
-            found = open_tar(str(tmp_path / f"{kind}.tar"), "--x", 3)
-            assert [path.partition(".tar/")[2] for path in found.paths] == ["a/0.jpg", long, strange]
-            for i, seed in enumerate((3, 0, 1)):
-                assert torch.equal(found[i][0], pixels(Image.open(io.BytesIO(jpeg(seed)))))
-
-
-def damage(content: bytes, how: str) -> bytes:
-    second = 512 + -(-len(jpeg(0)) // 512) * 512
-    return {
-        "empty": b"",
-        "text": b"no tar at all" * 100,
-        "compressed": gzip.compress(content),
-        "cut in an image": content[: second + 700],
-        "cut in a header": content[: second + 100],
-        "cut between images": content[:second],
-        "damaged header": content[:second] + b"\xff" * 300 + content[second + 300 :],
-    }[how]
-
-
-@pytest.mark.parametrize(
-    ("how", "reason"),
-    [
-        ("empty", "empty file"), ("text", ""), ("compressed", "compressed: unpack it to a plain"),
-        ("cut in an image", "unexpected end of data"), ("cut in a header", "cut short or damaged at byte"),
-        ("cut between images", "cut short or damaged at byte"), ("damaged header", "cut short or damaged at byte"),
-    ],
-)  # fmt: skip
-@pytest.mark.parametrize("shards", [1, 3])
-def test_bad_tars(tmp_path, how, reason, shards):
-    """Nothing after the damage is left out without a word, and a shard among others is named."""
-    for i in range(shards):
-        with tarfile.open(tmp_path / f"{i}.tar", "w") as tar:
-            for name in ("a/0.jpg", "a/1.jpg"):
-                add(tar, name, jpeg(0))
-    path = tmp_path / f"{shards - 1}.tar"
-    path.write_bytes(damage(path.read_bytes(), how))
-    with pytest.raises(UsageError, match=rf"^--data_path {path}: not a tar of images \({reason}"):
-        open_tar(str(tmp_path if shards > 1 else path), "--data_path", 3)
-
-
-def test_tars_without_images(tmp_path):
-    with tarfile.open(tmp_path / "x.tar", "w") as tar:
-        add(tar, "a/readme.txt", b"no image")
-        add(tar, "a/inner.tar", b"not looked into")
-    with pytest.raises(UsageError, match=r"x\.tar: not a tar of images \(holds no \.jpg.*unpack tars in it"):
-        open_tar(str(tmp_path / "x.tar"), "--data_path", 3)
-    with pytest.raises(UsageError, match=r"--data_path .*none\.tar: No such file"):
-        open_tar(str(tmp_path / "none.tar"), "--data_path", 3)
-    with pytest.raises(UsageError, match=r"--data_path .*\*\.tar: No such file"):
-        open_tar(str(tmp_path / "y/*.tar"), "--data_path", 3)
-
-
-def test_a_sparse_member_is_refused(tmp_path):
-    """GNU tar stores its data in pieces."""
-    with tarfile.open(tmp_path / "x.tar", "w", format=tarfile.PAX_FORMAT) as tar:
-        info = tarfile.TarInfo("a/x.npy")
-        info.pax_headers = {"GNU.sparse.map": "0,1", "GNU.sparse.size": "9"}
-        info.size = 1
-        tar.addfile(info, io.BytesIO(b"x"))
-    with pytest.raises(UsageError, match=r"a/x\.npy is stored as a sparse file"):
-        open_tar(str(tmp_path / "x.tar"), "--data_path", 3)
-
-
-def test_images_of_tars_that_cannot_be_read(tars):
-    """Damaged when packed, and tars that change after the start."""
-    with tarfile.open(tars / "x.tar", "w") as tar:
-        add(tar, "b/9.jpg", jpeg(9)[:-300])
-        add(tar, "b/8.jpg", jpeg(8))
-    found = open_tar(str(tars / "x.tar"), "--data_path", 3)
-    assert found[0][0].shape == (3, 40, 60)
-    with pytest.raises(BadImage, match=r"x\.tar/b/9\.jpg: "):
-        found[1]
-    os.truncate(tars / "x.tar", 600)
-    with pytest.raises(BadImage, match=r"x\.tar/b/8\.jpg: the tar was cut short"):
-        found[0]
-    found = open_tar(str(tars / "one.tar"), "--data_path", 3)
-    (tars / "one.tar").unlink()
-    with pytest.raises(BadImage, match=r"one\.tar/.*: No such file"):
-        found[0]
-
-
-def test_many_shards_are_not_all_kept_open(tars, monkeypatch):
-    monkeypatch.setattr(tars_module, "opened", functools.lru_cache(2)(tars_module.opened.__wrapped__))
-    found = open_tar(str(tars / "shards"), "--data_path", 3)
-    before = len(os.listdir("/proc/self/fd"))
-    for i in range(len(found)):
-        found[i]
-    assert tars_module.opened.cache_info().currsize == 2
-    assert len(os.listdir("/proc/self/fd")) <= before + 2
-
-
-# ---- the index of tars
-
-
-@pytest.fixture
-def reads(monkeypatch):
-    """The tars whose headers are read, in this process."""
-    seen, scan = [], tars_module._scan
-
-    def counted(flag, path):
-        seen.append(os.path.basename(path))
-        return scan(flag, path)
-
-    monkeypatch.setattr(tars_module, "_scan", counted)
-    monkeypatch.setattr(tars_module, "ProcessPoolExecutor", lambda count: contextlib.nullcontext(builtins))
-    return seen
-
-
-def test_tars_are_indexed_once(tars, reads):
-    for labelled in (True, False, True):
-        open_tar(str(tars / "shards"), "--data_path", 3, labelled=labelled)
-    assert reads == ["0.tar", "1.tar", "2.tar"]
-    (tars / "shards").rename(tars / "moved")
-    assert open_tar(str(tars / "moved"), "--data_path", 3)[0][0].shape == (3, 40, 60)
-    assert len(reads) == 3
-    assert len(list((tars / "moved").iterdir())) == 4
-    open_tar(str(tars / "moved/0.tar"), "--data_path", 3)
-    assert len(reads) == 4
-
-
-TAR_CHANGES = {
-    "a shard more": lambda root: shutil.copy(root / "0.tar", root / "3.tar"),
-    "a shard less": lambda root: (root / "0.tar").unlink(),
-    "a shard renamed": lambda root: (root / "0.tar").rename(root / "9.tar"),
-    "two shards exchanged": lambda root: [(root / f"{a}.tar").rename(root / f"{b}.tar") for a, b in ("0x", "10", "x1")],
-    "a shard rewritten": lambda root: (root / "0.tar").write_bytes((root / "1.tar").read_bytes()),
-    "a shard touched": lambda root: os.utime(root / "0.tar", ns=(1, 1)),
-    "a damaged index": lambda root: next(root.glob(".fcmae*")).write_bytes(b"PK\3\4 damaged"),
-    "an index cut short": lambda root: os.truncate(next(root.glob(".fcmae*")), 900),
-    "an index of pickles": lambda root: np.savez(next(root.glob(".fcmae*")), head=np.array([{}])),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("change", TAR_CHANGES)
-def test_changes_of_tars_are_seen(tars, reads, change):
-    before = open_tar(str(tars / "shards"), "--data_path", 3).paths
-    assert all(before.read(i) for i in range(len(before)))  # the tars are open
-    TAR_CHANGES[change](tars / "shards")
-    del reads[:]
-    found = open_tar(str(tars / "shards"), "--data_path", 3)
-    assert len(reads) == len(list((tars / "shards").glob("*.tar")))
-    for path in found.paths:
-        shard, _, name = path.partition(".tar/")
-        with tarfile.open(f"{shard}.tar") as tar:
-            members = {os.path.normpath(member.name): member for member in tar}
-            assert found.paths.read(list(found.paths).index(path)) == tar.extractfile(members[name]).read()
-
-
-def test_where_the_index_of_tars_is_kept(tars, reads, tmp_path, monkeypatch, logs):
-    """Beside them, else in the user's cache, else nowhere, and nothing half written is left."""
-    real = open
-
-    def read_only(path, mode="r", **options):
-        if "w" in mode and str(tars / "shards") in str(path):
-            raise PermissionError(13, "Permission denied")
-        return real(path, mode, **options)
-
-    monkeypatch.setattr(tars_module, "open", read_only, raising=False)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    for _ in range(2):
-        open_tar(str(tars / "shards"), "--data_path", 3)
-    assert len(reads) == 3
-    assert [path.suffix for path in (tmp_path / "cache/fcmae").iterdir()] == [".npz"]
-    assert not list((tars / "shards").glob(".*"))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tars / "one.tar"))  # is no folder
-    for _ in range(2):
-        assert len(open_tar(str(tars / "shards"), "--data_path", 3)) == 24
-    assert len(reads) == 9
-    assert logs.text.count("is made anew at every start") == 2
-
-
-def test_a_full_disk_leaves_no_part_of_an_index(tars, monkeypatch):
-    def full(file, **arrays):
-        file.write(b"part")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(np, "savez", full)
-    assert len(open_tar(str(tars / "shards"), "--data_path", 3)) == 24
-    assert not list((tars / "shards").glob(".*"))
-
-
-# ---- what is remembered
-
-
-def age(root, seconds=60):
-    """Make every folder as old as those that are remembered."""
-    for folder, _, _ in os.walk(root):
-        status = os.stat(folder)
-        os.utime(folder, ns=(status.st_atime_ns, status.st_mtime_ns - int(seconds * 1e9)))
-
-
 @pytest.fixture
 def tree(tmp_path):
     root = tmp_path / "tree"
@@ -489,126 +161,16 @@ def tree(tmp_path):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).touch()
     (root / "empty").mkdir()
-    age(root)
     return root
 
 
 CONTENT = {"": [], "a": ["0.jpg", "1.JPG"], "b": [], "b/deep": ["2.png"], "empty": []}
 
 
-@pytest.fixture
-def scans(monkeypatch):
-    """The folders that are listed, as they are."""
-    seen, scandir = [], os.scandir
-
-    def counted(path="."):
-        seen.append(os.fspath(path))
-        return scandir(path)
-
-    monkeypatch.setattr(os, "scandir", counted)
-    monkeypatch.setattr(os, "listdir", lambda path=".": pytest.fail("listed another way"))
-    return seen
-
-
-def test_a_second_start_lists_nothing(tree, scans):
-    assert list_files(str(tree), JPG) == CONTENT
-    assert len(scans) == len(CONTENT)
-    assert list_files(str(tree), JPG) == CONTENT
-    assert list_files(f"{tree}/./", JPG) == CONTENT
-    assert len(scans) == len(CONTENT)
-    assert list_files(str(tree), JPG, cache=False) == CONTENT
-    assert len(scans) == 2 * len(CONTENT)
-    assert list_files(str(tree), (".png",))["a"] == []  # another question
-    for _ in range(2):
-        del scans[:]
-        assert len(ImageTree(str(tree), "--data_path")) == 3
-    assert not scans
-
-
-CHANGES = {
-    "a file more": lambda root: (root / "b/deep/new.jpg").touch(),
-    "a file less": lambda root: (root / "a/0.jpg").unlink(),
-    "a file renamed": lambda root: (root / "a/0.jpg").rename(root / "a/z.jpg"),
-    "a file moved": lambda root: (root / "a/0.jpg").rename(root / "b/0.jpg"),
-    "a folder more": lambda root: (root / "empty/c").mkdir(),
-    "a folder less": lambda root: (root / "empty").rmdir(),
-    "a folder renamed": lambda root: (root / "a").rename(root / "c"),
-    "a folder in place of another": lambda root: ((root / "a").rename(root / "x"), (root / "b").rename(root / "a")),
-}
-
-
-@pytest.mark.parametrize("change", CHANGES)
-def test_changes_are_seen(tree, change):
-    list_files(str(tree), JPG)
-    CHANGES[change](tree)
-    expected = list_files(str(tree), JPG, cache=False)
-    assert expected != CONTENT
-    assert list_files(str(tree), JPG) == expected
-    age(tree)
-    assert list_files(str(tree), JPG) == expected
-    assert list_files(str(tree), JPG) == expected
-
-
-def test_a_folder_that_may_still_change_is_not_remembered(tree):
-    """A change within the same tick of the file system's clock would not be seen."""
-    age(tree, -60.5)
-    list_files(str(tree), JPG)
-    assert not cache_path(str(tree), JPG).exists()
-    age(tree)
-    list_files(str(tree), JPG)
-    assert cache_path(str(tree), JPG).exists()
-
-
-DAMAGE = [
-    b"", b"{", b"[]", b"null", b"\xff\xfe", b'{"version": 1}', b'{"version": 1, "root": "ROOT", "folders": 3}',
-    b'{"version": 1, "root": "ROOT", "folders": {"": [0, [3]]}}', b'{"version": 1, "root": "ROOT", "folders": {"": 3}}',
-    b'{"version": 1, "root": "/", "folders": {}}',
-    b'{"version": 0, "root": "ROOT", "folders": {}}', b"\x80\x04cos\nsystem\n",
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("damage", DAMAGE, ids=range(len(DAMAGE)))
-def test_a_damaged_memory_is_made_anew(tree, scans, damage):
-    list_files(str(tree), JPG)
-    path = cache_path(str(tree), JPG)
-    path.write_bytes(damage.replace(b"ROOT", os.fsencode(tree)))
-    assert list_files(str(tree), JPG) == CONTENT
-    del scans[:]
-    assert list_files(str(tree), JPG) == CONTENT
-    assert not scans
-    assert json.loads(path.read_text())["root"] == str(tree)
-
-
-def test_a_memory_that_cannot_be_written(tree, tmp_path, monkeypatch):
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))  # is no folder
-    for _ in range(2):
-        assert list_files(str(tree), JPG) == CONTENT
-
-    def full(*args, **kwargs):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(index.json, "dump", full)
-    assert list_files(str(tree), JPG) == CONTENT
-    assert not list(cache_path(str(tree), JPG).parent.iterdir())  # nothing half written
-
-
-def test_the_memory_is_in_the_cache_of_the_user(tree, tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    assert tmp_path / "cache" in cache_path("/data", JPG).parents
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    assert tmp_path / "home/.cache" in cache_path("/data", JPG).parents
-
-
 def test_links(tree):
     (tree / "a/back").symlink_to(tree)  # a circle, followed once
     (tree / "c").symlink_to(tree / "b")
-    age(tree)
-    for _ in range(2):
-        found = list_files(str(tree), JPG)
-        assert found == {**CONTENT, "c": [], "c/deep": ["2.png"]}
+    assert list_files(str(tree), JPG) == {**CONTENT, "c": [], "c/deep": ["2.png"]}
 
 
 def test_names_that_are_no_text(tree):
@@ -616,17 +178,92 @@ def test_names_that_are_no_text(tree):
         (tree / os.fsdecode(b"a/\xff\n.jpg")).touch()
     except OSError:
         pytest.skip("a file system that refuses such names")
-    age(tree)
-    for _ in range(2):
-        assert list_files(str(tree), JPG)["a"] == ["0.jpg", "1.JPG", os.fsdecode(b"\xff\n.jpg")]
+    assert list_files(str(tree), JPG)["a"] == ["0.jpg", "1.JPG", os.fsdecode(b"\xff\n.jpg")]
 
 
-@pytest.mark.parametrize("build", [ImageTree, ClassFolders])
-def test_data_sets_can_do_without(tree, scans, build):
-    (tree / "empty").rmdir()
-    age(tree)
-    del scans[:]
-    for _ in range(2):
-        build(str(tree), "--data_path", index_cache=False)
-    assert len(scans) == 8
-    assert not cache_path(str(tree), EXTENSIONS).exists()
+def test_class_folders(folders):
+    train = ClassFolders(str(folders / "train"), "--data_path")
+    assert train.classes == ["ant", "bee", "cat"]
+    assert Counter(train.targets) == {0: 4, 1: 4, 2: 4}
+    val = ClassFolders(str(folders / "val"), "--eval_data_path", classes=train.classes)
+    assert Counter(val.targets) == {0: 4, 2: 4}  # cat stays 2 although bee is not there
+    pairs = zip(val.paths, val.targets, strict=True)
+    assert {path.split("/")[-2] for path, label in pairs if label == 2} == {"cat"}
+
+
+def test_class_folder_errors(folders, tmp_path):
+    train = str(folders / "train")
+    with pytest.raises(UsageError, match=r"--data_path .*nowhere: no such folder"):
+        ClassFolders(str(tmp_path / "nowhere"), "--data_path")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UsageError, match="holds no class folders"):
+        ClassFolders(str(tmp_path / "empty"), "--data_path")
+    with pytest.raises(UsageError, match="holds no class folders"):
+        ClassFolders(f"{train}/ant", "--data_path")
+    save(picture(), folders / "val/beee/0.png")
+    with pytest.raises(UsageError, match=r"--eval_data_path .*'beee' is not among the 3 .*did you mean bee\?"):
+        ClassFolders(str(folders / "val"), "--eval_data_path", classes=["ant", "bee", "cat"])
+    (tmp_path / "train/dog").mkdir()
+    with pytest.raises(UsageError, match="dog"):
+        ClassFolders(train, "--data_path")
+    (tmp_path / "void/x").mkdir(parents=True)
+    with pytest.raises(UsageError, match="holds no images"):
+        ClassFolders(str(tmp_path / "void"), "--eval_data_path", classes=["x", "y"])
+
+
+def test_image_tree(folders, tmp_path):
+    nested = tmp_path / "nested"
+    for name in ("top.JPG", "a/b/c/deep.png", "a/other.webp"):
+        save(picture(), nested / name)
+    (nested / "a/notes.txt").write_text("no image")
+    tree = ImageTree(str(nested), "--data_path")
+    assert [path.removeprefix(f"{nested}/") for path in tree.paths] == ["a/b/c/deep.png", "a/other.webp", "top.JPG"]
+    image, label = tree[0]
+    assert torch.equal(image, pil_to_tensor(picture()))
+    assert (label, len(tree)) == (0, 3)
+    with pytest.raises(UsageError, match="no such folder"):
+        ImageTree(str(tmp_path / "nowhere"), "--data_path")
+    (tmp_path / "hollow/a").mkdir(parents=True)
+    with pytest.raises(UsageError, match="holds no images"):
+        ImageTree(str(tmp_path / "hollow"), "--data_path")
+
+
+def test_lists_end_to_end(scripts, tmp_path):
+    """The classes of a training list number those of an evaluation list, with other paths; both without the folders."""
+    train = [f"{path.relative_to(scripts.train)}\tclass {path.parent.name}" for path in scripts.train.rglob("*.png")]
+    val = [f"{path.relative_to(scripts.val)} {path.parent.name[1]}" for path in scripts.val.rglob("*.png")]
+    for name, lines in (("train", sorted(train)), ("val", sorted(val)), ("bare", [x.split("\t")[0] for x in train])):
+        (tmp_path / f"{name}.txt").write_text("\n".join(lines))
+    result = scripts.pretrain("--train_list", tmp_path / "bare.txt", "--epochs", 2)
+    assert "40 images" in result.out, result.err
+    flags = ("--train_list", tmp_path / "train.txt", "--eval_list", tmp_path / "val.txt", "--epochs", 2)
+    result = scripts.finetune(*flags, "--output_dir", tmp_path / "out")
+    assert "40 images of 4 classes" in result.out, result.err
+    best = tmp_path / "out/checkpoint-best.pth"
+    assert load(best)["classes"] == [f"class c{i}" for i in range(4)]
+    folders = scripts.finetune("--epochs", 2, "--output_dir", tmp_path / "folders")
+    assert load(tmp_path / "folders/checkpoint-1.pth")["classes"] == [f"c{i}" for i in range(4)]
+    assert records(tmp_path / "out")[-1] == records(tmp_path / "folders")[-1], folders.err
+    for more in (flags, flags[2:]):  # with and without the training list
+        result = scripts.finetune(*more, "--eval", "true", "--resume", best)
+        assert "(22 images)" in result.out, result.err
+    result = scripts.finetune("--train_list", tmp_path / "bare.txt")
+    assert result.code == 2
+    assert "line 1, " in result.err
+    result = scripts.finetune("--train_list", tmp_path / "train.txt", "--data_set", "shapes")
+    assert result.err == "error: --train_list: is for --data_set image_folder, not shapes\n"
+
+
+def test_hidden_folders_are_no_classes(scripts, tmp_path):
+    for split, folder in (("train", scripts.train), ("val", scripts.val)):
+        shutil.copytree(folder, tmp_path / split)
+        (tmp_path / split / ".ipynb_checkpoints").mkdir()
+    save(picture(24, 24), tmp_path / "train/.ipynb_checkpoints/0.png")
+    save(picture(24, 24), tmp_path / "train/c0/.ipynb_checkpoints/0.png")
+    (tmp_path / "train/c0/._0.png").write_text("Mac OS X")
+    flags = ("--data_path", tmp_path / "train", "--eval_data_path", tmp_path / "val", "--epochs", 1)
+    result = scripts.finetune(*flags, "--warmup_epochs", 0)
+    assert "40 images of 4 classes" in result.out, result.err
+    assert "unreadable" not in result.out
+    args = finetune_args(data_set="image_folder", data_path=tmp_path / "train", eval_data_path=tmp_path / "val")
+    assert datasets.labelled_files(False, args).classes == ["c0", "c1", "c2", "c3"]

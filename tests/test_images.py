@@ -1,4 +1,4 @@
-"""utils/images.py: pixels against Pillow and NumPy, channels, depths, damaged files. utils/crops.py: boxes, crops."""
+"""utils/data/images.py: pixels against Pillow and NumPy, channels, depths, damaged files, with each decoder."""
 
 import io
 import struct
@@ -9,14 +9,12 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-from torchvision.transforms import RandomResizedCrop
+from PIL import Image, ImageOps
 
-from tests.test_datasets import broken_files, picture
-from utils import images
-from utils.crops import Box, crop, crop_batch, draw_box, draw_shift
+from tests.pictures import broken_files, picture, pixels, save
+from utils.data import images
+from utils.data.images import BadImage, decode, load_image, read_file, to_tensor
 from utils.errors import UsageError
-from utils.images import BadImage, load_image, load_tensor, to_tensor
 
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding")  # which torchvision announces to drop
 RANDOM = np.random.RandomState(0)
@@ -45,10 +43,30 @@ def write(path, content):
     return str(path)
 
 
-def pixels(image):
-    """(C, H, W) of a Pillow image."""
-    array = np.asarray(image)
-    return torch.from_numpy((array[None] if array.ndim == 2 else array.transpose(2, 0, 1)).copy())
+def load_tensor(path, *options, **more):
+    return decode(read_file(path), path, *options, **more)
+
+
+def turning(content, mode="RGB"):
+    """Stands for torchcodec where it is not installed: it, too, applies the orientation."""
+    try:
+        image = ImageOps.exif_transpose(Image.open(io.BytesIO(content.numpy().tobytes())))
+        return pixels(image.convert(mode if mode == "RGB" else "L"))
+    except Exception as error:
+        raise RuntimeError from error
+
+
+@pytest.fixture(params=["torchcodec", "torchvision", "Pillow"])
+def decoder(request, monkeypatch):
+    """Each of the decoders, those that are preferred to it being gone."""
+    if request.param == "torchcodec" and "torchcodec" not in sys.modules:
+        fake = types.SimpleNamespace(decode_jpeg=turning, decode_png=None)
+        monkeypatch.setitem(sys.modules, "torchcodec.decoders", fake)
+    elif request.param != "torchcodec":
+        monkeypatch.setitem(sys.modules, "torchcodec.decoders", None)
+    if request.param == "Pillow":
+        monkeypatch.setitem(sys.modules, "torchvision.io", None)
+    monkeypatch.setattr(images, "FAST_DECODERS", images._fast_decoders())
 
 
 # ---- 8-bit images
@@ -56,7 +74,7 @@ def pixels(image):
 
 @pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0, "quality": 97}])
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
-def test_jpegs_have_the_pixels_of_pillow(tmp_path, mode, options):
+def test_jpegs_have_the_pixels_of_pillow(tmp_path, mode, options, decoder):
     path = write(tmp_path / "x.jpg", encoded(picture().convert(mode), "JPEG", **options))
     assert torch.equal(load_tensor(path), pixels(load_image(path)))
 
@@ -71,37 +89,59 @@ def test_other_images_have_the_pixels_of_pillow(tmp_path, mode, name):
     assert torch.equal(load_tensor(str(path)), pixels(load_image(str(path))))
 
 
-def test_orientation_is_not_applied(tmp_path):
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "LA", "CMYK", "1", "I;16"])
+def test_every_mode_loads_as_rgb(tmp_path, mode):
+    image = Image.new("I;16", (60, 40)) if mode == "I;16" else picture().convert(mode)
+    path = tmp_path / f"x.{'jpg' if mode == 'CMYK' else 'png'}"
+    save(image, path)
+    loaded = load_image(str(path))
+    assert (loaded.mode, loaded.size) == ("RGB", (60, 40))
+    if mode == "L":
+        assert loaded.tobytes() == image.convert("RGB").tobytes()
+
+
+def test_orientation_is_not_applied(tmp_path, decoder):
     exif = Image.Exif()
-    exif[0x0112] = 6  # rotated by a quarter
-    path = write(tmp_path / "x.jpg", encoded(picture(), "JPEG", exif=exif))
-    assert load_tensor(path).shape == (3, 40, 60)
+    for exif[0x0112] in (3, 6):  # a half and a quarter turn
+        path = write(tmp_path / "x.jpg", encoded(picture(), "JPEG", exif=exif, icc_profile=b"\xff\xe1" * 9))
+        assert torch.equal(load_tensor(path), pixels(load_image(path)))
 
 
-def test_without_torchvisions_decoder(tmp_path, monkeypatch):
-    path = write(tmp_path / "x.jpg", encoded(picture(), "JPEG"))
-    expected = load_tensor(path)
-    monkeypatch.setattr(images, "decode_jpeg", None)
-    assert torch.equal(load_tensor(path), expected)
-
-
-def test_what_torchvision_refuses_pillow_reads(tmp_path, monkeypatch):
+def test_what_the_decoder_refuses_pillow_reads(tmp_path, monkeypatch):
     def refuse(*args):
         raise RuntimeError("no")
 
     path = write(tmp_path / "x.jpg", encoded(picture(), "JPEG"))
     expected = load_tensor(path)
-    monkeypatch.setattr(images, "decode_jpeg", refuse)
+    monkeypatch.setattr(images, "FAST_DECODERS", {images.JPEG: refuse})
     assert torch.equal(load_tensor(path), expected)
+
+
+def test_the_newest_decoder_that_is_there_is_taken(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchcodec.decoders", types.SimpleNamespace(decode_jpeg=0, decode_png=0))
+    taken = [images._fast_decoders()]
+    monkeypatch.setitem(sys.modules, "torchcodec.decoders", types.SimpleNamespace())  # an older one
+    taken.append(images._fast_decoders())
+    monkeypatch.setitem(sys.modules, "torchcodec.decoders", None)
+    taken.append(images._fast_decoders())
+    monkeypatch.setitem(sys.modules, "torchvision.io", None)
+    taken.append(images._fast_decoders())
+    codes = [decoders and decoders[images.JPEG].__code__ for decoders in taken]
+    assert codes[0] != codes[1] == codes[2]
+    assert codes[3] == {}
 
 
 # ---- damaged files
 
 
-def test_broken_files_are_named(tmp_path):
+
+
+def test_broken_files_are_named(tmp_path, decoder):
     for name, content in broken_files().items():
         with pytest.raises(BadImage, match=name):
             load_tensor(write(tmp_path / name, content))
+        with pytest.raises(BadImage, match=name):
+            load_image(str(tmp_path / name))
     with pytest.raises(BadImage, match=r"missing\.png: No such file"):
         load_tensor(str(tmp_path / "missing.png"))
     with pytest.raises(BadImage, match="Is a directory"):
@@ -109,14 +149,14 @@ def test_broken_files_are_named(tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L"])
-def test_jpeg_cut_anywhere_is_refused(tmp_path, mode):
+def test_jpeg_cut_anywhere_is_refused(tmp_path, mode, decoder):
     whole = encoded(picture().convert(mode), "JPEG")
     for length in range(0, len(whole) - 2, max(1, len(whole) // 60)):
         with pytest.raises(BadImage):
             load_tensor(write(tmp_path / "x.jpg", whole[:length]))
 
 
-def test_jpegs_with_wrong_bytes_never_end_the_process(tmp_path):
+def test_jpegs_with_wrong_bytes_never_end_the_process(tmp_path, decoder):
     """They are refused, or read as Pillow reads them."""
     whole, random = encoded(picture(), "JPEG"), np.random.RandomState(1)
     readable = 0
@@ -272,10 +312,23 @@ def test_sixteen_bit_pngs(tmp_path, channels):
         torch.testing.assert_close(load_tensor(path, channels), expected)
     if channels > 2:
         torch.testing.assert_close(load_tensor(path, 3), expected[:3])  # without alpha
+        turned = b"\0\0\0\x1aeXIf" + b"MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06" + bytes(6)
+        turned += struct.pack(">I", zlib.crc32(turned[4:]))
+        content = png16(array)
+        path = write(tmp_path / "turned.png", content[:33] + turned + content[33:])
+        assert Image.open(path).getexif()[0x0112] == 6
+        torch.testing.assert_close(load_tensor(path, channels), expected)
     damaged = bytearray(png16(array))
     damaged[-30] ^= 64
     with pytest.raises(BadImage):  # before torchvision's decoder, which such files crash, sees it
         load_tensor(write(tmp_path / "x.png", bytes(damaged)), max(channels, 3))
+
+
+def test_sixteen_bit_pngs_that_cannot_be_read_in_full(tmp_path, monkeypatch):
+    path = write(tmp_path / "x.png", png16(np.full((4, 4, 3), 300, np.uint16)))
+    monkeypatch.setattr(images, "FAST_DECODERS", {})
+    with pytest.raises(BadImage, match=r"x\.png: a PNG in colour of 16 bits, .*pip install torchcodec"):
+        load_tensor(path)
 
 
 def test_numbers_beyond_sixteen_bits(tmp_path):
@@ -341,79 +394,3 @@ def tiff16(array):
             behind, packed = behind + packed, struct.pack("<I", place)
         table += struct.pack("<HHI", tag, kind, len(values)) + packed.ljust(4, b"\0")
     return b"II*\0" + struct.pack("<I", start) + data + table + b"\0" * 4 + behind
-
-
-# ---- crops
-
-
-@pytest.mark.parametrize(
-    ("height", "width", "min_crop"), [(40, 60, 0.08), (375, 500, 0.2), (30, 200, 0.5), (90, 20, 1)]
-)
-def test_boxes_are_distributed_as_torchvisions(height, width, min_crop):
-    torch.manual_seed(0)
-    image = torch.empty(3, height, width)
-    boxes = [draw_box(height, width, min_crop) for _ in range(4000)]
-    theirs = [RandomResizedCrop.get_params(image, (min_crop, 1.0), (3 / 4, 4 / 3)) for _ in range(4000)]
-    for top, left, h, w, _ in boxes:
-        assert 0 <= top <= top + h <= height
-        assert 0 <= left <= left + w <= width
-        assert h > 0 < w
-    assert abs(np.mean([box.mirrored for box in boxes]) - 0.5) < 0.04
-    for statistic in (0, 1, 2, 3, lambda b: b[2] * b[3], lambda b: b[2] / b[3]):
-        value = statistic if callable(statistic) else lambda b, i=statistic: b[i]
-        a, b = (np.sort([value(box) for box in drawn]) for drawn in (boxes, theirs))
-        grid = np.union1d(a, b)
-        shares = [np.searchsorted(x, grid, "right") / len(x) for x in (a, b)]
-        assert np.abs(shares[0] - shares[1]).max() < 0.043  # Kolmogorov-Smirnov at 0.1 %
-
-
-def test_a_crop_that_does_not_fit_is_the_largest_that_does():
-    for height, width, expected in ((10, 100, (0, 43, 10, 13)), (100, 10, (43, 0, 13, 10))):
-        image = torch.empty(3, height, width)
-        assert draw_box(height, width, 1.0)[:4] == expected
-        assert RandomResizedCrop.get_params(image, (1.0, 1.0), (3 / 4, 4 / 3)) == expected
-
-
-def test_shifts_reach_over_every_edge():
-    torch.manual_seed(0)
-    boxes = {draw_shift(32, 40, 32)[:4] for _ in range(2000)}
-    assert {box[0] for box in boxes} == set(range(-4, 5))
-    assert {box[1] for box in boxes} == set(range(-4, 13))
-    assert {box[2:] for box in boxes} == {(32, 32)}
-    image = torch.randint(1, 256, (3, 32, 32), dtype=torch.uint8)
-    padded = torch.nn.functional.pad(image, (4, 4, 4, 4))
-    assert torch.equal(crop(image, Box(-4, 3, 32, 32, False), 32), padded[:, :32, 7:39])
-    assert torch.equal(crop(image, Box(2, -1, 32, 32, True), 32), padded[:, 6:38, 3:35].flip(-1))
-
-
-def stack_of_pictures():
-    return torch.stack([pixels(picture(seed=i)) for i in range(6)])
-
-
-@pytest.mark.parametrize("size", [16, 32, 64])
-def test_crops_on_the_device_are_those_of_the_host(size):
-    """Of 8-bit images within two levels and on average a quarter of one, as passes round; of floats exactly."""
-    torch.manual_seed(0)
-    whole, differences = stack_of_pictures(), []
-    for _ in range(10):
-        boxes = [draw_box(40, 60, 0.2) for _ in whole]
-        rows = torch.tensor([(i, *box) for i, box in enumerate(boxes)])
-        found = crop_batch(whole, rows, size)
-        expected = torch.stack([crop(image, box, size) for image, box in zip(whole, boxes, strict=True)])
-        assert found.dtype == torch.uint8
-        differences.append((found.int() - expected.int()).abs())
-        floats = torch.stack([crop(image, box, size) for image, box in zip(whole / 255, boxes, strict=True)])
-        torch.testing.assert_close(crop_batch(whole / 255, rows, size), floats, rtol=0, atol=5e-5)
-    differences = torch.stack(differences)
-    assert differences.max() <= 2
-    assert differences.float().mean() < 0.25
-
-
-def test_shifts_on_the_device_are_exact():
-    torch.manual_seed(0)
-    whole = stack_of_pictures()
-    boxes = [draw_shift(40, 60, 40) for _ in whole]
-    found = crop_batch(whole, torch.tensor([(i, *box) for i, box in enumerate(boxes)]), 40)
-    expected = torch.stack([crop(image, box, 40) for image, box in zip(whole, boxes, strict=True)])
-    assert torch.equal(found, expected)
-    assert (found == 0).any()  # beyond the edge

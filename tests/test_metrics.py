@@ -631,8 +631,8 @@ def test_run(capsys, monkeypatch):
         '  File "x.py", line 1, in f\n    raise UsageError\nutils.errors.UsageError: 100 unreadable images\n'
     )
     assert run_raising(UsageError(worker), capsys) == (2, "error: 100 unreadable images\n")
-    several = "--data_set hfds/x: timm could not open it: no such set\n\n  tried: a\n  and: b\n"
-    expected = "error: --data_set hfds/x: timm could not open it: no such set tried: a and: b\n"
+    several = "--data_set tfds/x: timm could not open it: no such set\n\n  tried: a\n  and: b\n"
+    expected = "error: --data_set tfds/x: timm could not open it: no such set tried: a and: b\n"
     assert run_raising(UsageError(several), capsys) == (2, expected)
     monkeypatch.setenv("RANK", "3")
     assert run_raising(UsageError("no"), capsys) == (2, "[rank 3] error: no\n")

@@ -13,7 +13,8 @@ import main_finetune
 import main_pretrain
 from models.convnextv2 import SIZES
 from tests.small_runs import TINY, write_images
-from utils import shapes, slurm
+from utils import slurm
+from utils.data import shapes
 from utils.errors import run
 
 ROOT = Path(__file__).resolve().parent.parent

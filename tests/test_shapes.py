@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from utils import shapes
-from utils.shapes import CLASSES, Shapes, draw
+from utils.data import shapes
+from utils.data.shapes import CLASSES, Shapes, draw
 
 
 @pytest.mark.parametrize("size", [32, 64, 97])

@@ -32,7 +32,6 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import main_pretrain
-from datasets import Batch
 from engine_pretrain import train_one_epoch
 from models import convnextv2, fcmae, fused
 from models.convnextv2 import SIZES, compile_blocks
@@ -40,6 +39,7 @@ from tools.baselines import MaskedAutoencoderViT, masked_dense_features
 from utils import distributed
 from utils.amp import Amp
 from utils.args import ArgumentParser, add_bool
+from utils.data.sampling import Batch
 from utils.errors import UsageError, run, suggest
 from utils.lr_sched import Schedule
 from utils.param_groups import param_groups
@@ -157,7 +157,7 @@ class SameBatch:
     def __len__(self) -> int:
         return self.length
 
-    def prepare(self, imgs: torch.Tensor) -> torch.Tensor:
+    def batch_transform(self, imgs: torch.Tensor) -> torch.Tensor:
         return imgs
 
     def steps(self, epoch: int, start_step: int):

@@ -25,28 +25,29 @@ from torchvision.transforms.functional import pil_to_tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import datasets
-import main_pretrain
+from models.fcmae import random_mask
 from utils.args import ArgumentParser
-from utils.crops import crop, draw_box
+from utils.data.files import ImageTree
+from utils.data.images import load_image
+from utils.data.sampling import StepLoader, StepSampler, TrainSamples
+from utils.data.transforms import Normalise, mean_std, pretrain_transform, sample_box
 from utils.errors import UsageError, run
-from utils.images import load_image, load_tensor
 
-CPU = torch.device("cpu")
-NAMES = ("Pillow, float32", "torchvision, uint8", "torchvision, normalised on the CPU")
+NAMES = ("Pillow, float32", "this project's, uint8", "this project's, normalised on the CPU")
+MIN_CROP, MASK_RATIO = 0.2, 0.6
 
 
 class Usual(Dataset):
     """Images of a folder as MAE and its descendants load them."""
 
-    def __init__(self, paths: list[str], input_size: int, mean_std):
+    def __init__(self, paths: list[str], input_size: int):
         self.paths = paths
         self.transform = transforms.Compose(
             [
-                transforms.RandomResizedCrop(input_size, (0.2, 1.0), interpolation=InterpolationMode.BICUBIC),
+                transforms.RandomResizedCrop(input_size, (MIN_CROP, 1.0), interpolation=InterpolationMode.BICUBIC),
                 transforms.RandomHorizontalFlip(),
                 transforms.ToTensor(),
-                transforms.Normalize(*mean_std),
+                transforms.Normalize(*mean_std(3)),
             ]
         )
 
@@ -70,19 +71,25 @@ def measure(batches: Callable[[], Iterator[torch.Tensor]]) -> tuple[float, float
     return count / (time.perf_counter() - wall), count / (processor_seconds() - processor)
 
 
-def differences(paths: list[str], size: int, min_crop: float) -> tuple[float, float]:
+def differences(dataset: ImageTree) -> tuple[float, float]:
     """Mean and largest absolute difference of the pixels of the same crops, in levels of 255."""
     means, largest = [], 0.0
-    for i, path in enumerate(paths):
-        image = load_tensor(path)
+    for i, path in enumerate(dataset.paths):
         torch.manual_seed(i)
-        box = draw_box(*image.shape[1:], min_crop)
-        usual = load_image(path).crop((box.left, box.top, box.left + box.width, box.top + box.height))
-        usual = pil_to_tensor(usual.resize((size, size), Image.Resampling.BICUBIC))
-        difference = (crop(image, box._replace(mirrored=False), size).int() - usual.int()).abs()
+        own, _ = dataset[i]
+        torch.manual_seed(i)
+        image = load_image(path)
+        top, left, height, width, mirrored = sample_box(image.height, image.width, MIN_CROP)
+        usual = image.resize(own.shape[1:], Image.Resampling.BICUBIC, (left, top, left + width, top + height))
+        usual = pil_to_tensor(usual)
+        difference = ((own.flip(-1) if mirrored else own).int() - usual.int()).abs()
         means.append(difference.float().mean().item())
         largest = max(largest, difference.max().item())
     return statistics.mean(means), largest
+
+
+def sample_mask(num_patches: int) -> torch.Tensor:
+    return random_mask(torch.rand(num_patches), MASK_RATIO)
 
 
 def get_args_parser() -> ArgumentParser:
@@ -96,42 +103,36 @@ def get_args_parser() -> ArgumentParser:
 
 
 def main() -> None:
-    flags = get_args_parser().parse_args()
-    if flags.repeats < 1:
-        raise UsageError(f"--repeats {flags.repeats}: must be at least 1")
+    args = get_args_parser().parse_args()
+    for name, least in {"repeats": 1, "input_size": 32, "batch_size": 1, "num_workers": 0}.items():
+        if getattr(args, name) < least:
+            raise UsageError(f"--{name} {getattr(args, name)}: must be at least {least}")
     torch.set_num_threads(1)
-    args = main_pretrain.get_args_parser().parse_args(
-        ["--data_set", "image_folder", "--data_path", flags.data_path, "--pin_mem", "false"]
-        + [f"--{name}={getattr(flags, name)}" for name in ("input_size", "batch_size", "num_workers")]
-    )
-    main_pretrain.check_args(args)
-    if not Path(flags.data_path).is_dir():
-        raise UsageError(f"--data_path {flags.data_path}: no such folder")
-    dataset, mean_std = datasets.build_pretrain_dataset(args), datasets.mean_std(args)
-    prepare = datasets.build_prepare(dataset, args, CPU)
-    usual = Usual(dataset.paths, flags.input_size, mean_std)
+    dataset = ImageTree(args.data_path, "--data_path")
+    dataset.transform = pretrain_transform(args.input_size, 3, MIN_CROP)
+    usual, normalise = Usual(dataset.paths, args.input_size), Normalise(*mean_std(3))
 
     def usual_batches() -> Iterator[torch.Tensor]:
-        loader = DataLoader(usual, flags.batch_size, shuffle=True, num_workers=flags.num_workers)
+        loader = DataLoader(usual, args.batch_size, shuffle=True, num_workers=args.num_workers)
         return (imgs for imgs, _ in loader)
 
     def own_batches() -> Iterator[torch.Tensor]:
-        args.batch_size = min(flags.batch_size, len(dataset))
-        draw = partial(main_pretrain.draw_mask, (args.input_size // 32) ** 2, args.mask_ratio)
-        loader = datasets.build_train_loader(dataset, args, draw)
+        sampler = StepSampler(len(dataset), min(args.batch_size, len(dataset)))
+        samples = TrainSamples(dataset, 0, partial(sample_mask, (args.input_size // 32) ** 2))
+        loader = StepLoader(DataLoader(samples, batch_sampler=sampler, num_workers=args.num_workers), sampler)
         return (batch.data[0] for step in loader.steps(0) for batch in step)
 
-    pipelines = (usual_batches, own_batches, lambda: (prepare(imgs) for imgs in own_batches()))
+    pipelines = (usual_batches, own_batches, lambda: (normalise(imgs) for imgs in own_batches()))
     rates: list[list[tuple[float, float]]] = [[], [], []]
-    for round_ in range(-1, flags.repeats):  # the first one warms up
+    for round_ in range(-1, args.repeats):  # the first one warms up
         for pipeline, found in zip(pipelines, rates, strict=True):
             rate = measure(pipeline)
             if round_ >= 0:
                 found.append(rate)
-    mean, largest = differences(dataset.paths, args.input_size, args.min_crop)
+    mean, largest = differences(dataset)
     print(
-        f"{len(dataset)} images, crops of {flags.input_size} px, {flags.num_workers} workers, "
-        f"medians of {flags.repeats} passes, torch {torch.__version__}"
+        f"{len(dataset)} images, crops of {args.input_size} px, {args.num_workers} workers, "
+        f"medians of {args.repeats} passes, torch {torch.__version__}"
     )
     print("| pipeline | images/s | images/s per core | ratio |\n|---|---|---|---|")
     for name, found in zip(NAMES, rates, strict=True):

@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import datasets
 from models.convnextv2 import ConvNeXtV2, name_of
+from tools.probe import add_image_arguments
 from utils import layouts, weights
 from utils.args import ArgumentParser, add_bool
 from utils.errors import UsageError, run
@@ -305,8 +306,7 @@ def get_args_parser() -> ArgumentParser:
     parser.add_argument("--checkpoint", required=True, help=".pth, .pt, .bin or .safetensors, in any layout")
     parser.add_argument("--to", required=True, choices=list(TARGETS), help="the library to write for")
     parser.add_argument("--output", required=True, help="a folder, or (not for hf) a file with the format's ending")
-    parser.add_argument("--input_size", type=int, default=224, help="side of the images, if not as in training")
-    parser.set_defaults(crop_pct=None, mean=None, std=None)
+    add_image_arguments(parser)
     ema_help = "take the moving average of the weights (model_ema); where not given: of checkpoint-best-ema.pth"
     add_bool(parser, "--ema", None, ema_help)
     parser.add_argument("--num_classes", type=int, default=None, help="0 leaves the head out; without, as in the file")

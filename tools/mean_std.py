@@ -15,11 +15,11 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils.args import ArgumentParser, add_bool
+from utils.args import ArgumentParser
+from utils.data.images import BadImage
+from utils.data.sampling import shuffled_indices
+from utils.data.tars import open_unlabelled
 from utils.errors import UsageError, run
-from utils.files import ImageTree, open_tar
-from utils.images import BadImage
-from utils.tars import tar_shards
 
 
 class Moments(Dataset):
@@ -68,7 +68,6 @@ def get_args_parser() -> ArgumentParser:
     parser.add_argument("--in_chans", type=int, default=3, help="channels of the images")
     parser.add_argument("--max_images", type=int, default=10000, help="so many, drawn at random, are enough; 0: all")
     parser.add_argument("--num_workers", type=int, default=0, help="loader processes")
-    add_bool(parser, "--index_cache", True, "keep the list of the folder's files below ~/.cache")
     return parser
 
 
@@ -77,13 +76,9 @@ def main() -> None:
     for name in ("in_chans", "max_images", "num_workers"):
         if getattr(args, name) < (name == "in_chans"):
             raise UsageError(f"--{name} {getattr(args, name)}: must be at least {int(name == 'in_chans')}")
-    if tar_shards(args.data_path):
-        images = open_tar(args.data_path, "--data_path", args.in_chans, labelled=False)
-    else:
-        images = ImageTree(args.data_path, "--data_path", None, args.in_chans, args.index_cache)
+    images = open_unlabelled(args.data_path, "--data_path", args.in_chans)
     if 0 < args.max_images < len(images):
-        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-        images = Subset(images, order[: args.max_images].tolist())
+        images = Subset(images, shuffled_indices(images)[: args.max_images].tolist())
     mean, std, count = mean_std(images, args.num_workers)
     print(f"{count} images", file=sys.stderr)
     words = (f"--{name} " + " ".join(f"{x:.6g}" for x in xs.tolist()) for name, xs in (("mean", mean), ("std", std)))

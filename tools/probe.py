@@ -27,6 +27,7 @@ from models.convnextv2 import Encoder
 from utils import weights
 from utils.amp import Amp
 from utils.args import CROP_HELP, ArgumentParser, add_bool, seed
+from utils.data.sampling import random_subset
 from utils.distributed import pick_device, setup_logging
 from utils.errors import UsageError, run
 from utils.knn import extract, knn_votes, pooled_features
@@ -126,7 +127,6 @@ def probe(encoder: Encoder, loaders: tuple[DataLoader, DataLoader], methods: dic
 
 def get_args_parser() -> ArgumentParser:
     parser = ArgumentParser(__doc__.splitlines()[0])
-    parser.set_defaults(min_crop=1.0, index_cache=True, train_list=None, eval_list=None)  # which data sets ask for
     parser.add_argument("--checkpoint", required=True, help="file of any layout; its shapes tell the model")
     parser.add_argument("--method", choices=("knn", "linear", "both"), default="both", help="classifier to use")
     parser.add_argument("--k", type=int, default=20, help="nearest training images that vote")
@@ -138,6 +138,8 @@ def get_args_parser() -> ArgumentParser:
     parser.add_argument(
         "--eval_data_path", default=None, help="class folders of test images; without, image_folder holds a fifth out"
     )
+    for name, of in (("--train_list", "--data_path"), ("--eval_list", "--eval_data_path if given")):
+        parser.add_argument(name, default=None, help=f"file with a line per image: its path below {of}, and its label")
     parser.add_argument("--nb_classes", type=int, default=None, help="number of classes, where the data does not tell")
     add_image_arguments(parser)
     parser.add_argument("--batch_size", type=int, default=64, help="images per forward pass")
@@ -165,7 +167,7 @@ def main(args) -> None:
     encoder = load_encoder(args)
     device = pick_device(args.device)
     amp = Amp(device, device.type == "cuda" if args.use_amp is None else args.use_amp, torch.bfloat16)
-    splits = (datasets.random_subset(x, args.max_images) for x in datasets.labelled_splits(args))
+    splits = (random_subset(x, args.max_images) for x in datasets.labelled_splits(args))
     loaders = tuple(datasets.build_eval_loader(split, args, spread=False) for split in splits)
     methods = {"knn": partial(knn_votes, k=args.k, temperature=args.temperature), "linear": linear_scores}
     methods = {name: method for name, method in methods.items() if args.method in (name, "both")}

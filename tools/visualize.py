@@ -27,11 +27,13 @@ from tools.probe import add_image_arguments, load_encoder
 from utils import weights
 from utils.amp import Amp
 from utils.args import ArgumentParser, add_bool, prepared_output_dir, seed
+from utils.data.files import ImageTree
+from utils.data.images import BadImage, decode, read_file
+from utils.data.sampling import shuffled_indices
+from utils.data.shapes import Shapes
 from utils.distributed import pick_device, setup_logging
 from utils.errors import UsageError, run
-from utils.images import BadImage, load_tensor
 from utils.pictures import reconstructions, shown, tile
-from utils.shapes import Shapes
 
 
 def load_images(args) -> torch.Tensor:
@@ -42,13 +44,13 @@ def load_images(args) -> torch.Tensor:
         return torch.stack([transform(dataset[i][0]) for i in range(len(dataset))])
     for path in args.images:
         if Path(path).is_dir():  # some from anywhere in it: the first may all be of one class
-            found = datasets.ImageTree(path, "--images", None, args.in_chans, False).paths
-            paths += [found[i] for i in sorted(datasets.shuffled_indices(found)[: args.max_images].tolist())]
+            found = ImageTree(path, "--images", args.in_chans).paths
+            paths += [found[i] for i in sorted(shuffled_indices(found)[: args.max_images].tolist())]
         else:
             paths.append(path)
     for path in paths[: args.max_images]:
         try:
-            image = load_tensor(path, args.in_chans)
+            image = decode(read_file(path), path, args.in_chans)
         except (BadImage, UsageError) as error:
             raise UsageError(f"--images {error}") from error
         if image.dtype != torch.uint8 and not args.mean:

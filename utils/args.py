@@ -146,11 +146,6 @@ def add_shared_arguments(
     list_help = "file with an image per line: its path below --data_path, and after a tab, space or comma its label"
     group.add_argument("--train_list", default=None, help=list_help)
     group.add_argument("--eval_list", default=None, help="the same for evaluation, below --eval_data_path if given")
-    add_bool(group, "--index_cache", True, "keep the list of a folder's files below ~/.cache while it does not change")
-    group.add_argument(
-        "--in_memory", choices=("no", "host", "device"), default="no",
-        help="decode all images once and hold them; device: crop them there too",
-    )  # fmt: skip
     group.add_argument("--mean", type=finite, nargs="+", default=None, help="of each channel; ImageNet's for 8-bit RGB")
     group.add_argument(
         "--std", type=positive, nargs="+", default=None, help="of each channel; ImageNet's for 8-bit RGB"
@@ -249,7 +244,6 @@ def tell_without_effect(args: argparse.Namespace, use_amp: bool, rows: list[tupl
         ("amp_dtype", not use_amp, "without mixed precision"),
         ("data_path", args.data_set == "shapes", data),
         ("eval_data_path", args.data_set.startswith(("shapes", "CIFAR")), data),
-        ("index_cache", args.data_set not in ("IMNET", "image_folder"), data),
     ]:
         if idle and (names := [name for name in flags.split() if name in left]):
             left.difference_update(names)

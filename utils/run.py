@@ -121,7 +121,7 @@ class Run:
         """Take what is to be trained, and restore it where the run goes on.
 
         Args:
-            loader: a `datasets.StepLoader`.
+            loader: a `StepLoader`.
             ema: the moving average of the model's weights.
             classes: names of the classes by their number.
             order: what the samples, their order and the sums of an epoch follow from, by what a user calls it.

@@ -13,7 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
-from .errors import UsageError
+from ..distributed import main_process_first
+from ..errors import UsageError
+from .files import ImageFiles, ImageTree, number_classes, number_labels
 from .images import ARRAY_EXTENSIONS, EXTENSIONS, BadImage, hidden
 
 log = logging.getLogger("fcmae")
@@ -173,3 +175,71 @@ def _scan(flag: str, path: str) -> tuple[list[str], list[tuple[str, str, bool]],
 def _key(name: str) -> str:
     folder, file = os.path.split(name)
     return f"{folder}/{file.split('.')[0]}"
+
+
+class TarFiles(ImageFiles):
+    """Image files in tars, `paths` being their index."""
+
+    def read(self, index: int) -> bytes:
+        return self.paths.read(index)
+
+
+def open_tar(
+    path: str, flag: str, in_chans: int, classes: list[str] | None = None, labelled: bool = True,
+    nb_classes: int | None = None,
+) -> TarFiles:  # fmt: skip
+    """The images of a tar, or of all tars of a folder or glob, in the order of the same tree on disk.
+
+    Args:
+        classes, nb_classes: as for `ClassFolders`, and `number_labels`.
+        labelled: classes are the folders below the root, which is the folder that holds all others, if there is one;
+            or what the `.cls` files of a WebDataset say, as `number_labels` has it. Else all labels are 0.
+
+    Raises:
+        UsageError: a file that is no tar, no images, no labels, or a class that is not among `classes`.
+    """
+    source = f"{flag} {path}"
+    with main_process_first():
+        index = open_index(tar_shards(path) or [path], flag)
+    if not index.groups:
+        raise UsageError(f"{source}: not a tar of images (holds no {', '.join(EXTENSIONS)}; unpack tars in it)")
+    names, rows, by_label = _by_class(index, in_chans, classes, labelled)
+    images = TarIndex(index.shards, index.groups, rows, index.names)
+    dataset = TarFiles(images, [0] * len(images), in_chans)
+    if not labelled:
+        return dataset
+    if not images:
+        raise UsageError(f"{source}: holds no labels; a labelled image is CLASS/NAME.jpg, or NAME.jpg beside NAME.cls")
+    names = [names[group] for group in rows["group"].tolist()]
+    if by_label:
+        if "" in names:
+            raise UsageError(f"{source}: {images[names.index('')]} has no .cls file, as others have")
+        dataset.classes, dataset.targets = number_labels(names, images, source, classes or [], nb_classes)
+    else:
+        dataset.classes = sorted(set(names)) if classes is None else classes
+        numbers = number_classes(sorted(set(names)), dataset.classes, f"{source}: class")
+        dataset.targets = [numbers[name] for name in names]
+    return dataset
+
+
+def open_unlabelled(root: str, flag: str, in_chans: int) -> ImageFiles:
+    """All images of a folder, however nested, or of tars, as `tar_shards` finds them, each with the label 0."""
+    return open_tar(root, flag, in_chans, labelled=False) if tar_shards(root) else ImageTree(root, flag, in_chans)
+
+
+def _by_class(index: TarIndex, in_chans: int, classes: list[str] | None, labelled: bool):
+    """Of each group, the name of its class; the rows that count, sorted by class and folder; whether labels name it."""
+    folders = [folder.split("/") if folder else [] for folder, *_ in index.groups]
+    while labelled and all(len(x) > 1 and x[0] == folders[0][0] and x[0] not in (classes or ()) for x in folders):
+        folders = [parts[1:] for parts in folders]
+    by_label = any(label for _, label, _ in index.groups)
+    without_arrays = in_chans == 3 and not all(is_array for *_, is_array in index.groups)
+    names, keys = [], []  # of each group: its class, and what it is sorted by; None: it does not count
+    for (folder, label, is_array), parts in zip(index.groups, folders, strict=True):
+        names.append(label if by_label else parts[0] if parts else None)
+        skipped = (is_array and without_arrays) or (labelled and names[-1] is None)
+        keys.append(None if skipped else (names[-1], folder) if labelled else ())
+    ranks = {key: i for i, key in enumerate(sorted(set(keys) - {None}))}
+    ranks = np.array([ranks.get(key, -1) for key in keys])[index.rows["group"]]
+    rows = index.rows[np.argsort(ranks, kind="stable")[np.count_nonzero(ranks < 0) :]]
+    return names, rows, by_label

@@ -1,0 +1,290 @@
+"""Which samples make up each step, how each is seeded, and what takes the place of an unreadable one.
+
+Every sample is augmented under a seed of (seed, epoch, index), so a run does not depend on the number of loader
+processes, nor, for the data, of training processes. Streams (wds/, tfds/) have an order and augmentations of their own.
+"""
+
+import copy
+import itertools
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator, Sized
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, Subset, default_collate
+
+from ..errors import UsageError
+from ..seeding import seed_cpu, seed_words
+from .images import BadImage
+
+log = logging.getLogger("fcmae")
+
+
+# ---- parts of data sets ----------------------------------------------------------------------------------------------
+
+
+def with_transform(dataset: Dataset, transform: Callable) -> Dataset:
+    """The same samples under another transform; the data set that is given keeps its own."""
+    dataset = copy.copy(dataset)
+    dataset.transform = transform
+    return dataset
+
+
+def random_subset(dataset: Dataset, count: int | None) -> Dataset:
+    """At most `count` images, the same ones in every run, so that runs can be compared."""
+    return Subset(dataset, shuffled_indices(dataset)[:count].sort().values.tolist())
+
+
+def shuffled_indices(samples: Sized) -> torch.Tensor:
+    """All indices, in an order that is the same in every run: int64 (len(samples),)."""
+    return torch.randperm(len(samples), generator=torch.Generator().manual_seed(0))
+
+
+def first_of_each_class(dataset: Dataset, count: int, name: str) -> Subset:
+    """At most `count` images of each class, the first in the data set's order: the same ones under every seed.
+
+    Raises:
+        UsageError: a data set, called `name`, that does not list its labels.
+    """
+    targets = getattr(dataset, "targets", None)
+    if targets is None:
+        raise UsageError(f"--images_per_class {count}: {name} does not list its labels; leave it out")
+    seen, indices = Counter(), []
+    for index, label in enumerate(targets):
+        seen[label] += 1
+        if seen[label] <= count:
+            indices.append(index)
+    return Subset(dataset, indices)
+
+
+# ---- samples ---------------------------------------------------------------------------------------------------------
+
+
+class TrainSamples(Dataset):
+    """A data set read by (epoch, index), each sample under its own seed; unreadable images are reported and replaced.
+
+    Args:
+        sample_mask: called under a seed of the sample's own; the mask that it returns is appended to the sample.
+    """
+
+    RETRIES = 100
+
+    def __init__(self, dataset: Dataset, seed: int, sample_mask: Callable[[], torch.Tensor] | None = None):
+        self.dataset, self.seed, self.sample_mask = dataset, seed, sample_mask
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, key: tuple[int, int]):
+        return self.__getitems__([key])[0]
+
+    def __getitems__(self, keys: list[tuple[int, int]]) -> list[tuple]:
+        """What a DataLoader asks for: the samples of a batch.
+
+        Seeds and masks come first, together: one by one, between images, they find the processor's caches cold, and
+        cost several times as much.
+        """
+        words = [seed_words(self.seed, *key) for key in keys]
+        masks = [self._mask(seed) for *_, seed in words]
+        samples = []
+        for (_, index), seeds in zip(keys, words, strict=True):
+            seed_cpu(seeds)
+            samples.append(self._readable(index))
+        return [(*sample, *mask) for sample, mask in zip(samples, masks, strict=True)]
+
+    def _mask(self, seed: int) -> tuple:
+        if not self.sample_mask:
+            return ()
+        torch.default_generator.manual_seed(seed)
+        return (self.sample_mask(),)
+
+    def _readable(self, index: int) -> tuple:
+        for attempt in range(self.RETRIES):
+            try:
+                return self.dataset[(index + attempt) % len(self.dataset)]
+            except BadImage as error:
+                log.warning("unreadable image, the next one takes its place: %s", error)
+        raise UsageError(f"{self.RETRIES} unreadable images in a row from index {index} on; see the warnings above")
+
+
+class EvalSamples(Dataset):
+    """A data set in which an unreadable image is reported and None, for `collate_readable` to leave out."""
+
+    def __init__(self, dataset: Dataset):
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int):
+        try:
+            return self.dataset[index]
+        except BadImage as error:
+            log.warning("unreadable image, not evaluated: %s", error)
+            return None
+
+
+def collate_readable(samples: list):
+    """A batch of the samples that are not None; None where that leaves none."""
+    samples = [sample for sample in samples if sample is not None]
+    return default_collate(samples) if samples else None
+
+
+# ---- steps -----------------------------------------------------------------------------------------------------------
+
+
+class StepSampler(Sampler):
+    """One process's batches of an epoch, as lists of (epoch, index); steps do not depend on how work is spread.
+
+    Every optimizer step takes the next batch_size * update_freq * world_size samples of the epoch's permutation, the
+    global batch; its batches, and within each batch the processes, take even shares of them. The rest at the end is a
+    smaller step if it is at least a quarter of the global batch, else it is left out of this epoch.
+
+    Args:
+        batch_divisor: divides every batch's size (2 for Mixup): the last step leaves up to batch_divisor - 1 out.
+    """
+
+    def __init__(self, num_samples, batch_size, update_freq=1, rank=0, world_size=1, seed=0, batch_divisor=1):
+        self.num_samples, self.batch_size, self.update_freq = num_samples, batch_size, update_freq
+        self.rank, self.world_size, self.seed, self.batch_divisor = rank, world_size, seed, batch_divisor
+        self.epoch = self.start_step = 0
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps per epoch."""
+        full, rest = divmod(self.num_samples, self.global_batch)
+        return full + (4 * (rest - rest % self.batch_divisor) >= self.global_batch)
+
+    @property
+    def global_batch(self) -> int:
+        return self.batch_size * self.update_freq * self.world_size
+
+    def set_epoch(self, epoch: int, start_step: int = 0) -> None:
+        self.epoch, self.start_step = epoch, start_step
+
+    def step(self, step: int) -> list[tuple[int, int, float]]:
+        """(start, end) in the permutation, and `Batch.loss_weight`, of each of this process's batches.
+
+        Where a batch does not go round the processes, those left over take a group of another's, with the weight 0.
+        """
+        first, size = step * self.global_batch, self.batch_divisor
+        groups = min(self.global_batch, self.num_samples - first) // size
+        batches = -(-groups * size // (self.batch_size * self.world_size))
+        parts = []
+        for i in range(batches):
+            start, end = i * groups // batches, (i + 1) * groups // batches
+            start, end = [start + (end - start) * r // self.world_size for r in (self.rank, self.rank + 1)]
+            loss_weight = (end - start) * self.world_size / groups
+            parts.append((first + start * size, first + max(end, start + 1) * size, loss_weight))
+        return parts
+
+    def __len__(self) -> int:
+        return sum(len(self.step(step)) for step in range(self.start_step, self.steps))
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        seed = np.random.SeedSequence((self.seed, self.epoch)).generate_state(1)[0]
+        order = torch.randperm(self.num_samples, generator=torch.Generator().manual_seed(int(seed))).tolist()
+        for step in range(self.start_step, self.steps):
+            for start, end, _ in self.step(step):
+                yield [(self.epoch, index) for index in order[start:end]]
+
+
+@dataclass
+class Batch:
+    """One forward pass of an optimizer step.
+
+    data: what the loader collated. loss_weight: factor on the batch's mean loss, such that the gradients averaged over
+    processes and added up over a step's batches are those of the mean over the step's samples; 0 where the samples are
+    another process's and must not be counted. last: in its step.
+    """
+
+    data: list
+    loss_weight: float
+    last: bool
+
+
+class StepLoader:
+    """A training loader by optimizer steps.
+
+    An iterable data set gives its own order, of which the sampler counts the steps alone: each is a full one.
+
+    Args:
+        batch_transform: makes the model's input (N, C, H, W) of a batch's images, once they are on the device; None:
+            they are it. `utils.data` says which stage normalises where, and why.
+    """
+
+    def __init__(self, loader: DataLoader, sampler: StepSampler, batch_transform: Callable | None = None):
+        self.loader, self.sampler, self.batch_transform = loader, sampler, batch_transform or torch.nn.Identity()
+
+    def __len__(self) -> int:
+        """Optimizer steps per epoch."""
+        return self.sampler.steps
+
+    @property
+    def global_batch(self) -> int:
+        """Samples of an optimizer step, over all processes."""
+        return self.sampler.global_batch
+
+    def steps(self, epoch: int, start_step: int = 0) -> Iterator[Iterator[Batch]]:
+        """The batches of each optimizer step from start_step on, each loaded as it is asked for, in this order."""
+        self.sampler.set_epoch(epoch, start_step)
+        streamed, full = isinstance(self.loader.dataset, IterableDataset), self.sampler.update_freq
+        loader = itertools.islice(self._stream(epoch), start_step * full, None) if streamed else iter(self.loader)
+        for step in range(start_step, len(self)):
+            weights = [1 / full] * full if streamed else [weight for *_, weight in self.sampler.step(step)]
+            yield self._batches(loader, weights)
+
+    def _batches(self, loader: Iterator, weights: list[float]) -> Iterator[Batch]:
+        for i, weight in enumerate(weights, 1):
+            yield Batch(next(loader), weight, i == len(weights))
+
+    def _stream(self, epoch: int) -> Iterator:
+        """Without end: a stream's length may be an estimate, and every process needs as many batches."""
+        self.loader.dataset.set_epoch(epoch)
+        data = True
+        while data:
+            data = None
+            for data in self.loader:
+                yield data
+        raise UsageError(f"--batch_size {self.loader.batch_size}: no loader process has as many images of the stream")
+
+
+# ---- streams of timm -------------------------------------------------------------------------------------------------
+
+
+def stream_workers(dataset: IterableDataset, name: str, num_workers: int, world_size: int) -> int:
+    """num_workers, or fewer, so that each gets a shard of wds/; timm's streams estimate their length by it.
+
+    Raises:
+        UsageError: fewer shards than processes.
+    """
+    workers = num_workers
+    if name.startswith("wds/"):
+        shards = len(dataset.reader.split_info.filenames)
+        if shards < world_size:
+            more = f"start {shards}, or write more"
+            raise UsageError(f"--data_set {name}: {shards} shards for {world_size} processes; {more}")
+        if workers * world_size > shards:
+            workers = shards // world_size
+            log.info("--num_workers %d: lowered to %d, for %d shards in all", num_workers, workers, shards)
+    if workers:
+        dataset.set_loader_cfg(workers)
+    return workers
+
+
+def own_shards(dataset: IterableDataset, name: str, rank: int, world_size: int) -> Dataset:
+    """A stream for evaluation, each process with shards of its own: timm would cut or repeat them to one length."""
+    if world_size == 1 or not name.startswith("wds/"):
+        if world_size > 1:
+            log.info("--data_set %s: on several processes, images may count twice or not at all", name)
+        return dataset
+    reader, mine = dataset.reader, slice(rank, None, world_size)
+    files, lengths = reader.split_info.filenames[mine], reader.split_info.shard_lengths[mine]
+    if not files:
+        return Subset(dataset, [])
+    reader.split_info = replace(reader.split_info, filenames=files, shard_lengths=lengths)
+    reader.num_samples = sum(lengths) or reader.num_samples
+    reader.dist_rank, reader.dist_num_replicas = 0, 1
+    return dataset
