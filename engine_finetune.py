@@ -1,11 +1,13 @@
 """One epoch of fine-tuning, and evaluation."""
 
+import copy
 import logging
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from timm.data import Mixup
+from timm.utils import ModelEmaV3
 
 from utils.amp import Amp
 from utils.distributed import accumulate, all_reduce_sum, broadcast, get_rank, get_world_size
@@ -109,3 +111,13 @@ def evaluate(model: torch.nn.Module, loader, amp: Amp, header: str = "eval") -> 
         "%s: acc1 %.2f  acc5 %.2f  loss %.4f  (%d images)", header, stats["acc1"], stats["acc5"], stats["loss"], seen
     )
     return stats
+
+
+def score(model: torch.nn.Module, ema: ModelEmaV3 | None, loader, amp: Amp) -> dict[str, float]:
+    """Statistics of the model, and, with "_ema" behind their names, of its moving average where given."""
+    scores = evaluate(model, loader, amp)
+    if ema:
+        # an average that is kept on the CPU stays there: only a copy moves
+        average = ema.module if ema.device is None else copy.deepcopy(ema.module).to(amp.device)
+        scores |= {f"{name}_ema": value for name, value in evaluate(average, loader, amp, "eval EMA").items()}
+    return scores

@@ -6,7 +6,6 @@ python main_finetune.py @recipes/linear_probe.args --finetune base.pth --data_pa
 python main_finetune.py --eval true --resume out/ft/checkpoint-best.pth --data_path /data/imagenet
 """
 
-import copy
 import logging
 import sys
 from functools import partial
@@ -21,7 +20,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import datasets
-from engine_finetune import evaluate, train_one_epoch
+from engine_finetune import evaluate, score, train_one_epoch
 from models import convnextv2, fused
 from models.convnextv2 import SIZES, ConvNeXtV2, compile_blocks, layer_id, name_of, num_layer_ids
 from models.linear_probe import LinearProbe
@@ -29,8 +28,9 @@ from utils import distributed, errors, weights
 from utils.amp import Amp
 from utils.args import (
     ArgumentParser,
-    Arguments,
+    add_augmentation_arguments,
     add_bool,
+    add_evaluation_arguments,
     add_shared_arguments,
     at_least,
     check_shared_arguments,
@@ -62,19 +62,8 @@ TRAINING_ALONE = (
 EVALUATION = "eval_freq dist_eval eval_data_path eval_list crop_pct model_ema_eval"
 
 
-class FinetuneParser(ArgumentParser):
-    """With --linear_probe true, training images are cropped and flipped alone unless flags ask for more."""
-
-    def parse_args(self, args=None) -> Arguments:
-        parsed = super().parse_args(args)
-        for name, value in {"aa": "", "reprob": 0.0, "smoothing": 0.0}.items() if parsed.linear_probe else ():
-            if name not in parsed.given:
-                setattr(parsed, name, value)
-        return parsed
-
-
 def get_args_parser() -> ArgumentParser:
-    parser = FinetuneParser("Fine-tuning and evaluation of ConvNeXt V2. @FILE reads arguments from a file (recipes/).")
+    parser = ArgumentParser("Fine-tuning and evaluation of ConvNeXt V2. @FILE reads arguments from a file (recipes/).")
     add_shared_arguments(
         parser, epochs=100, warmup_epochs=20, blr=5e-4, min_lr=1e-6, min_crop=0.08, data_sets=datasets.DATA_SETS_HELP
     )
@@ -99,8 +88,7 @@ def get_args_parser() -> ArgumentParser:
         "--layer_decay_type", choices=("single", "group"), default="single",
         help="count blocks one by one, or, for depths 3,3,27,3, in groups",
     )  # fmt: skip
-    linear_help = "freeze the encoder and train a linear head; then --aa '' --reprob 0 --smoothing 0 unless given"
-    add_bool(group, "--linear_probe", False, linear_help)
+    add_bool(group, "--linear_probe", False, "freeze the encoder, train a linear head; see recipes/linear_probe.args")
     group = parser.add_argument_group("optimizer")
     group.add_argument("--opt", default="adamw", help="any optimizer of timm's factory")
     group.add_argument("--opt_eps", type=not_negative, default=1e-8, help="the optimizer's epsilon")
@@ -115,44 +103,8 @@ def get_args_parser() -> ArgumentParser:
     group.add_argument(
         "--weight_decay_end", type=not_negative, default=None, help="weight decay at the end of a half cosine"
     )
-    group = parser.add_argument_group("augmentation")
-    group.add_argument("--color_jitter", type=not_negative, default=None, help="strength; only without --aa")
-    group.add_argument("--aa", default="rand-m9-mstd0.5-inc1", help="timm auto-augment policy; '' for none")
-    group.add_argument("--smoothing", type=fraction, default=0.1, help="label smoothing")
-    group.add_argument(
-        "--train_interpolation", choices=("random", "bilinear", "bicubic"), default="bicubic",
-        help="of the random crop, above 32 px",
-    )  # fmt: skip
-    group.add_argument("--reprob", type=fraction, default=0.25, help="chance that a rectangle of the image is erased")
-    group.add_argument("--remode", choices=("const", "rand", "pixel"), default="pixel", help="what fills it")
-    group.add_argument("--recount", type=at_least(1), default=1, help="rectangles erased")
-    add_bool(group, "--resplit", False, "leave a clean half of the images, drawn anew each epoch, unerased")
-    group.add_argument("--mixup", type=not_negative, default=0.0, help="Mixup's alpha; 0: none")
-    group.add_argument("--cutmix", type=not_negative, default=0.0, help="CutMix's alpha; 0: none")
-    group.add_argument(
-        "--cutmix_minmax", type=fraction, nargs=2, default=None, help="CutMix's smallest and largest side"
-    )
-    group.add_argument("--mixup_prob", type=fraction, default=1.0, help="chance of either per batch")
-    group.add_argument("--mixup_switch_prob", type=fraction, default=0.5, help="chance of CutMix where both are on")
-    group.add_argument("--mixup_mode", choices=("batch", "pair", "elem"), default="batch", help="what shares a mix")
-    group = parser.add_argument_group("moving average of the weights")
-    add_bool(group, "--model_ema", False, "keep an exponential moving average of the weights")
-    group.add_argument("--model_ema_decay", type=fraction, default=0.9999, help="its decay per optimizer step")
-    add_bool(group, "--model_ema_force_cpu", False, "keep it on the CPU")
-    add_bool(group, "--model_ema_eval", False, "evaluate it after each epoch, beside the model")
-    group = parser.add_argument_group("evaluation data")
-    group.add_argument(
-        "--nb_classes", type=at_least(1), default=None, help="number of classes, where the data does not tell"
-    )
-    group.add_argument("--eval_data_path", default=None, help="folder of the validation class folders")
-    add_bool(group, "--imagenet_default_mean_and_std", True, "normalise as ImageNet models do; false: as Inception")
-    eval_help = "only evaluate --resume, or --finetune with its head; model and images are as in its training"
-    add_bool(group, "--eval", False, eval_help)
-    group.add_argument(
-        "--eval_freq", type=at_least(1), default=1, help="epochs between evaluations; the last always has one"
-    )
-    add_bool(group, "--dist_eval", True, "spread the evaluation over the processes")
-    add_bool(group, "--disable_eval", False, "train without evaluating")
+    add_augmentation_arguments(parser)
+    add_evaluation_arguments(parser)
     return parser
 
 
@@ -324,16 +276,6 @@ def build_ema(model: ConvNeXtV2, args) -> ModelEmaV3 | None:
     if not args.model_ema:
         return None
     return ModelEmaV3(model, decay=args.model_ema_decay, device="cpu" if args.model_ema_force_cpu else None)
-
-
-def score(model: nn.Module, ema: ModelEmaV3 | None, loader: DataLoader, amp: Amp) -> dict[str, float]:
-    """Statistics of the model, and, with "_ema" behind their names, of its moving average where given."""
-    scores = evaluate(model, loader, amp)
-    if ema:
-        # an average that is kept on the CPU stays there: only a copy moves
-        average = ema.module if ema.device is None else copy.deepcopy(ema.module).to(amp.device)
-        scores |= {f"{name}_ema": value for name, value in evaluate(average, loader, amp, "eval EMA").items()}
-    return scores
 
 
 def build_classifier(path: str | Path, config: weights.BackboneConfig) -> ConvNeXtV2:

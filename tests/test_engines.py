@@ -296,8 +296,8 @@ def test_moving_average_kept_on_the_cpu_stays_there():
         return {}
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(main_finetune, "evaluate", evaluate)
-        main_finetune.score(classifier().to("meta"), ema, None, SimpleNamespace(device=torch.device("meta")))
+        patch.setattr(engine_finetune, "evaluate", evaluate)
+        engine_finetune.score(classifier().to("meta"), ema, None, SimpleNamespace(device=torch.device("meta")))
     assert seen == ["meta", "meta"]
     assert next(ema.module.parameters()).device == CPU
 

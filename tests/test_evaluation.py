@@ -412,7 +412,7 @@ FINETUNE = [
     ("--color_jitter 0.4", "", "--aa="),
     ("--color_jitter 0.4", "--aa rand-m9", "--aa 3a"),
     ("--remode rand", "--reprob 0", ""),
-    ("--recount 2", "--linear_probe true", "--linear_probe true --reprob 0.1"),
+    ("--recount 2", "--reprob 0", "--reprob 0.1"),
     ("--resplit true", "--reprob 0", ""),
     ("--cutmix 0.3", "--cutmix_minmax 0.2 0.8", ""),
     ("--mixup_prob 0.3", "", "--mixup 0.8"),

@@ -27,7 +27,7 @@ from utils.seeding import seed_all
 
 LAST = "checkpoint-2.pth"
 CPU = Amp(torch.device("cpu"), False, torch.bfloat16)
-PROBE = ("--linear_probe", "true", "--weight_decay", 0)
+PROBE = ("--linear_probe", "true", "--weight_decay", 0, "--aa", "", "--reprob", 0, "--smoothing", 0)
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -221,8 +221,8 @@ def test_knn_images_are_a_fixed_random_part(monkeypatch):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--knn_freq -1", "--knn_freq -1: must not be negative"),
-        ("--knn_images 0", "--knn_images 0: must be at least 1"),
+        ("--knn_freq -1", "--knn_freq -1: must be a whole number, at least 0"),
+        ("--knn_images 0", "--knn_images 0: must be a whole number, at least 1"),
         ("--knn_freq 1 --data_path $flat", "--knn_freq 1: needs labelled images; --data_path .* no class folders"),
         ("--knn_freq 1 --data_path $one", "--knn_freq 1: .* one class folder, c0; at least two"),
         ("--knn_freq 1 --data_path $few", "--knn_freq 1: .* fewer than five images in each"),
@@ -295,15 +295,10 @@ def test_only_the_head_is_trained(pretrained, probed):
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
-def test_augmentation_of_a_probe_is_weak_unless_asked():
-    plain = get_args_parser().parse_args([])
-    weak = get_args_parser().parse_args(["--linear_probe", "true"])
-    changed = {name: value for name, value in vars(weak).items() if value != getattr(plain, name)}
-    assert changed == {"linear_probe": True, "aa": "", "reprob": 0.0, "smoothing": 0.0}
-    asked = ["--linear_probe", "true", "--aa", plain.aa, "--reprob", "0.25", "--smoothing", "0.1"]
-    asked = get_args_parser().parse_args(asked)
-    assert (asked.aa, asked.reprob, asked.smoothing) == (plain.aa, 0.25, 0.1)
-    stages = [type(stage).__name__ for stage in datasets.build_transform(True, weak).transforms]
+def test_augmentation_of_the_recipe_is_weak():
+    args = get_args_parser().parse_args(["@recipes/linear_probe.args"])
+    assert (args.aa, args.reprob, args.smoothing) == ("", 0.0, 0.0)
+    stages = [type(stage).__name__ for stage in datasets.build_transform(True, args).transforms]
     assert not {"RandAugment", "RandomErasing", "ColorJitter"} & set(stages)
     assert {"RandomResizedCropAndInterpolation", "RandomHorizontalFlip"} <= set(stages)
 

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 import datasets
+import engine_finetune
 import main_finetune
 from models.convnextv2 import ConvNeXtV2
 from tests.small_runs import STEPS, TINY, killed_after, load, records, same, snapshot
@@ -125,7 +126,7 @@ def test_resume_of_an_epoch_whose_steps_are_done(stage, scripts, whole, tmp_path
 
 def test_resume_of_the_best_checkpoint(scripts, whole, tmp_path, monkeypatch):
     scores = iter([60.0, 50.0, 40.0])
-    monkeypatch.setattr(main_finetune, "evaluate", lambda *_: {"acc1": next(scores)})
+    monkeypatch.setattr(engine_finetune, "evaluate", lambda *_: {"acc1": next(scores)})
     flags = ("--drop_path", 0.2, "--model_ema", "true")
     assert scripts.finetune("--output_dir", tmp_path / "a", *flags).code == 0
     best = tmp_path / "a" / "checkpoint-best.pth"
@@ -145,7 +146,7 @@ def test_best_accuracies_survive_a_resume(scripts, tmp_path, monkeypatch):
         calls[header] += 1
         return {"acc1": table[header][calls[header] - 1]}
 
-    monkeypatch.setattr(main_finetune, "evaluate", evaluate)
+    monkeypatch.setattr(engine_finetune, "evaluate", evaluate)
     flags = ("--output_dir", tmp_path, "--model_ema", "--model_ema_eval")
     for steps in (STEPS + 1, STEPS + 1):
         with killed_after(steps):
@@ -160,7 +161,7 @@ def test_best_accuracies_survive_a_resume(scripts, tmp_path, monkeypatch):
 
 
 def test_a_best_checkpoint_is_kept_even_at_zero_accuracy(scripts, tmp_path, monkeypatch):
-    monkeypatch.setattr(main_finetune, "evaluate", lambda *_: {"acc1": 0.0})
+    monkeypatch.setattr(engine_finetune, "evaluate", lambda *_: {"acc1": 0.0})
     scripts.finetune("--output_dir", tmp_path, "--epochs", 2)
     assert load(tmp_path / "checkpoint-best.pth")["epoch"] == 0
 
@@ -320,9 +321,9 @@ def test_a_folder_of_older_checkpoints_goes_on(scripts, whole, tmp_path):
 
 
 def test_evaluation_does_not_take_another_runs_best(scripts, tmp_path, monkeypatch):
-    monkeypatch.setattr(main_finetune, "evaluate", lambda *_: {"acc1": 60.0})
+    monkeypatch.setattr(engine_finetune, "evaluate", lambda *_: {"acc1": 60.0})
     scripts.finetune("--output_dir", tmp_path)
-    monkeypatch.setattr(main_finetune, "evaluate", lambda *_: {"acc1": 10.0})
+    monkeypatch.setattr(engine_finetune, "evaluate", lambda *_: {"acc1": 10.0})
     scripts.finetune("--output_dir", tmp_path, "--resume", tmp_path / "checkpoint-0.pth", "--lr", 1e-3)
     assert load(tmp_path / "checkpoint-best.pth")["run"] != load(tmp_path / LAST)["run"]
     monkeypatch.undo()

@@ -160,6 +160,10 @@ def add_shared_arguments(
     )
     add_bool(group, "--pin_mem", True, "page-locked host memory for faster copies to the GPU")
 
+    _add_run_arguments(parser)
+
+
+def _add_run_arguments(parser: ArgumentParser) -> None:
     group = parser.add_argument_group("checkpoints and logs")
     group.add_argument("--output_dir", default="", help="folder for checkpoints, logs, pictures; empty: save nothing")
     group.add_argument("--log_dir", default=None, help="folder for TensorBoard; --output_dir where not given")
@@ -183,6 +187,52 @@ def add_shared_arguments(
     group.add_argument("--local_rank", type=int, default=-1, help="rank of this process, where no launcher tells")
     add_bool(group, "--dist_on_itp", False, "take the ranks from OpenMPI's environment")
     group.add_argument("--dist_url", default="env://", help="where processes meet: env:// or tcp://HOST:PORT")
+
+
+def add_augmentation_arguments(parser: ArgumentParser) -> None:
+    """Of fine-tuning."""
+    group = parser.add_argument_group("augmentation")
+    group.add_argument("--color_jitter", type=not_negative, default=None, help="strength; only without --aa")
+    group.add_argument("--aa", default="rand-m9-mstd0.5-inc1", help="timm auto-augment policy; '' for none")
+    group.add_argument("--smoothing", type=fraction, default=0.1, help="label smoothing")
+    group.add_argument(
+        "--train_interpolation", choices=("random", "bilinear", "bicubic"), default="bicubic",
+        help="of the random crop, above 32 px",
+    )  # fmt: skip
+    group.add_argument("--reprob", type=fraction, default=0.25, help="chance that a rectangle of the image is erased")
+    group.add_argument("--remode", choices=("const", "rand", "pixel"), default="pixel", help="what fills it")
+    group.add_argument("--recount", type=at_least(1), default=1, help="rectangles erased")
+    add_bool(group, "--resplit", False, "leave a clean half of the images, drawn anew each epoch, unerased")
+    group.add_argument("--mixup", type=not_negative, default=0.0, help="Mixup's alpha; 0: none")
+    group.add_argument("--cutmix", type=not_negative, default=0.0, help="CutMix's alpha; 0: none")
+    group.add_argument(
+        "--cutmix_minmax", type=fraction, nargs=2, default=None, help="CutMix's smallest and largest side"
+    )
+    group.add_argument("--mixup_prob", type=fraction, default=1.0, help="chance of either per batch")
+    group.add_argument("--mixup_switch_prob", type=fraction, default=0.5, help="chance of CutMix where both are on")
+    group.add_argument("--mixup_mode", choices=("batch", "pair", "elem"), default="batch", help="what shares a mix")
+
+
+def add_evaluation_arguments(parser: ArgumentParser) -> None:
+    """Of fine-tuning: the moving average, and what is evaluated."""
+    group = parser.add_argument_group("moving average of the weights")
+    add_bool(group, "--model_ema", False, "keep an exponential moving average of the weights")
+    group.add_argument("--model_ema_decay", type=fraction, default=0.9999, help="its decay per optimizer step")
+    add_bool(group, "--model_ema_force_cpu", False, "keep it on the CPU")
+    add_bool(group, "--model_ema_eval", False, "evaluate it after each epoch, beside the model")
+    group = parser.add_argument_group("evaluation data")
+    group.add_argument(
+        "--nb_classes", type=at_least(1), default=None, help="number of classes, where the data does not tell"
+    )
+    group.add_argument("--eval_data_path", default=None, help="folder of the validation class folders")
+    add_bool(group, "--imagenet_default_mean_and_std", True, "normalise as ImageNet models do; false: as Inception")
+    eval_help = "only evaluate --resume, or --finetune with its head; model and images are as in its training"
+    add_bool(group, "--eval", False, eval_help)
+    group.add_argument(
+        "--eval_freq", type=at_least(1), default=1, help="epochs between evaluations; the last always has one"
+    )
+    add_bool(group, "--dist_eval", True, "spread the evaluation over the processes")
+    add_bool(group, "--disable_eval", False, "train without evaluating")
 
 
 def check_shared_arguments(args: argparse.Namespace, models: list[str]) -> None:
