@@ -425,6 +425,18 @@ def test_an_incomplete_backbone_is_refused(name, damage):
         load(model, source)
 
 
+@pytest.mark.parametrize("name", [
+    "downsample_layers.0.0.weight", "stages.0.0.dwconv.weight", "stages.2.1.pwconv1.weight",
+    "head.batch_norm.running_var", "head.batch_norm.running_mean",
+])  # fmt: skip
+def test_an_impossible_shape_is_refused(name, tmp_path):
+    """Where arithmetic or a view of the tensor fails."""
+    value = torch.ones(3) if name == "head.batch_norm.running_var" else torch.tensor(1.0)  # which divides anything
+    torch.save(LinearProbe(4, **TINY, stem_stride=1).state_dict() | {name: value}, tmp_path / "odd.pth")
+    with pytest.raises(UsageError, match=r"odd.pth: not a whole backbone: a parameter has an impossible shape \("):
+        load_checkpoint(tmp_path / "odd.pth", classifier())
+
+
 def test_averaging_the_stem():
     """A grey image gives the same features; everything else is the file's, to the last bit."""
     for source_chans, chans in ((3, 1), (3, 4), (1, 3), (4, 3)):

@@ -98,7 +98,10 @@ def load_checkpoint(
     content, source, given = read(path), f"{flag} {path}".strip(), isinstance(model, nn.Module)
     try:
         state_dict = unwrap(content, model_key, model_prefix)
-        config = infer_config(state_dict)
+        try:
+            config = infer_config(state_dict)
+        except (IndexError, RuntimeError, TypeError) as error:
+            raise ValueError(f"not a whole backbone: a parameter has an impossible shape ({error})") from error
         model = model if given else model(config)
         report = load(model, state_dict, stem_average, fresh_head)
     except ValueError as error:
