@@ -2,19 +2,16 @@
 
 import logging
 import os
-from argparse import Namespace
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
-from operator import attrgetter
-from pathlib import Path
 
 import timm.data
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
 
-from utils.args import check_image_arguments, given
+from utils.args import eval_crop, mean_std
 from utils.data import transforms
 from utils.data.files import ClassFolders, ImageFiles, ImageList, class_names
 from utils.data.images import BadImage, load_image, to_tensor
@@ -38,11 +35,6 @@ from utils.interrupts import ignore_signals
 log = logging.getLogger("fcmae")
 
 DATA_SETS = ("IMNET", "image_folder", "CIFAR", "CIFAR10", "shapes")
-TOLD = {  # what a checkpoint tells of its training, and in which types
-    "input_size": int, "crop_pct": (float, int, type(None)), "mean": (list, type(None)), "std": (list, type(None)),
-    "imagenet_default_mean_and_std": bool, "norm_pix_loss": bool,
-}  # fmt: skip
-NORMALISATION = {"mean", "std", "imagenet_default_mean_and_std"}
 TIMM_SCHEMES = ("wds/", "tfds/", "torch/")
 DATA_SETS_HELP = (
     "IMNET (data_path/train and /val as 1000 class folders), image_folder (or .tar shards), CIFAR (CIFAR-100), "
@@ -52,17 +44,6 @@ DATA_SETS_HELP = (
 
 
 # ---- transforms ------------------------------------------------------------------------------------------------------
-
-
-def mean_std(args) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and std of the normalisation, see `transforms.mean_std`, whose UsageError it raises."""
-    of_imagenet = getattr(args, "imagenet_default_mean_and_std", True)
-    return transforms.mean_std(args.in_chans, args.mean, args.std, of_imagenet)
-
-
-def eval_crop(args) -> float | None:
-    """See `transforms.eval_crop`."""
-    return transforms.eval_crop(args.input_size, args.crop_pct)
 
 
 def picture_mean_std(args) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -96,40 +77,6 @@ def build_transform(is_train: bool, args, eight_bit: bool = True) -> Callable:
 def build_batch_transform(args, device: torch.device) -> Normalise:
     """What normalises a pre-training batch on the device, see `utils.data`."""
     return Normalise(*mean_std(args), device)
-
-
-def as_trained(args, path: str | Path, content: dict, size, **shapes) -> None:
-    """Let a checkpoint tell of model and images what no flag gives; a flag that differs from it stays, with a warning.
-
-    content: of the file `path`, whose "args", of any trainer, count where they make sense. size: what the shapes of its
-    weights tell, see `weights.infer_config`. shapes: what else they tell, by the names of flags; None: nothing.
-
-    Raises:
-        UsageError: a flag that contradicts the shapes, or what flags and checkpoint together say of the images.
-    """
-    shapes |= {"in_chans": size.in_chans, "stem_stride": size.stem_stride}
-    shapes = {name: value for name, value in shapes.items() if value is not None}
-    for name in shapes.keys() & given(args):
-        if getattr(args, name) != shapes[name]:
-            model = f"a checkpoint of another model, with --{name} {shapes[name]}"
-            raise UsageError(f"{path}: {model}, not {getattr(args, name)}")
-    trained = content.get("args")
-    trained = vars(trained) if isinstance(trained, Namespace) else trained if isinstance(trained, dict) else {}
-    told = {name: trained[name] for name, kind in TOLD.items() if isinstance(trained.get(name, ...), kind)}
-    was = Namespace(**({"input_size": 224, "crop_pct": None, "mean": None, "std": None} | shapes | told))
-    try:
-        check_image_arguments(was)
-        torch.tensor(mean_std(was))
-    except (TypeError, UsageError, ValueError):  # of a trainer that means something else by these names
-        told = {}
-    kept = given(args) | (NORMALISATION if NORMALISATION & given(args) else set())
-    vars(args).update(shapes | {name: value for name, value in told.items() if name not in kept})
-    check_image_arguments(args)
-    effect = {"crop_pct": eval_crop} | dict.fromkeys(NORMALISATION, mean_std)
-    for name in sorted(told.keys() & given(args)):
-        now, then = (effect.get(name, attrgetter(name))(x) for x in (args, was))
-        if now != then:
-            log.warning("--%s %s: %s was trained with %s", name, getattr(args, name), path, then)
 
 
 # ---- data sets by name -----------------------------------------------------------------------------------------------

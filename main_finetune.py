@@ -32,6 +32,7 @@ from utils.args import (
     add_bool,
     add_evaluation_arguments,
     add_shared_arguments,
+    as_trained,
     at_least,
     check_shared_arguments,
     effective_lr,
@@ -302,7 +303,7 @@ def evaluate_only(args, amp: Amp) -> None:
         scored[f"eval {path} (EMA)"] = load("--model_ema_eval true:", model_key="model_ema").model
     same = SIZES[args.model] == {"depths": config.depths, "dims": config.dims}
     name = args.model if same else name_of(config) or "(of no published size)"
-    datasets.as_trained(args, path, found.content, config, model=name, nb_classes=config.num_classes)
+    as_trained(args, path, found.content, config, model=name, nb_classes=config.num_classes)
     dataset, _ = datasets.build_dataset(False, args, found.content.get("classes"))
     loader = datasets.build_eval_loader(dataset, args, spread=args.dist_eval)
     for header, model in scored.items():

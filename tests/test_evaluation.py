@@ -25,7 +25,7 @@ from tests.small_runs import TINY, Scripts, load, records, same
 from tools import export, probe, visualize
 from utils import weights
 from utils.amp import Amp
-from utils.args import tell_without_effect
+from utils.args import as_trained, tell_without_effect
 from utils.data.shapes import draw
 from utils.data.transforms import eval_crop, eval_transform, mean_std
 from utils.errors import UsageError
@@ -117,7 +117,7 @@ def test_a_default_said_aloud_is_no_difference(caplog):
     caplog.set_level("WARNING", "fcmae")
     content = {"args": {"input_size": 64, "crop_pct": None, "imagenet_default_mean_and_std": False}}
     flags = "--crop_pct 0.875 --mean 0.5 0.5 0.5 --std 0.5 0.5 0.5"
-    datasets.as_trained(main_finetune.get_args_parser().parse_args(flags.split()), "x.pth", content, CONFIG)
+    as_trained(main_finetune.get_args_parser().parse_args(flags.split()), "x.pth", content, CONFIG)
     assert caplog.text == ""
 
 
@@ -168,7 +168,7 @@ TOLD = {"input_size": 48, "crop_pct": 0.5, "mean": [0.1] * 3, "std": [0.2] * 3, 
 
 def settings(content: dict, *flags: str) -> dict:
     args = main_finetune.get_args_parser().parse_args(flags)
-    datasets.as_trained(args, "x.pth", content, CONFIG)
+    as_trained(args, "x.pth", content, CONFIG)
     return {name: getattr(args, name) for name in (*TOLD, "in_chans", "stem_stride")}
 
 

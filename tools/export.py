@@ -24,7 +24,7 @@ import datasets
 from models.convnextv2 import ConvNeXtV2, name_of
 from tools.probe import add_image_arguments
 from utils import layouts, weights
-from utils.args import ArgumentParser, add_bool
+from utils.args import ArgumentParser, add_bool, as_trained
 from utils.errors import UsageError, run
 
 KEYS = {None: weights.MODEL_KEY, True: "model_ema", False: "model|module|state_dict"}  # --ema -> where weights are
@@ -67,7 +67,7 @@ def read_source(args) -> tuple[Source, weights.Report]:
     found = weights.load_checkpoint(args.checkpoint, build, flag, model_key=KEYS[args.ema])
     if "head.weight" in found.report.missing_keys:
         raise UsageError(f"--checkpoint {args.checkpoint}: its head is more than a linear layer; give --num_classes 0")
-    datasets.as_trained(args, args.checkpoint, found.content, found.config)
+    as_trained(args, args.checkpoint, found.content, found.config)
     try:
         normalisation = dict(zip(("mean", "std"), datasets.mean_std(args), strict=True))
     except UsageError:  # more channels than there are conventions for

@@ -26,7 +26,7 @@ from engine_finetune import top_k
 from models.convnextv2 import Encoder
 from utils import weights
 from utils.amp import Amp
-from utils.args import CROP_HELP, ArgumentParser, add_bool, seed
+from utils.args import CROP_HELP, ArgumentParser, add_bool, as_trained, seed
 from utils.data.sampling import random_subset
 from utils.distributed import pick_device, setup_logging
 from utils.errors import UsageError, run
@@ -45,7 +45,7 @@ def load_encoder(args) -> Encoder:
         UsageError: no checkpoint of a whole ConvNeXt V2 encoder, or flags of the images that are impossible for it.
     """
     found = weights.load_checkpoint(args.checkpoint, lambda config: Encoder(**config.encoder()), "--checkpoint")
-    datasets.as_trained(args, args.checkpoint, found.content, found.config)
+    as_trained(args, args.checkpoint, found.content, found.config)
     return found.model.eval()
 
 
