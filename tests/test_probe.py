@@ -499,6 +499,19 @@ def test_the_probe_needs_no_data(scripts, random_encoder):
     assert set(accuracies(result.out)) == {"knn"}
 
 
+def test_lists_are_probed_as_the_folders_they_list(scripts, random_encoder, tmp_path):
+    flags = ("--checkpoint", random_encoder, "--data_set", "image_folder", "--data_path", scripts.train)
+    folders = scripts.call(probe, *COMMON, *flags, "--eval_data_path", scripts.val)
+    for name, folder in (("train", scripts.train), ("val", scripts.val)):
+        paths = sorted(folder.rglob("*.png"))
+        (tmp_path / f"{name}.txt").write_text("".join(f"{path}\t{path.parent.name}\n" for path in paths))
+    listed = ("--train_list", tmp_path / "train.txt", "--eval_list", tmp_path / "val.txt")
+    lists = scripts.call(probe, *COMMON, *flags, *listed)
+    assert lists.code == 0, lists.err
+    tables = [{name: row[:3] for name, row in accuracies(result.out).items()} for result in (folders, lists)]
+    assert tables[0] == tables[1] != {}
+
+
 def test_any_layout_gives_the_same_features(pretrained, probed, tmp_path):
     pre = load(pretrained[0] / LAST)
     torch.save(layouts.to_timm(pre["model"]), tmp_path / "timm.pth")
