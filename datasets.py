@@ -11,7 +11,6 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
 
-from utils.args import eval_crop, mean_std
 from utils.data import transforms
 from utils.data.files import ClassFolders, ImageFiles, ImageList, class_names
 from utils.data.images import BadImage, load_image, to_tensor
@@ -31,6 +30,7 @@ from utils.data.transforms import MEAN_STD_HINT, Augmentation, Normalise
 from utils.distributed import check_same, get_rank, get_world_size, main_process_first
 from utils.errors import UsageError, suggest
 from utils.interrupts import ignore_signals
+from utils.settings import eval_crop, mean_std
 
 log = logging.getLogger("fcmae")
 

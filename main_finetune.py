@@ -32,7 +32,6 @@ from utils.args import (
     add_bool,
     add_evaluation_arguments,
     add_shared_arguments,
-    as_trained,
     at_least,
     check_shared_arguments,
     effective_lr,
@@ -49,6 +48,7 @@ from utils.errors import UsageError, suggest
 from utils.lr_sched import Schedule
 from utils.param_groups import param_groups
 from utils.run import Run, open_run, to_evaluate
+from utils.settings import as_trained
 
 log = logging.getLogger("fcmae")
 

@@ -24,8 +24,9 @@ import datasets
 from models.convnextv2 import ConvNeXtV2, name_of
 from tools.probe import add_image_arguments
 from utils import layouts, weights
-from utils.args import ArgumentParser, add_bool, as_trained
+from utils.args import ArgumentParser, add_bool
 from utils.errors import UsageError, run
+from utils.settings import as_trained, eval_crop
 
 KEYS = {None: weights.MODEL_KEY, True: "model_ema", False: "model|module|state_dict"}  # --ema -> where weights are
 OPSET = 18
@@ -74,7 +75,7 @@ def read_source(args) -> tuple[Source, weights.Report]:
         normalisation = {}
     classes = found.content.get("classes") or []
     classes = classes if len(classes) == found.model.num_classes else []
-    source = Source(found.model, args.input_size, normalisation, datasets.eval_crop(args), classes)
+    source = Source(found.model, args.input_size, normalisation, eval_crop(args), classes)
     return source, found.report
 
 

@@ -7,21 +7,14 @@ import math
 import re
 import shlex
 from collections.abc import Callable, Iterator
-from operator import attrgetter
 from pathlib import Path
 
-from .data import transforms
 from .distributed import main_process_first
 from .errors import UsageError, suggest
 
 log = logging.getLogger("fcmae")
 
 
-TOLD = {  # what a checkpoint tells of its training, and in which types
-    "input_size": int, "crop_pct": (float, int, type(None)), "mean": (list, type(None)), "std": (list, type(None)),
-    "imagenet_default_mean_and_std": bool, "norm_pix_loss": bool,
-}  # fmt: skip
-NORMALISATION = {"mean", "std", "imagenet_default_mean_and_std"}
 CROP_HELP = "evaluation crop; where not given: 224/256, 1 up to 32 px, from 384 px on the whole, warped to a square"
 
 
@@ -283,51 +276,6 @@ def check_image_arguments(args: argparse.Namespace) -> None:
             raise UsageError(f"--std {min(values)}: must be above 0")
     if args.mean and "imagenet_default_mean_and_std" in given(args):
         raise UsageError("--imagenet_default_mean_and_std: has no effect beside --mean; give one or the other")
-
-
-def mean_std(args: argparse.Namespace) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and std of the normalisation, see `transforms.mean_std`, whose UsageError it raises."""
-    of_imagenet = getattr(args, "imagenet_default_mean_and_std", True)
-    return transforms.mean_std(args.in_chans, args.mean, args.std, of_imagenet)
-
-
-def eval_crop(args: argparse.Namespace) -> float | None:
-    """See `transforms.eval_crop`."""
-    return transforms.eval_crop(args.input_size, args.crop_pct)
-
-
-def as_trained(args: argparse.Namespace, path: str | Path, content: dict, size, **shapes) -> None:
-    """Let a checkpoint tell of model and images what no flag gives; a flag that differs from it stays, with a warning.
-
-    content: of the file `path`, whose "args", of any trainer, count where they make sense. size: what the shapes of its
-    weights tell, see `weights.infer_config`. shapes: what else they tell, by the names of flags; None: nothing.
-
-    Raises:
-        UsageError: a flag that contradicts the shapes, or what flags and checkpoint together say of the images.
-    """
-    shapes |= {"in_chans": size.in_chans, "stem_stride": size.stem_stride}
-    shapes = {name: value for name, value in shapes.items() if value is not None}
-    for name in shapes.keys() & given(args):
-        if getattr(args, name) != shapes[name]:
-            model = f"a checkpoint of another model, with --{name} {shapes[name]}"
-            raise UsageError(f"{path}: {model}, not {getattr(args, name)}")
-    trained = content.get("args")
-    trained = vars(trained) if isinstance(trained, argparse.Namespace) else trained if isinstance(trained, dict) else {}
-    told = {name: trained[name] for name, kind in TOLD.items() if isinstance(trained.get(name, ...), kind)}
-    was = argparse.Namespace(**({"input_size": 224, "crop_pct": None, "mean": None, "std": None} | shapes | told))
-    try:
-        check_image_arguments(was)
-        [sum(values) for values in mean_std(was)]  # of numbers
-    except (TypeError, UsageError, ValueError):  # of a trainer that means something else by these names
-        told = {}
-    kept = given(args) | (NORMALISATION if NORMALISATION & given(args) else set())
-    vars(args).update(shapes | {name: value for name, value in told.items() if name not in kept})
-    check_image_arguments(args)
-    effect = {"crop_pct": eval_crop} | dict.fromkeys(NORMALISATION, mean_std)
-    for name in sorted(told.keys() & given(args)):
-        now, then = (effect.get(name, attrgetter(name))(x) for x in (args, was))
-        if now != then:
-            log.warning("--%s %s: %s was trained with %s", name, getattr(args, name), path, then)
 
 
 def tell_without_effect(args: argparse.Namespace, use_amp: bool, rows: list[tuple[str, object, str]]) -> None:

@@ -1,0 +1,62 @@
+"""What a checkpoint tells of its training, for whoever evaluates, exports or shows it."""
+
+import logging
+from argparse import Namespace
+from operator import attrgetter
+from pathlib import Path
+
+from .args import check_image_arguments, given
+from .data import transforms
+from .errors import UsageError
+
+log = logging.getLogger("fcmae")
+
+TOLD = {  # what a checkpoint tells of its training, and in which types
+    "input_size": int, "crop_pct": (float, int, type(None)), "mean": (list, type(None)), "std": (list, type(None)),
+    "imagenet_default_mean_and_std": bool, "norm_pix_loss": bool,
+}  # fmt: skip
+NORMALISATION = {"mean", "std", "imagenet_default_mean_and_std"}
+
+
+def mean_std(args: Namespace) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and std of the normalisation, see `transforms.mean_std`, whose UsageError it raises."""
+    of_imagenet = getattr(args, "imagenet_default_mean_and_std", True)
+    return transforms.mean_std(args.in_chans, args.mean, args.std, of_imagenet)
+
+
+def eval_crop(args: Namespace) -> float | None:
+    """See `transforms.eval_crop`."""
+    return transforms.eval_crop(args.input_size, args.crop_pct)
+
+
+def as_trained(args: Namespace, path: str | Path, content: dict, size, **shapes) -> None:
+    """Let a checkpoint tell of model and images what no flag gives; a flag that differs from it stays, with a warning.
+
+    content: of the file `path`, whose "args", of any trainer, count where they make sense. size: what the shapes of its
+    weights tell, see `weights.infer_config`. shapes: what else they tell, by the names of flags; None: nothing.
+
+    Raises:
+        UsageError: a flag that contradicts the shapes, or what flags and checkpoint together say of the images.
+    """
+    shapes |= {"in_chans": size.in_chans, "stem_stride": size.stem_stride}
+    shapes = {name: value for name, value in shapes.items() if value is not None}
+    for name in shapes.keys() & given(args):
+        if getattr(args, name) != shapes[name]:
+            model = f"a checkpoint of another model, with --{name} {shapes[name]}"
+            raise UsageError(f"{path}: {model}, not {getattr(args, name)}")
+    trained = content.get("args", {})
+    told = {name: trained[name] for name, kind in TOLD.items() if isinstance(trained.get(name, ...), kind)}
+    was = Namespace(**({"input_size": 224, "crop_pct": None, "mean": None, "std": None} | shapes | told))
+    try:
+        check_image_arguments(was)
+        [sum(values) for values in mean_std(was)]  # of numbers
+    except (TypeError, UsageError, ValueError):  # of a trainer that means something else by these names
+        told = {}
+    kept = given(args) | (NORMALISATION if NORMALISATION & given(args) else set())
+    vars(args).update(shapes | {name: value for name, value in told.items() if name not in kept})
+    check_image_arguments(args)
+    effect = {"crop_pct": eval_crop} | dict.fromkeys(NORMALISATION, mean_std)
+    for name in sorted(told.keys() & given(args)):
+        now, then = (effect.get(name, attrgetter(name))(x) for x in (args, was))
+        if now != then:
+            log.warning("--%s %s: %s was trained with %s", name, getattr(args, name), path, then)
