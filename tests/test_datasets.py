@@ -9,7 +9,6 @@ import json
 import os
 import pickle
 import random
-import re
 import shutil
 import sys
 import tarfile

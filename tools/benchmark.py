@@ -78,7 +78,6 @@ def build(args, device, compiled, room, **kwargs) -> nn.Module:
 
 
 def build_fcmae(args, device, compiled) -> tuple[fcmae.FCMAE, torch.Tensor, torch.Tensor]:
-    """A model, images and masks."""
     model = build(args, device, compiled, fcmae, norm_pix_loss=True)
     return model, images(args, device), sample_mask(args, args.batch_size)
 
@@ -161,7 +160,7 @@ def engine_steps(args, device, compiled) -> Step:
     training_run = Run(vars(main_pretrain.get_args_parser().parse_args([])), amp)
 
     def steps() -> int:
-        train_one_epoch(model, loader, optimizer, amp, Schedule(1e-4, 0.0, 1, 10), training_run, 0)
+        train_one_epoch(model, loader, optimizer, Schedule(1e-4, 0.0, 1, 10), training_run, 0)
         return ENGINE_STEPS * args.batch_size
 
     return steps
@@ -186,8 +185,8 @@ def own_pass(args, device, compiled, normalise: bool) -> Step:
 def pillow_pass(args, device, compiled) -> Step:
     """The same as MAE and its descendants load it."""
     crop = transforms.RandomResizedCrop(args.input_size, (MIN_CROP, 1.0), interpolation=BICUBIC)
-    flip, normalise = transforms.RandomHorizontalFlip(), transforms.Normalize(*mean_std(3))
-    load = transforms.Compose([load_image, crop, flip, transforms.ToTensor(), normalise])
+    rest = transforms.RandomHorizontalFlip(), transforms.ToTensor(), transforms.Normalize(*mean_std(3))
+    load = transforms.Compose([load_image, crop, *rest])
     paths = ImageTree(args.data_path, "--data_path").paths
     collate = transforms.Compose([partial(map, load), list, torch.stack])
     loader = DataLoader(paths, args.batch_size, shuffle=True, num_workers=args.num_workers, collate_fn=collate)
@@ -200,11 +199,10 @@ FORMS = {  # the last is what the others are measured against
     "finetune": {"here": partial(classifier_step, timms=False), "timm": partial(classifier_step, timms=True)},
     "loop": {"engine": engine_steps, "bare": bare_steps},
     "loader": {
-        "here": partial(own_pass, normalise=False),
-        "here, normalised on the CPU": partial(own_pass, normalise=True),
+        "here": partial(own_pass, normalise=False), "here, normalised on the CPU": partial(own_pass, normalise=True),
         "Pillow": pillow_pass,
     },
-}
+}  # fmt: skip
 
 
 def variants(args) -> dict[str, tuple[Callable, bool]]:
