@@ -36,7 +36,7 @@ from engine_pretrain import train_one_epoch
 from models import convnextv2, fcmae, fused
 from tools.baselines import MaskedAutoencoderViT, masked_dense_features
 from utils.amp import Amp
-from utils.args import ArgumentParser, Arguments, add_bool
+from utils.args import ArgumentParser, Arguments, add_bool, at_least
 from utils.data.files import ImageTree
 from utils.data.images import load_image
 from utils.data.sampling import Batch, StepLoader, StepSampler, TrainSamples
@@ -286,18 +286,18 @@ def get_args_parser() -> ArgumentParser:
     add = parser.add_argument
     add("--what", choices=FORMS, default="encoder", help="which comparison; see the top of the file")
     add("--model", choices=convnextv2.SIZES, default="convnextv2_atto", metavar="SIZE", help="convnextv2_SIZE")
-    add("--batch_size", type=int, default=8, help="images per step")
-    add("--input_size", type=int, default=224, help="side of the images in pixels")
+    add("--batch_size", type=at_least(1), default=8, help="images per step")
+    add("--input_size", type=at_least(32), default=224, help="side of the images in pixels")
     add("--mask_ratio", type=float, default=0.6, help="share of patches that FCMAE removes")
     add("--data_path", help="for the loader: a folder of images, however nested")
-    add("--num_workers", type=int, default=0, help="for the loader: its processes")
+    add("--num_workers", type=at_least(0), default=0, help="for the loader: its processes")
     add("--device", default="auto", help="auto (cuda, else mps, else cpu), or a torch device")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="bfloat16 is autocast")
     add("--compile", choices=("no", "yes", "both"), default="no", help="run the forms eagerly, compiled, or both ways")
     add_bool(parser, "--fused", True, "the hand-written gradients of models/fused.py; false: the plain model")
     add_bool(parser, "--grad_checkpointing", False, "recompute the encoder's activations in backward")
-    add("--repeats", type=int, default=9, help="timed rounds")
-    add("--threads", type=int, default=2, help="CPU threads; the loader takes one")
+    add("--repeats", type=at_least(1), default=9, help="timed rounds")
+    add("--threads", type=at_least(1), default=2, help="CPU threads; the loader takes one")
     add("--vary", nargs="+", metavar="WORD", help="a flag and its values, such as mask_ratio 0.4 0.6 0.8")
     add("--json", help="file that gets the measurements as JSON lines as well")
     add_bool(parser, "--memory", True, "measure memory as well, but not of the loader")
@@ -308,10 +308,7 @@ def get_args_parser() -> ArgumentParser:
 def parse(flags: list[str]) -> Arguments:
     """The arguments, checked. Raises UsageError."""
     args = get_args_parser().parse_args(flags)
-    for name, least in {"batch_size": 1, "repeats": 1, "threads": 1, "num_workers": 0}.items():
-        if getattr(args, name) < least:
-            raise UsageError(f"--{name} {getattr(args, name)}: must be at least {least}")
-    if args.input_size % 32 or args.input_size < 32:
+    if args.input_size % 32:
         raise UsageError(f"--input_size {args.input_size}: must be a multiple of 32")
     try:
         fcmae.num_visible((args.input_size // 32) ** 2, args.mask_ratio)
