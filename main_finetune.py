@@ -24,24 +24,9 @@ from engine_finetune import evaluate, score, train_one_epoch
 from models import convnextv2, fused
 from models.convnextv2 import SIZES, ConvNeXtV2, compile_blocks, layer_id, name_of, num_layer_ids
 from models.linear_probe import LinearProbe
-from utils import distributed, errors, weights
+from utils import distributed, errors, flags, weights
 from utils.amp import Amp
-from utils.args import (
-    ArgumentParser,
-    add_augmentation_arguments,
-    add_bool,
-    add_evaluation_arguments,
-    add_shared_arguments,
-    at_least,
-    check_shared_arguments,
-    effective_lr,
-    fraction,
-    given,
-    not_negative,
-    positive,
-    share,
-    tell_without_effect,
-)
+from utils.args import ArgumentParser, check_shared_arguments, effective_lr, given, tell_without_effect
 from utils.data.sampling import StepLoader, first_of_each_class
 from utils.data.transforms import SMALL_INPUT_SIZE
 from utils.errors import UsageError, suggest
@@ -65,47 +50,12 @@ EVALUATION = "eval_freq dist_eval eval_data_path eval_list crop_pct model_ema_ev
 
 def get_args_parser() -> ArgumentParser:
     parser = ArgumentParser("Fine-tuning and evaluation of ConvNeXt V2. @FILE reads arguments from a file (recipes/).")
-    add_shared_arguments(
+    flags.add_shared_arguments(
         parser, epochs=100, warmup_epochs=20, blr=5e-4, min_lr=1e-6, min_crop=0.08, data_sets=datasets.DATA_SETS_HELP
     )
-    group = parser.add_argument_group("fine-tuning")
-    group.add_argument("--finetune", default="", help="checkpoint whose encoder to start from; the head is new")
-    group.add_argument(
-        "--model_key", default=weights.MODEL_KEY, help="where a checkpoint holds its weights, by preference"
-    )
-    group.add_argument("--model_prefix", default="", help="take only the weights under this prefix, without it")
-    add_bool(group, "--stem_average", False, "average the checkpoint's stem over its channels where --in_chans differs")
-    group.add_argument(
-        "--images_per_class",
-        type=at_least(1),
-        default=None,
-        help="train on the first so many images of each class alone",
-    )
-    head_help = "the head, which is new, starts with std 0.02 times this"
-    group.add_argument("--head_init_scale", type=not_negative, default=0.001, help=head_help)
-    group.add_argument("--drop_path", type=fraction, default=0.0, help="stochastic depth of the last block")
-    group.add_argument("--layer_decay", type=share, default=1.0, help="learning-rate factor per layer below the head")
-    group.add_argument(
-        "--layer_decay_type", choices=("single", "group"), default="single",
-        help="count blocks one by one, or, for depths 3,3,27,3, in groups",
-    )  # fmt: skip
-    add_bool(group, "--linear_probe", False, "freeze the encoder, train a linear head; see recipes/linear_probe.args")
-    group = parser.add_argument_group("optimizer")
-    group.add_argument("--opt", default="adamw", help="any optimizer of timm's factory")
-    group.add_argument("--opt_eps", type=not_negative, default=1e-8, help="the optimizer's epsilon")
-    group.add_argument(
-        "--opt_betas", type=fraction, nargs="+", default=None, help="the optimizer's betas, if not its own"
-    )
-    group.add_argument("--momentum", type=fraction, default=0.9, help="momentum of optimizers that have one")
-    group.add_argument("--clip_grad", type=positive, default=None, help="largest norm of the gradient")
-    group.add_argument(
-        "--warmup_steps", type=at_least(-1), default=-1, help="warm-up in steps; overrides --warmup_epochs"
-    )
-    group.add_argument(
-        "--weight_decay_end", type=not_negative, default=None, help="weight decay at the end of a half cosine"
-    )
-    add_augmentation_arguments(parser)
-    add_evaluation_arguments(parser)
+    flags.add_finetune_arguments(parser)
+    flags.add_augmentation_arguments(parser)
+    flags.add_evaluation_arguments(parser)
     return parser
 
 

@@ -18,12 +18,11 @@ import datasets
 from engine_pretrain import train_one_epoch
 from models import fcmae, fused
 from models.convnextv2 import SIZES, compile_blocks, total_stride
-from utils import distributed, errors, weights
+from utils import distributed, errors, flags, weights
 from utils.amp import Amp
 from utils.args import (
     ArgumentParser,
     add_bool,
-    add_shared_arguments,
     at_least,
     check_shared_arguments,
     effective_lr,
@@ -43,7 +42,7 @@ log = logging.getLogger("fcmae")
 
 def get_args_parser() -> ArgumentParser:
     parser = ArgumentParser("FCMAE pre-training of ConvNeXt V2. @FILE reads arguments from a file, as in recipes/.")
-    add_shared_arguments(
+    flags.add_shared_arguments(
         parser, epochs=800, warmup_epochs=40, blr=1.5e-4, min_lr=0.0, min_crop=0.2, data_sets=datasets.DATA_SETS_HELP
     )
     group = parser.add_argument_group("masked autoencoding")

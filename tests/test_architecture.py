@@ -93,8 +93,8 @@ def test_every_declared_flag_is_read(name):
     """Each flag is read as args.FLAG, flags["FLAG"], or by a getattr of its name, in the code that is given them."""
     sys.path.insert(0, str(ROOT))
     parser = __import__(name).get_args_parser()
-    given = (f"{name}.py", "datasets.py", "utils/args.py", "utils/distributed.py", "utils/run.py", "utils/settings.py")
-    files = [ROOT / file for file in given]
+    files = [ROOT / f"{name}.py", ROOT / "datasets.py"]
+    files += [ROOT / "utils" / f"{file}.py" for file in ("args", "distributed", "record", "run", "settings")]
     trees = [ast.parse(file.read_text()) for file in files]
     read = {node.attr for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
     read |= {  # getattr(args, "name", default)
@@ -148,3 +148,17 @@ def test_recipes_are_valid(path):
     args.finetune = ""  # what it starts from is not there
     module.check_args(args)
     assert args.model.split("_")[1] in path.stem or "demo" in path.stem or path.stem == "linear_probe"
+
+
+SCRIPT_ROOMS = [path for path in SOURCES if path.name != "kernels.py"]  # Triton takes tables and strides one by one
+
+
+@pytest.mark.parametrize("path", SCRIPT_ROOMS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_files_and_functions_stay_small(path):
+    text = path.read_text()
+    assert len(text.splitlines()) <= 350
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            names = [arg.arg for arg in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
+            assert node.end_lineno - node.lineno < 60, node.name
+            assert len([name for name in names if name not in ("self", "cls")]) <= 8, node.name

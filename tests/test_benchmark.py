@@ -6,24 +6,33 @@ import re
 
 import pytest
 import torch
+from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision.transforms.functional import pil_to_tensor
 
 import models.convnextv2
 from tools import benchmark
+from utils.data.files import ImageTree
+from utils.data.images import load_image
+from utils.data.shapes import draw
+from utils.data.transforms import pretrain_transform
 from utils.errors import run
 
 TINY = {"depths": (1, 1, 1, 1), "dims": (8, 8, 16, 16)}
+SMALL = ("--device", "cpu", "--batch_size", 2, "--input_size", 64, "--repeats", 1, "--threads", 1, "--memory", "false")
+CPU = torch.device("cpu")
 
 
 @pytest.fixture
 def call(monkeypatch, capsys):
-    """A tool on a shrunk atto: what it printed, or the error it ended with."""
+    """The benchmark of a shrunk atto: what it printed, or the error it ended with."""
     monkeypatch.setitem(models.convnextv2.SIZES, "convnextv2_atto", TINY)
 
-    def call(tool, *flags):
-        monkeypatch.setattr("sys.argv", [tool.__name__, *map(str, flags)])
+    def call(*flags):
+        monkeypatch.setattr("sys.argv", ["benchmark.py", *map(str, flags)])
         threads = torch.get_num_threads()
         with contextlib.suppress(SystemExit):
-            run(tool.main)
+            run(benchmark.main)
         torch.set_num_threads(threads)
         captured = capsys.readouterr()
         return captured.err or captured.out
@@ -31,53 +40,97 @@ def call(monkeypatch, capsys):
     return call
 
 
-SMALL = ("--device", "cpu", "--batch_size", 2, "--input_size", 64, "--repeats", 1, "--threads", 1, "--memory", "false")
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("jpegs")
+    for i in range(12):
+        Image.fromarray(draw(i, 0, 96)).save(folder / f"{i}.jpg")
+    return folder
 
 
-@pytest.mark.parametrize("what", ["encoder", "loop"])
-def test_prints_a_table_of_both_forms(call, what):
-    text = call(benchmark, "--what", what, *SMALL)
-    for form in benchmark.FORMS[what]:
-        assert re.search(rf"\| {form} \| [\d.]+ \| [\d.]+ \|", text)
-    assert re.search(r"takes [\d.]+x the time of .*; median of 1 pairs", text)
+def rows(text: str) -> dict[str, list[float]]:
+    """Milliseconds, images/s and ratio of each row."""
+    found = re.findall(r"^\| ([^|]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+)x \|", text, flags=re.MULTILINE)
+    return {form: [float(x) for x in numbers] for form, *numbers in found}
 
 
-def test_varies_one_setting_and_records_it(call, tmp_path):
+@pytest.mark.parametrize("what", ["encoder", "finetune", "loop", "loader"])
+def test_prints_a_table_of_the_forms(call, folder, what):
+    found = rows(call("--what", what, "--data_path", folder, *SMALL))
+    assert list(found) == list(benchmark.FORMS[what])
+    images = {"loop": 2 * benchmark.ENGINE_STEPS, "loader": 12}.get(what, 2)
+    for milliseconds, rate, _ in found.values():
+        assert rate == pytest.approx(1000 * images / milliseconds, rel=0.05)
+    *_, last = found.values()
+    assert last[2] == 1
+
+
+def test_ratios_are_to_the_fastest_baseline(capsys):
+    args = benchmark.parse(["--compile", "both", "--memory", "false"])
+    seconds = dict(zip(benchmark.variants(args), ([3.0, 3.0], [2.0, 4.0], [8.0, 8.0], [4.0, 4.0]), strict=True))
+    benchmark.report([{"form": form, "seconds": s, "images": 8} for form, s in seconds.items()], args)
+    ratios = {form: numbers[2] for form, numbers in rows(capsys.readouterr().out).items()}
+    assert ratios == {"visible": 0.75, "visible, compiled": 0.75, "masked dense": 2, "masked dense, compiled": 1}
+
+
+def test_varies_one_flag_and_records_it(call, tmp_path):
     file = tmp_path / "measured.json"
-    text = call(benchmark, *SMALL, "--vary", "mask_ratio", 0.5, 0.7, "--json", file)
+    text = call(*SMALL, "--vary", "mask_ratio", 0.5, 0.7, "--json", file)
     records = [json.loads(line) for line in file.read_text().splitlines()]
-    assert [(r["form"], r["mask_ratio"]) for r in records] == [
-        ("visible", 0.5), ("masked dense", 0.5), ("visible", 0.7), ("masked dense", 0.7),
-    ]  # fmt: skip
+    forms = [(r["form"], r["mask_ratio"], len(r["seconds"])) for r in records]
+    assert forms == [(form, ratio, 1) for ratio in (0.5, 0.7) for form in ("visible", "masked dense")]
     assert "mask ratio 0.7" in text
-    for record in records:
-        assert len(record["seconds"]) == 1
-        assert record["images_per_second"] == pytest.approx(2 / record["seconds"][0])
 
 
-def test_both_forms_of_the_encoder_do_the_same_work(call):
-    """The visible form's matrix products are len_keep / L of the dense form's."""
-    args = benchmark.get_args_parser().parse_args([*map(str, SMALL), "--mask_ratio", "0.5"])
-    cpu = torch.device("cpu")
-    visible, dense = (
-        benchmark.count_flops(benchmark.encoder_step(args, cpu, False, dense=dense)) for dense in (False, True)
+def test_memory_is_that_of_one_form_in_its_own_process():
+    """Of real sizes: a process does not know the shrunk one."""
+    small, large = (
+        benchmark.memory_of("visible", ["--device", "cpu", "--input_size", str(size)]) for size in (64, 224)
     )
-    # the dense form's stem and downsampling are convolutions, which are not counted
-    assert visible < 0.75 * dense
+    assert large > 2 * small > 0
+
+
+def test_the_visible_form_does_a_share_of_the_dense_forms_work():
+    args = benchmark.parse([*map(str, SMALL), "--mask_ratio", "0.5"])
+    flops = []
+    for form in benchmark.FORMS["encoder"].values():
+        step = form(args, CPU, False)
+        with FlopCounterMode(display=False) as counter:
+            step()
+        counts = counter.get_flop_counts()["Global"].items()
+        flops.append(sum(n for operator, n in counts if "convolution" not in str(operator)))  # miscounts depthwise ones
+    assert 0.4 < flops[0] / flops[1] < 0.6
+
+
+def test_the_loaders_crops_are_pillows(folder):
+    """Under the same seed, to a twentieth of a level of 255 on average."""
+    images = ImageTree(str(folder), "--data_path")
+    images.transform = pretrain_transform(64, 3, benchmark.MIN_CROP)
+    _, crop, flip = images.transform.transforms
+    for i, path in enumerate(images.paths):
+        torch.manual_seed(i)
+        own, _ = images[i]
+        torch.manual_seed(i)
+        usual = pil_to_tensor(flip(crop(load_image(path))))
+        assert own.dtype == torch.uint8
+        assert (own.int() - usual.int()).abs().float().mean() < 0.25
 
 
 @pytest.mark.parametrize(
-    ("tool", "flags", "message"),
+    ("flags", "message"),
     [
-        (benchmark, "--model convnextv2_atta", "--model convnextv2_atta: unknown (did you mean convnextv2_atto?)"),
-        (benchmark, "--input_size 100", "--input_size 100: must be a multiple of 32"),
-        (benchmark, "--mask_ratio 1", "--mask_ratio: mask_ratio 1.0 keeps 0 of 49"),
-        (benchmark, "--vary colour 1 2", "--vary colour 1 2: give one of mask_ratio"),
-        (benchmark, "--vary batch_size two", "--vary batch_size two: invalid literal"),
-        (benchmark, "--device cpu --largest_batch true", "--largest_batch true: needs --device cuda"),
+        ("--model convnextv2_atta", "argument --model: invalid choice: 'convnextv2_atta'"),
+        ("--input_size 100", "--input_size 100: must be a multiple of 32"),
+        ("--repeats 0", "--repeats 0: must be a whole number, at least 1"),
+        ("--mask_ratio 1", "--mask_ratio: mask_ratio 1.0 keeps 0 of 49"),
+        ("--what loader", "--what loader: needs --data_path"),
+        ("--what loader --data_path nowhere", "--data_path nowhere: no such folder"),
+        ("--vary colour 1 2", "unknown argument --colour"),
+        ("--vary batch_size", "--vary batch_size: give its values"),
+        ("--vary batch_size two", "--batch_size two: must be a whole number, at least 1"),
     ],
 )
-def test_mistakes_are_one_line(call, tool, flags, message):
-    text = call(tool, *flags.split())
-    assert text.startswith("error: " + message)
-    assert text.count("\n") == 1
+def test_mistakes_are_one_line(call, flags, message):
+    text = call("--device", "cpu", *flags.split())
+    error = text.splitlines()[-1]
+    assert error.startswith("error: " + message)

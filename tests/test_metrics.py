@@ -19,13 +19,13 @@ from utils.amp import Amp
 from utils.args import (
     ArgumentParser,
     add_bool,
-    add_shared_arguments,
     check_shared_arguments,
     effective_lr,
     prepared_output_dir,
 )
 from utils.distributed import pick_device
 from utils.errors import NonFiniteLoss, UsageError, run, suggest
+from utils.flags import add_shared_arguments
 from utils.metrics import Averages, EpochTracker, LossGuard, Progress, RunLog, duration, speed
 
 CPU = torch.device("cpu")

@@ -1,52 +1,55 @@
-"""Times and memory of a step against the same work done in another way, in pairs.
+"""Time and memory of a step against the same work done in another way, in pairs.
 
-python tools/benchmark.py                                        encoder: visible patches against the masked dense form
-python tools/benchmark.py --what pretrain --compile both         a whole FCMAE step against an MAE ViT-B/16 step
-python tools/benchmark.py --what finetune --dtype bfloat16       a fine-tuning step against timm's model
-python tools/benchmark.py --what loop                            the engine's steps against a bare loop
-python tools/benchmark.py --vary mask_ratio 0.4 0.6 --plot a.png  any comparison over a range of one setting
-python tools/benchmark.py --what pretrain --largest_batch true   what fits the GPU
-torchrun --nproc_per_node=2 tools/benchmark.py --what pretrain   images/s of all processes together
+python tools/benchmark.py                                    encoder: visible patches against the masked dense form
+python tools/benchmark.py --what pretrain --compile both     a whole FCMAE step against an MAE ViT-B/16 step
+python tools/benchmark.py --what finetune --dtype bfloat16   a fine-tuning step against timm's model
+python tools/benchmark.py --what loop                        the engine's steps against a bare loop
+python tools/benchmark.py --what loader --data_path FOLDER   the pre-training loader against Pillow's pipeline
+python tools/benchmark.py --vary mask_ratio 0.4 0.6          any comparison over a range of one flag
 
-Steps are timed in turn, in one process, because machines are noisy: the ratios, medians over pairs, are what to quote.
-Memory is measured in a process per form.
+The forms take turns in one process, because machines are noisy: the ratios, medians over pairs, are what to quote.
+Memory is measured in a process per form. Of the loader, the time is the processor's, so images/s are per core.
 """
 
-import copy
 import gc
-import importlib.util
 import json
+import resource
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import timm
 import torch
 from timm.utils import ModelEmaV3
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.data import DataLoader
+from torchvision import transforms
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import main_pretrain
 from engine_pretrain import train_one_epoch
 from models import convnextv2, fcmae, fused
-from models.convnextv2 import SIZES, compile_blocks
 from tools.baselines import MaskedAutoencoderViT, masked_dense_features
-from utils import distributed
 from utils.amp import Amp
-from utils.args import ArgumentParser, add_bool
-from utils.data.sampling import Batch
-from utils.errors import UsageError, run, suggest
+from utils.args import ArgumentParser, Arguments, add_bool, at_least
+from utils.data.files import ImageTree
+from utils.data.images import load_image
+from utils.data.sampling import Batch, StepLoader, StepSampler, TrainSamples
+from utils.data.transforms import BICUBIC, Normalise, mean_std, pretrain_transform
+from utils.distributed import pick_device
+from utils.errors import UsageError, run
 from utils.lr_sched import Schedule
 from utils.param_groups import param_groups
 from utils.run import Run
 
-Step = Callable[[], None]
-ENGINE_STEPS = 20  # that one call of the engine takes
+Step = Callable[[], int]  # does the work and returns of how many images
+ENGINE_STEPS = 20
+MIN_CROP = 0.2
 
 
 # ---- what is compared: (arguments, device, compiled) -> a step -------------------------------------------------------
@@ -57,162 +60,166 @@ def images(args, device: torch.device) -> torch.Tensor:
     return torch.randn(args.batch_size, 3, args.input_size, args.input_size, device=device)
 
 
-def mask_of(args) -> torch.Tensor:
-    """(N, L) on the CPU, as the loader gives it."""
-    noise = torch.rand(args.batch_size, (args.input_size // 32) ** 2, generator=torch.Generator().manual_seed(0))
-    return fcmae.random_mask(noise, args.mask_ratio)
+def sample_mask(args, *shape: int) -> torch.Tensor:
+    """(*shape, L) on the CPU, as the loader gives it."""
+    return fcmae.random_mask(torch.rand(*shape, (args.input_size // 32) ** 2), args.mask_ratio)
 
 
-def autocast(args, device: torch.device):
-    dtype = getattr(torch, args.dtype)
-    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
-
-
-def adamw(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(param_groups(model.named_parameters(), 0.05), lr=1e-4, betas=(0.9, 0.95), fused=True)
-
-
-def build_fcmae(args, device: torch.device, compiled: bool) -> fcmae.FCMAE:
+def build(args, device, compiled, room, **kwargs) -> nn.Module:
+    """The model of --model in a room, `convnextv2` or `fcmae`."""
     torch.manual_seed(0)
-    model = getattr(fcmae, args.model)(norm_pix_loss=True).to(device)
+    model = getattr(room, args.model)(**kwargs).to(device)
     model.set_grad_checkpointing(args.grad_checkpointing)
     if args.fused:
         fused.enable(model)
     if compiled:
-        compile_blocks(model)
+        convnextv2.compile_blocks(model)
     return model
 
 
-def encoder_step(args, device, compiled, dense: bool) -> Step:
-    """Forward and backward pass of the encoder."""
-    model, imgs, mask = build_fcmae(args, device, compiled and not dense), images(args, device), mask_of(args)
-    encode = model.forward_encoder
-    if dense:
-        features = torch.compile(masked_dense_features) if compiled else masked_dense_features
-        encode, mask = (lambda imgs, mask: features(model.encoder, imgs, mask)), mask.to(device)
-
-    def step():
-        model.zero_grad(set_to_none=True)
-        with autocast(args, device):
-            features = encode(imgs, mask)
-        features.float().square().mean().backward()
-
-    return step
+def build_fcmae(args, device, compiled) -> tuple[fcmae.FCMAE, torch.Tensor, torch.Tensor]:
+    model = build(args, device, compiled, fcmae, norm_pix_loss=True)
+    return model, images(args, device), sample_mask(args, args.batch_size)
 
 
-def training_step(args, device, model: nn.Module, loss_of: Callable, ema: ModelEmaV3 | None = None) -> Step:
-    """Forward, backward, AdamW and, where given, the moving average."""
-    wrapped, optimizer = distributed.data_parallel(model), adamw(model)
+def optimizer_and_amp(args, device, model: nn.Module) -> tuple[torch.optim.Optimizer, Amp]:
+    groups = param_groups(model.named_parameters(), 0.05)
+    optimizer = torch.optim.AdamW(groups, lr=1e-4, betas=(0.9, 0.95), fused=True)
+    return optimizer, Amp(device, args.dtype != "float32", getattr(torch, args.dtype))
 
-    def step():
-        with autocast(args, device):
-            loss = loss_of(wrapped)
+
+def step_of(args, device, model: nn.Module, loss_of: Callable[[], torch.Tensor], ema: ModelEmaV3 | None = None) -> Step:
+    """Forward, backward and, but for the encoder alone, AdamW; where given, the moving average."""
+    optimizer, amp = optimizer_and_amp(args, device, model)
+
+    def step() -> int:
+        with amp.autocast():
+            loss = loss_of()
         loss.backward()
-        optimizer.step()
+        if args.what != "encoder":
+            optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if ema:
             ema.update(model)
+        return args.batch_size
 
     return step
 
 
+def visible_step(args, device, compiled) -> Step:
+    model, imgs, mask = build_fcmae(args, device, compiled)
+    return step_of(args, device, model, lambda: model.forward_encoder(imgs, mask).float().square().mean())
+
+
+def dense_step(args, device, compiled) -> Step:
+    model, imgs, mask = build_fcmae(args, device, False)
+    features, mask = torch.compile(masked_dense_features, disable=not compiled), mask.to(device)
+    return step_of(args, device, model, lambda: features(model.encoder, imgs, mask).float().square().mean())
+
+
 def fcmae_step(args, device, compiled) -> Step:
-    imgs, mask = images(args, device), mask_of(args)
-    return training_step(args, device, build_fcmae(args, device, compiled), lambda model: model(imgs, mask=mask)[0])
+    model, imgs, mask = build_fcmae(args, device, compiled)
+    return step_of(args, device, model, lambda: model(imgs, mask=mask)[0])
 
 
 def mae_step(args, device, compiled) -> Step:
-    """MAE with a ViT-B/16, 75 % masked, a decoder of 8 blocks and 512 channels."""
-    torch.manual_seed(0)
     model, imgs = MaskedAutoencoderViT(args.input_size).to(device), images(args, device)
     if compiled:
         model.compile()
-    return training_step(args, device, model, lambda model: model(imgs))
+    return step_of(args, device, model, lambda: model(imgs))
 
 
 def classifier_step(args, device, compiled, timms: bool) -> Step:
-    """One step of fine-tuning with a moving average of the weights, 1000 classes."""
-    torch.manual_seed(0)
+    """Fine-tuning with a moving average of the weights, 1000 classes."""
     imgs, labels = images(args, device), torch.arange(args.batch_size, device=device) % 1000
     if timms:
         model = timm.create_model(args.model).to(device, memory_format=torch.channels_last)
         imgs = imgs.contiguous(memory_format=torch.channels_last)
     else:
-        model = getattr(convnextv2, args.model)().to(device)
-        if args.fused:
-            fused.enable(model)
-    ema = ModelEmaV3(model, decay=0.9999)
-    if compiled:
-        model.compile() if timms else compile_blocks(model)
-    criterion = nn.CrossEntropyLoss(label_smoothing=0.1)
-    return training_step(args, device, model, lambda model: criterion(model(imgs).float(), labels), ema)
+        model = build(args, device, compiled, convnextv2)
+    ema, criterion = ModelEmaV3(model, decay=0.9999), nn.CrossEntropyLoss(label_smoothing=0.1)
+    if timms and compiled:
+        model.compile()
+    return step_of(args, device, model, lambda: criterion(model(imgs).float(), labels), ema)
 
 
-class SameBatch:
-    """A loader that gives the same batch again and again."""
+class SameBatch(list):
+    """A `StepLoader` that gives its one batch for every step of an epoch."""
 
-    def __init__(self, data: list, steps: int):
-        self.data, self.length = data, steps
-
-    def __len__(self) -> int:
-        return self.length
-
-    def batch_transform(self, imgs: torch.Tensor) -> torch.Tensor:
-        return imgs
+    batch_transform = nn.Identity()
 
     def steps(self, epoch: int, start_step: int):
-        return ([Batch(self.data, 1.0, True)] for _ in range(self.length))
+        return iter(self)
 
 
 def engine_steps(args, device, compiled) -> Step:
     """An epoch of `engine_pretrain`, all that it does between two steps included."""
-    model = distributed.data_parallel(build_fcmae(args, device, compiled))
-    loader = SameBatch([images(args, device), torch.zeros(args.batch_size), mask_of(args)], ENGINE_STEPS)
-    optimizer, schedule = adamw(model), Schedule(1e-4, 0.0, 1, 10)
-    amp = Amp(device, args.dtype != "float32", getattr(torch, args.dtype))
+    model, imgs, mask = build_fcmae(args, device, compiled)
+    loader = SameBatch([[Batch([imgs, torch.zeros(len(imgs)), mask], 1.0, True)]] * ENGINE_STEPS)
+    optimizer, amp = optimizer_and_amp(args, device, model)
     training_run = Run(vars(main_pretrain.get_args_parser().parse_args([])), amp)
-    return lambda: train_one_epoch(model, loader, optimizer, schedule, training_run, 0)
+
+    def steps() -> int:
+        train_one_epoch(model, loader, optimizer, Schedule(1e-4, 0.0, 1, 10), training_run, 0)
+        return ENGINE_STEPS * args.batch_size
+
+    return steps
 
 
 def bare_steps(args, device, compiled) -> Step:
     step = fcmae_step(args, device, compiled)
-    return lambda: [step() for _ in range(ENGINE_STEPS)]
+    return lambda: sum(step() for _ in range(ENGINE_STEPS))
 
 
-FORMS = {
-    "encoder": {
-        "visible": lambda *args: encoder_step(*args, dense=False),
-        "masked dense": lambda *args: encoder_step(*args, dense=True),
-    },
+def own_pass(args, device, compiled, normalise: bool) -> Step:
+    """A pass over a folder by this project's loader, which normalises on the training device, or here on the CPU."""
+    dataset = ImageTree(args.data_path, "--data_path")
+    dataset.transform = pretrain_transform(args.input_size, 3, MIN_CROP)
+    sampler = StepSampler(len(dataset), min(args.batch_size, len(dataset)))
+    samples = TrainSamples(dataset, 0, partial(sample_mask, args))
+    loader = StepLoader(DataLoader(samples, batch_sampler=sampler, num_workers=args.num_workers), sampler)
+    transform = Normalise(*mean_std(3)) if normalise else nn.Identity()
+    return lambda: sum(len(transform(batch.data[0])) for step in loader.steps(0) for batch in step)
+
+
+def pillow_pass(args, device, compiled) -> Step:
+    """The same as MAE and its descendants load it."""
+    crop = transforms.RandomResizedCrop(args.input_size, (MIN_CROP, 1.0), interpolation=BICUBIC)
+    rest = transforms.RandomHorizontalFlip(), transforms.ToTensor(), transforms.Normalize(*mean_std(3))
+    load = transforms.Compose([load_image, crop, *rest])
+    paths = ImageTree(args.data_path, "--data_path").paths
+    collate = transforms.Compose([partial(map, load), list, torch.stack])
+    loader = DataLoader(paths, args.batch_size, shuffle=True, num_workers=args.num_workers, collate_fn=collate)
+    return lambda: sum(len(imgs) for imgs in loader)
+
+
+FORMS = {  # the last is what the others are measured against
+    "encoder": {"visible": visible_step, "masked dense": dense_step},
     "pretrain": {"FCMAE": fcmae_step, "MAE ViT-B/16": mae_step},
-    "finetune": {
-        "here": lambda *args: classifier_step(*args, timms=False),
-        "timm": lambda *args: classifier_step(*args, timms=True),
-    },
+    "finetune": {"here": partial(classifier_step, timms=False), "timm": partial(classifier_step, timms=True)},
     "loop": {"engine": engine_steps, "bare": bare_steps},
-}
+    "loader": {
+        "here": partial(own_pass, normalise=False), "here, normalised on the CPU": partial(own_pass, normalise=True),
+        "Pillow": pillow_pass,
+    },
+}  # fmt: skip
 
 
-# ---- measuring -------------------------------------------------------------------------------------------------------
+def variants(args) -> dict[str, tuple[Callable, bool]]:
+    """The rows of the table: each form eagerly, compiled, or both."""
+    ways = {"no": (False,), "yes": (True,), "both": (False, True)}[args.compile]
+    forms = FORMS[args.what].items()
+    return {name + ", compiled" * compiled: (form, compiled) for name, form in forms for compiled in ways}
 
 
-def synchronize(device: torch.device) -> None:
+def clock(args, device: torch.device) -> float:
+    """Seconds; for the loader those of the processor, in this process and in its workers that have ended."""
+    if args.what == "loader":
+        usages = map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+        return sum(usage.ru_utime + usage.ru_stime for usage in usages)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def time_in_turn(steps: list[Step], repeats: int, device: torch.device) -> list[list[float]]:
-    """Seconds of each step in `repeats` rounds, after two rounds to warm up; every round runs all of them."""
-    times: list[list[float]] = [[] for _ in steps]
-    for round_ in range(-2, repeats):
-        for step, seconds in zip(steps, times, strict=True):
-            synchronize(device)
-            begun = time.perf_counter()
-            step()
-            synchronize(device)
-            if round_ >= 0:
-                seconds.append(time.perf_counter() - begun)
-    return times
+    return time.perf_counter()
 
 
 def peak_memory(step: Step, device: torch.device) -> float:
@@ -231,241 +238,109 @@ def peak_memory(step: Step, device: torch.device) -> float:
 
 def resident(field: str) -> float:
     """A line of /proc/self/status in MiB."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field):
-            return int(line.split()[1]) / 1024
-    raise UsageError(f"{field} is not in /proc/self/status: memory on the CPU is measured on Linux only")
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status[field].split()[0]) / 1024
 
 
-def matmul_peak(args, device: torch.device) -> float:
-    """TFLOP/s of a large matrix product in --dtype: the best of a few."""
-    size = 8192 if device.type == "cuda" else 2048
-    x = torch.randn(size, size, device=device).to(getattr(torch, args.dtype))
-    seconds = min(time_in_turn([lambda: x @ x], 7, device)[0])
-    return 2 * size**3 / seconds / 1e12
+def memory_of(form: str, flags: list[str]) -> float:
+    """Peak memory of a form, in a process of its own."""
+    command = [sys.executable, __file__, *flags, "--memory_of", form]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise UsageError(f"measuring the memory of {form} failed: {done.stderr.strip().splitlines()[-1:]}")
+    return float(done.stdout.split()[-1])
 
 
-def count_flops(step: Step) -> int:
-    """Floating-point operations of the matrix products and attentions in a step.
-
-    Convolutions are left out: those with a kernel over neighbours are depthwise here, a few percent of the work, and
-    PyTorch's counter multiplies the gradient of a depthwise weight by the number of channels.
-    """
-    with FlopCounterMode(display=False) as counter:
-        step()
-    counts = counter.get_flop_counts()["Global"]
-    return sum(count for operator, count in counts.items() if "convolution" not in str(operator))
-
-
-def largest_batch(build: Callable, args, device: torch.device, compiled: bool) -> int:
-    """The largest batch whose step fits the GPU's memory, or --memory_gb of it, to within 2 %."""
-    if device.type != "cuda":
-        raise UsageError("--largest_batch true: needs --device cuda; a CPU's memory has no such edge")
-    if args.memory_gb:
-        share = args.memory_gb * 2**30 / torch.cuda.get_device_properties(device).total_memory
-        if share > 1:
-            raise UsageError(f"--memory_gb {args.memory_gb}: the GPU has {args.memory_gb / share:.0f}")
-        torch.cuda.set_per_process_memory_fraction(share, device)
-
-    def fits(batch_size: int) -> bool:
-        sized = copy.copy(args)
-        sized.batch_size = batch_size
-        try:
-            step = build(sized, device, compiled)
-            step()
-            step()  # the optimizer's state is there from now on
-            synchronize(device)
-            return True
-        except torch.cuda.OutOfMemoryError:
-            return False
-        finally:
-            step = None
-            gc.collect()
-            torch.cuda.empty_cache()
-
-    low, high = 0, 1
-    while fits(high):
-        low, high = high, 2 * high
-    while high - low > max(1, high // 50):
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
+def measure(args, device: torch.device, flags: list[str]) -> list[dict]:
+    """A record per row, after two rounds to warm up; every round runs all rows."""
+    settings = {name: getattr(args, name) for name in ("what", "model", "batch_size", "input_size", "mask_ratio")}
+    records = [{"form": name, **settings, "seconds": []} for name in variants(args)]
+    steps = [form(args, device, compiled) for form, compiled in variants(args).values()]
+    for round_ in range(-2, args.repeats):
+        for record, step in zip(records, steps, strict=True):
+            begun = clock(args, device)
+            record["images"] = step()
+            seconds = clock(args, device) - begun
+            record["seconds"] += [seconds] if round_ >= 0 else []
+    for record in records if args.memory else ():
+        record["peak_mib"] = memory_of(record["form"], flags)
+    return records
 
 
-# ---- the command -----------------------------------------------------------------------------------------------------
+def report(records: list[dict], args) -> None:
+    """Print a table; ratios are to the fastest of the rows that the others are measured against."""
+    print(f"{args.model}, batch {args.batch_size}, {args.input_size} px, mask ratio {args.mask_ratio}")
+    print("| form | ms | images/s | ratio of times | peak MiB | ratio of memory |\n|---|---|---|---|---|---|")
+    last = len(records) // len(FORMS[args.what])
+    base = min(records[-last:], key=lambda record: statistics.median(record["seconds"]))
+    for record in records:
+        median = statistics.median(record["seconds"])
+        ratio = statistics.median(a / b for a, b in zip(record["seconds"], base["seconds"], strict=True))
+        memory = f"{record['peak_mib']:.0f} | {record['peak_mib'] / base['peak_mib']:.2f}x" if args.memory else "- | -"
+        print(f"| {record['form']} | {1000 * median:.1f} | {record['images'] / median:.1f} | {ratio:.3f}x | {memory} |")
+    print(flush=True)
 
 
 def get_args_parser() -> ArgumentParser:
-    parser = ArgumentParser("Times and memory of a step against the same work done in another way.")
-    parser.add_argument("--what", choices=FORMS, default="encoder", help="which comparison; see the top of the file")
-    parser.add_argument("--model", default="convnextv2_atto", help="one of the eight sizes")
-    parser.add_argument("--batch_size", type=int, default=8, help="images per process and step")
-    parser.add_argument("--input_size", type=int, default=224, help="side of the images in pixels")
-    parser.add_argument("--mask_ratio", type=float, default=0.6, help="share of patches that FCMAE removes")
-    parser.add_argument("--device", default="auto", help="auto (cuda, else mps, else cpu), or a torch device")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="bfloat16 is autocast")
-    parser.add_argument(
-        "--compile", choices=("no", "yes", "both"), default="no",
-        help="run the forms eagerly, compiled, or each both ways, which compares the better of each",
-    )  # fmt: skip
+    parser = ArgumentParser(__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--what", choices=FORMS, default="encoder", help="which comparison; see the top of the file")
+    add("--model", choices=convnextv2.SIZES, default="convnextv2_atto", metavar="SIZE", help="convnextv2_SIZE")
+    add("--batch_size", type=at_least(1), default=8, help="images per step")
+    add("--input_size", type=at_least(32), default=224, help="side of the images in pixels")
+    add("--mask_ratio", type=float, default=0.6, help="share of patches that FCMAE removes")
+    add("--data_path", help="for the loader: a folder of images, however nested")
+    add("--num_workers", type=at_least(0), default=0, help="for the loader: its processes")
+    add("--device", default="auto", help="auto (cuda, else mps, else cpu), or a torch device")
+    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="bfloat16 is autocast")
+    add("--compile", choices=("no", "yes", "both"), default="no", help="run the forms eagerly, compiled, or both ways")
     add_bool(parser, "--fused", True, "the hand-written gradients of models/fused.py; false: the plain model")
     add_bool(parser, "--grad_checkpointing", False, "recompute the encoder's activations in backward")
-    parser.add_argument("--repeats", type=int, default=9, help="timed rounds")
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
-    parser.add_argument("--vary", nargs="+", help="a setting and its values, such as mask_ratio 0.4 0.6 0.8")
-    parser.add_argument("--json", help="file that gets the measurements as JSON lines as well")
-    parser.add_argument("--plot", help="PNG of time and memory over what --vary varies; needs matplotlib")
-    add_bool(parser, "--memory", True, "measure memory as well")
-    add_bool(parser, "--largest_batch", False, "find the largest batch of each form instead")
-    parser.add_argument("--memory_gb", type=float, help="with --largest_batch: use only so much of the GPU")
-    parser.add_argument("--memory_of", help="print one form's memory and leave: what the other processes are told")
+    add("--repeats", type=at_least(1), default=9, help="timed rounds")
+    add("--threads", type=at_least(1), default=2, help="CPU threads; the loader takes one")
+    add("--vary", nargs="+", metavar="WORD", help="a flag and its values, such as mask_ratio 0.4 0.6 0.8")
+    add("--json", help="file that gets the measurements as JSON lines as well")
+    add_bool(parser, "--memory", True, "measure memory as well, but not of the loader")
+    add("--memory_of", help="print one form's memory and leave: what the other processes are told")
     return parser
 
 
-def check_args(args) -> None:
-    if args.model not in SIZES:
-        raise UsageError(f"--model {args.model}: unknown{suggest(args.model, SIZES)}; one of {', '.join(SIZES)}")
+def parse(flags: list[str]) -> Arguments:
+    """The arguments, checked. Raises UsageError."""
+    args = get_args_parser().parse_args(flags)
     if args.input_size % 32:
         raise UsageError(f"--input_size {args.input_size}: must be a multiple of 32")
     try:
         fcmae.num_visible((args.input_size // 32) ** 2, args.mask_ratio)
     except ValueError as error:
         raise UsageError(f"--mask_ratio: {error}") from error
-    if args.plot and importlib.util.find_spec("matplotlib") is None:
-        raise UsageError("--plot: draws with matplotlib, which is missing: pip install matplotlib")
-    if args.vary:
-        name, *values = args.vary
-        kinds = {"mask_ratio": float, "batch_size": int, "input_size": int, "model": str}
-        if name not in kinds or not values:
-            raise UsageError(f"--vary {' '.join(args.vary)}: give one of {', '.join(kinds)} and its values")
-        try:
-            args.vary = [name, *map(kinds[name], values)]
-        except ValueError as error:
-            raise UsageError(f"--vary {' '.join(args.vary)}: {error}") from error
-
-
-def variants(args) -> dict[str, tuple[Callable, bool]]:
-    """The rows of the table: each form eagerly, compiled, or both."""
-    rows = {}
-    for name, build in FORMS[args.what].items():
-        if args.compile != "yes":
-            rows[name] = build, False
-        if args.compile != "no":
-            rows[f"{name}, compiled"] = build, True
-    return rows
-
-
-def memory_of(name: str, args) -> float:
-    """Peak memory of a row, in a process of its own."""
-    words = ["--memory_of", name, "--memory", "false"]
-    for flag in ("what", "model", "batch_size", "input_size", "mask_ratio", "device", "dtype", "compile", "threads"):
-        words += [f"--{flag}", str(getattr(args, flag))]
-    words += ["--grad_checkpointing", str(args.grad_checkpointing), "--fused", str(args.fused)]
-    done = subprocess.run([sys.executable, __file__, *words], capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise UsageError(f"measuring the memory of {name} failed: {done.stderr.strip().splitlines()[-1:]}")
-    return float(done.stdout.split()[-1])
-
-
-def measure(args, device: torch.device, peak: float) -> list[dict]:
-    """A record per row."""
-    rows = variants(args)
-    steps = [build(args, device, compiled) for build, compiled in rows.values()]
-    times = time_in_turn(steps, args.repeats, device)
-    ours = next(iter(FORMS[args.what]))
-    images_per_step = args.batch_size * distributed.get_world_size() * (ENGINE_STEPS if args.what == "loop" else 1)
-    records = []
-    for name, (_, compiled), step, seconds in zip(rows, rows.values(), steps, times, strict=True):
-        flops = None if compiled or args.grad_checkpointing else count_flops(step)
-        median = statistics.median(seconds)
-        records.append({
-            "what": args.what, "form": name, "ours": name.startswith(ours), "model": args.model,
-            "batch_size": args.batch_size, "input_size": args.input_size, "mask_ratio": args.mask_ratio,
-            "processes": distributed.get_world_size(), "seconds": seconds,
-            "images_per_second": images_per_step / median,
-            "tflops": flops and flops / median / 1e12, "share": flops and flops / median / 1e12 / peak,
-        })  # fmt: skip
-    if args.memory and distributed.is_main_process():
-        for record in records:
-            record["peak_mib"] = memory_of(record["form"], args)
-    return records
-
-
-def report(records: list[dict], args) -> None:
-    print(f"{args.model}, batch {args.batch_size}, {args.input_size} px, mask ratio {args.mask_ratio}")
-    print("| form | ms | images/s | TFLOP/s | of matmul peak | peak MiB |\n|---|---|---|---|---|---|")
-    for record in records:
-        speed = f"{record['tflops']:.2f} | {record['share']:.0%}" if record["tflops"] else "- | -"
-        memory = f"{record['peak_mib']:.0f}" if "peak_mib" in record else "-"
-        milliseconds = 1000 * statistics.median(record["seconds"])
-        print(f"| {record['form']} | {milliseconds:.1f} | {record['images_per_second']:.1f} | {speed} | {memory} |")
-    best = {}
-    for mine in (True, False):
-        best[mine] = min((r for r in records if r["ours"] == mine), key=lambda r: statistics.median(r["seconds"]))
-    pairs = zip(best[True]["seconds"], best[False]["seconds"], strict=True)
-    ratio = statistics.median(ours / theirs for ours, theirs in pairs)
-    line = f"{best[True]['form']} takes {ratio:.3f}x the time of {best[False]['form']} ({1 / ratio:.2f}x as fast)"
-    if "peak_mib" in records[0]:
-        line += f" and {best[True]['peak_mib'] / best[False]['peak_mib']:.2f}x its memory"
-    print(f"{line}; median of {args.repeats} pairs\n", flush=True)
-
-
-def plot(records: list[dict], name: str, path: str) -> None:
-    """A curve per form: milliseconds and, where measured, MiB per image."""
-    from matplotlib.figure import Figure  # not pyplot, which may look for a screen
-
-    panels = {"ms per image": lambda r: 1000 / r["images_per_second"]}
-    if "peak_mib" in records[0]:
-        panels["peak MiB per image"] = lambda r: r["peak_mib"] / r["batch_size"]
-    figure = Figure(figsize=(5 * len(panels), 3.5), layout="constrained")
-    for axes, (title, value) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
-        for form in dict.fromkeys(r["form"] for r in records):
-            own = [r for r in records if r["form"] == form]
-            settings = [str(r[name]).removeprefix("convnextv2_") for r in own]  # whole, models' names overlap
-            axes.plot(settings, [value(r) for r in own], marker="o", label=form)
-        axes.set(title=title, xlabel=name, ylim=(0, None))
-        axes.legend()
-    figure.savefig(path, dpi=100)
+    if args.what == "loader":
+        if args.compile != "no" or not args.data_path:
+            raise UsageError("--what loader: needs --data_path, and has nothing to compile")
+        args.memory, args.threads = False, 1
+    if args.vary and len(args.vary) < 2:
+        raise UsageError(f"--vary {args.vary[0]}: give its values, too")
+    return args
 
 
 def main() -> None:
-    args = get_args_parser().parse_args()
-    check_args(args)
+    args = parse(sys.argv[1:])
+    device = pick_device(args.device)
     torch.set_num_threads(args.threads)
-    args.world_size, args.local_rank, args.dist_on_itp, args.dist_url = 1, -1, False, "env://"
     if args.memory_of:
-        device = distributed.pick_device(args.device)
-        build, compiled = variants(args)[args.memory_of]
-        print(peak_memory(build(args, device, compiled), device))
+        form, compiled = variants(args)[args.memory_of]
+        print(peak_memory(form(args, device, compiled), device))
         return
-    with distributed.process_group(args) as device:
-        if args.largest_batch:
-            for name, (build, compiled) in variants(args).items():
-                print(f"{name}: {largest_batch(build, args, device, compiled)} images", flush=True)
-            return
-        talks = distributed.is_main_process()
-        distributed.log.setLevel("WARNING")  # the engine's lines would fall between the table's
-        peak = matmul_peak(args, device)
-        where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {args.threads} threads"
-        if talks:
-            processes = f", {distributed.get_world_size()} processes" if distributed.get_world_size() > 1 else ""
-            print(f"{args.what}: {args.dtype}, {where}{processes}, torch {torch.__version__}; ", end="")
-            print(f"matmul peak {peak:.2f} TFLOP/s; medians of {args.repeats} rounds\n")
-        name, *values = args.vary or ["model", args.model]
-        measured = []
-        for value in values:
-            setattr(args, name, value)
-            check_args(args)
-            records = measure(args, device, peak)
-            if not talks:
-                continue
-            report(records, args)
-            measured += records
-            if args.json:
-                with open(args.json, "a") as file:
-                    file.writelines(json.dumps(record) + "\n" for record in records)
-        if talks and args.plot:
-            plot(measured, name, args.plot)
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device}, {args.threads} threads"
+    print(f"{args.what}: {args.dtype}, {where}, torch {torch.__version__}; medians of {args.repeats} rounds\n")
+    name, *values = args.vary or ("model", args.model)
+    for value in values:
+        flags = [*sys.argv[1:], f"--{name}", value]
+        records = measure(parse(flags), device, flags)
+        report(records, parse(flags))
+        if args.json:
+            with open(args.json, "a") as file:
+                file.writelines(json.dumps(record) + "\n" for record in records)
 
 
 if __name__ == "__main__":

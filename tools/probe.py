@@ -26,10 +26,11 @@ from engine_finetune import top_k
 from models.convnextv2 import Encoder
 from utils import weights
 from utils.amp import Amp
-from utils.args import CROP_HELP, ArgumentParser, add_bool, seed
+from utils.args import ArgumentParser, add_bool, seed
 from utils.data.sampling import random_subset
 from utils.distributed import pick_device, setup_logging
 from utils.errors import UsageError, run
+from utils.flags import CROP_HELP
 from utils.knn import extract, knn_votes, pooled_features
 from utils.settings import as_trained
 
