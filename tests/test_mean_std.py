@@ -1,16 +1,14 @@
-"""tools/mean_std.py against NumPy; tools/benchmark_loader.py runs."""
+"""tools/mean_std.py against NumPy."""
 
 
-import re
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 import main_pretrain
 from tests.pictures import save
-from tools import benchmark_loader, mean_std
+from tools import mean_std
 from utils.data.files import ImageTree
 from utils.errors import UsageError
 
@@ -67,17 +65,3 @@ def test_mean_std_errors(tmp_path, capsys, flags, message):
     (tmp_path / "bad/0.png").write_bytes(b"no image")
     with pytest.raises(UsageError, match=message):
         tool(mean_std, capsys, *(word.format(tmp_path) for word in flags))
-
-
-def test_benchmark_of_the_loader(folders, capsys):
-    threads = torch.get_num_threads()
-    text = tool(benchmark_loader, capsys, "--data_path", folders, "--input_size", 64, "--repeats", 1, "--batch_size", 9)
-    torch.set_num_threads(threads)
-    assert text.startswith("20 images, crops of 64 px, 0 workers")
-    rows = [line.split("|")[1:-1] for line in text.splitlines() if line.startswith("| ")]
-    assert [row[0].strip() for row in rows] == ["pipeline", *benchmark_loader.NAMES]
-    assert all(float(cell) > 0 for row in rows[1:] for cell in row[1:])
-    mean = re.search(r"differ by ([\d.]+) of 255 levels on average", text)[1]
-    assert 0 < float(mean) < 0.25
-    with pytest.raises(UsageError, match="no such folder"):
-        tool(benchmark_loader, capsys, "--data_path", folders / "nowhere")
