@@ -321,4 +321,4 @@ if __name__ == "__main__":
             "--finetune CKPT\n"
             "python main_finetune.py --help lists all arguments; recipes/ holds the published settings."
         )
-    errors.run(lambda: main(get_args_parser().parse_args()))
+    errors.run_cli(lambda: main(get_args_parser().parse_args()))

@@ -225,4 +225,4 @@ if __name__ == "__main__":
             "or on your own:  python main_pretrain.py --data_set image_folder --data_path FOLDER --output_dir DIR\n"
             "python main_pretrain.py --help lists all arguments; recipes/ holds the published settings."
         )
-    errors.run(lambda: main(get_args_parser().parse_args()))
+    errors.run_cli(lambda: main(get_args_parser().parse_args()))

@@ -4,8 +4,8 @@ python submitit_finetune.py @recipes/finetune_base.args --nodes 8 --ngpus 8 --jo
 """
 
 import main_finetune
-from utils.errors import run
+from utils.errors import run_cli
 from utils.slurm import launch
 
 if __name__ == "__main__":
-    run(lambda: launch(main_finetune))
+    run_cli(lambda: launch(main_finetune))

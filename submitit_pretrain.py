@@ -4,8 +4,8 @@ python submitit_pretrain.py @recipes/pretrain_base.args --nodes 8 --ngpus 8 --jo
 """
 
 import main_pretrain
-from utils.errors import run
+from utils.errors import run_cli
 from utils.slurm import launch
 
 if __name__ == "__main__":
-    run(lambda: launch(main_pretrain))
+    run_cli(lambda: launch(main_pretrain))

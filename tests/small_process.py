@@ -30,4 +30,4 @@ if __name__ == "__main__":
 
     failing_step.taken = 0
     Amp.step = failing_step
-    errors.run(lambda: script.main(script.get_args_parser().parse_args(flags)))
+    errors.run_cli(lambda: script.main(script.get_args_parser().parse_args(flags)))

@@ -15,7 +15,7 @@ import main_pretrain
 from models.convnextv2 import SIZES
 from utils.amp import Amp
 from utils.data.shapes import FIRST_INDEX, draw
-from utils.errors import run
+from utils.errors import run_cli
 
 TINY = {"depths": (1, 1, 2, 1), "dims": (8, 8, 16, 16)}
 COMMON = "--data_set image_folder --model convnextv2_atto --input_size 16 --stem_stride 1 --batch_size 8 --epochs 3"
@@ -59,7 +59,7 @@ class Scripts:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.MonkeyPatch.context() as patch:
             patch.setitem(SIZES, "convnextv2_atto", TINY)
             try:
-                run(lambda: script.main(script.get_args_parser().parse_args([str(flag) for flag in flags])))
+                run_cli(lambda: script.main(script.get_args_parser().parse_args([str(flag) for flag in flags])))
             except SystemExit as error:
                 code = error.code
         return Result(code, out.getvalue(), err.getvalue())

@@ -16,7 +16,7 @@ from utils.data.files import ImageTree
 from utils.data.images import load_image
 from utils.data.shapes import draw
 from utils.data.transforms import pretrain_transform, sample_box
-from utils.errors import run
+from utils.errors import run_cli
 
 TINY = {"depths": (1, 1, 1, 1), "dims": (8, 8, 16, 16)}
 SMALL = ("--device", "cpu", "--batch_size", 2, "--input_size", 64, "--repeats", 1, "--threads", 1, "--memory", "false")
@@ -32,7 +32,7 @@ def call(monkeypatch, capsys):
         monkeypatch.setattr("sys.argv", ["benchmark.py", *map(str, flags)])
         threads = torch.get_num_threads()
         with contextlib.suppress(SystemExit):
-            run(benchmark.main)
+            run_cli(benchmark.main)
         torch.set_num_threads(threads)
         captured = capsys.readouterr()
         return captured.err or captured.out

@@ -91,7 +91,7 @@ def main():
     distributed.check_same(5, "training images")
     distributed.check_same(7 + (rank == "2"), "evaluation images")
 
-errors.run(main)
+errors.run_cli(main)
 """
 
 

@@ -20,7 +20,7 @@ from tools import export
 from utils import checkpoint, layouts, weights
 from utils.data.shapes import draw
 from utils.data.transforms import eval_crop, eval_transform, mean_std
-from utils.errors import run
+from utils.errors import run_cli
 
 ROOT = Path(__file__).resolve().parent.parent
 CLASSES = ["circle", "square", "star", "moon"]
@@ -42,7 +42,7 @@ def tool(*flags) -> Result:
     out, err, code = io.StringIO(), io.StringIO(), 0
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            run(lambda: export.main([str(flag) for flag in flags]))
+            run_cli(lambda: export.main([str(flag) for flag in flags]))
         except SystemExit as error:
             code = error.code
     return Result(code, out.getvalue(), err.getvalue())

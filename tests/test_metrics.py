@@ -24,7 +24,7 @@ from utils.args import (
     prepared_output_dir,
 )
 from utils.distributed import pick_device
-from utils.errors import NonFiniteLoss, UsageError, run, suggest
+from utils.errors import NonFiniteLoss, UsageError, run_cli, suggest
 from utils.flags import add_shared_arguments
 from utils.metrics import Averages, EpochTracker, LossGuard, Progress, RunLog, duration, speed
 
@@ -616,14 +616,14 @@ def run_raising(error, capsys):
         raise error
 
     with pytest.raises(SystemExit) as stopped:
-        run(main)
+        run_cli(main)
     return stopped.value.code, capsys.readouterr().err
 
 
 def test_run(capsys, monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     done = []
-    run(lambda: done.append(1))
+    run_cli(lambda: done.append(1))
     assert done == [1]
     assert run_raising(UsageError("--lr -1: too low"), capsys) == (2, "error: --lr -1: too low\n")
     worker = (
@@ -645,7 +645,7 @@ def test_run_tells_a_bad_loss_from_a_mistake(capsys, monkeypatch):
 
 def test_run_hides_no_other_error():
     with pytest.raises(ZeroDivisionError):
-        run(lambda: 1 / 0)
+        run_cli(lambda: 1 / 0)
 
 
 def test_speed_is_that_of_epochs_that_took_a_step():

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from tools import plot
-from utils.errors import UsageError, run
+from utils.errors import UsageError, run_cli
 
 
 def write_log(folder, losses, more=lambda epoch: {}):
@@ -33,7 +33,7 @@ def call(monkeypatch, capsys, *words):
     monkeypatch.setattr(sys, "argv", ["plot.py", *(str(word) for word in words)])
     code = 0
     try:
-        run(plot.main)
+        run_cli(plot.main)
     except SystemExit as error:
         code = error.code
     return code, *capsys.readouterr()

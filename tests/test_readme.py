@@ -15,7 +15,7 @@ from models.convnextv2 import SIZES
 from tests.small_runs import TINY, write_images
 from utils import slurm
 from utils.data import shapes
-from utils.errors import run
+from utils.errors import run_cli
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = "--epochs 1 --warmup_epochs 0 --warmup_steps 0 --batch_size 8 --update_freq 1 --num_workers 0 --device cpu"
@@ -86,7 +86,7 @@ def test_commands_run_in_order(tmp_path, monkeypatch, capsys):
             small += " --finetune output/demo_pretrain/checkpoint-0.pth"
         out = io.StringIO()
         with contextlib.redirect_stdout(out):
-            run(lambda s=script, f=flags, e=small: s.main(s.get_args_parser().parse_args(f + e.split())))
+            run_cli(lambda s=script, f=flags, e=small: s.main(s.get_args_parser().parse_args(f + e.split())))
         assert "acc1" in out.getvalue() if script is main_finetune else "done: 1 epochs" in out.getvalue(), flags
     assert (tmp_path / "output/demo_pretrain/reconstruction-0.png").is_file()
 
@@ -104,7 +104,7 @@ def run_tool(name: str, *flags: str, monkeypatch) -> None:
     monkeypatch.setattr("sys.argv", [name, *flags, *more.split()])
     tool = importlib.import_module(name.removesuffix(".py").replace("/", "."))
     takes_args = name in ("tools/probe.py", "tools/visualize.py")
-    run((lambda: tool.main(tool.get_args_parser().parse_args())) if takes_args else tool.main)
+    run_cli((lambda: tool.main(tool.get_args_parser().parse_args())) if takes_args else tool.main)
 
 
 def test_recipes_of_the_table_exist():

@@ -22,7 +22,7 @@ from utils.data.images import BadImage
 from utils.data.sampling import StepSampler, TrainSamples, first_of_each_class, with_transform
 from utils.data.shapes import Shapes
 from utils.data.transforms import pretrain_transform
-from utils.errors import UsageError, run
+from utils.errors import UsageError, run_cli
 from utils.seeding import seed_all
 
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding")  # which torchvision announces to drop
@@ -57,7 +57,7 @@ def test_nothing_readable_ends_in_one_line(num_workers, capsys, monkeypatch):
     args = finetune_args(batch_size=4, num_workers=num_workers)
     steps = datasets.build_train_loader(OnlyBroken(), args).steps(0)
     with pytest.raises(SystemExit, match="2"):
-        run(lambda: next(next(steps)))
+        run_cli(lambda: next(next(steps)))
     gc.collect()  # while the worker is not waited for
     lines = capsys.readouterr().err.strip().splitlines()
     errors = [line for line in lines if line.startswith("error:")]

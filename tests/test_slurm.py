@@ -16,7 +16,7 @@ import submitit
 
 import main_pretrain
 from tests.small_runs import load, records, same
-from utils.errors import run
+from utils.errors import run_cli
 from utils.slurm import check_job_dir, launch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -91,7 +91,7 @@ def submit(tmp_path, monkeypatch, capsys):
         monkeypatch.setattr("sys.argv", ["submitit_pretrain.py", "--data_set", "shapes", *flags])
         code = 0
         try:
-            run(lambda: launch(main_pretrain))
+            run_cli(lambda: launch(main_pretrain))
         except SystemExit as error:
             code = error.code
         return code, *capsys.readouterr()

@@ -42,7 +42,7 @@ from utils.data.images import load_image
 from utils.data.sampling import Batch, StepLoader, StepSampler, TrainSamples
 from utils.data.transforms import BICUBIC, Normalise, mean_std, pretrain_transform
 from utils.distributed import pick_device
-from utils.errors import UsageError, run
+from utils.errors import UsageError, run_cli
 from utils.lr_sched import Schedule
 from utils.param_groups import param_groups
 from utils.run import Run
@@ -344,4 +344,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_cli(main)

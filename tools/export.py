@@ -25,7 +25,7 @@ from models.convnextv2 import ConvNeXtV2, name_of
 from tools.probe import add_image_arguments
 from utils import layouts, weights
 from utils.args import ArgumentParser, add_bool
-from utils.errors import UsageError, run
+from utils.errors import UsageError, run_cli
 from utils.settings import as_trained, eval_crop
 
 KEYS = {None: weights.MODEL_KEY, True: "model_ema", False: "model|module|state_dict"}  # --ema -> where weights are
@@ -343,4 +343,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_cli(main)

@@ -19,7 +19,7 @@ from utils.args import ArgumentParser
 from utils.data.images import BadImage
 from utils.data.sampling import shuffled_indices
 from utils.data.tars import open_unlabelled
-from utils.errors import UsageError, run
+from utils.errors import UsageError, run_cli
 
 
 class Moments(Dataset):
@@ -86,4 +86,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_cli(main)

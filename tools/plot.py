@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from utils.args import ArgumentParser
 from utils.distributed import setup_logging
-from utils.errors import UsageError, run, suggest
+from utils.errors import UsageError, run_cli, suggest
 
 log = logging.getLogger("fcmae")
 
@@ -172,4 +172,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_cli(main)

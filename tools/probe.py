@@ -29,7 +29,7 @@ from utils.amp import Amp
 from utils.args import ArgumentParser, add_bool, seed
 from utils.data.sampling import random_subset
 from utils.distributed import pick_device, setup_logging
-from utils.errors import UsageError, run
+from utils.errors import UsageError, run_cli
 from utils.flags import CROP_HELP
 from utils.knn import extract, knn_votes, pooled_features
 from utils.settings import as_trained
@@ -191,4 +191,4 @@ def main(args) -> None:
 
 
 if __name__ == "__main__":
-    run(lambda: main(get_args_parser().parse_args()))
+    run_cli(lambda: main(get_args_parser().parse_args()))

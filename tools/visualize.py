@@ -32,7 +32,7 @@ from utils.data.images import BadImage, decode, read_file
 from utils.data.sampling import shuffled_indices
 from utils.data.shapes import Shapes
 from utils.distributed import pick_device, setup_logging
-from utils.errors import UsageError, run
+from utils.errors import UsageError, run_cli
 from utils.pictures import reconstructions, shown, tile
 
 
@@ -244,4 +244,4 @@ def main(args) -> None:
 
 
 if __name__ == "__main__":
-    run(lambda: main(get_args_parser().parse_args()))
+    run_cli(lambda: main(get_args_parser().parse_args()))

@@ -20,7 +20,7 @@ def suggest(name: str, known: Iterable[str]) -> str:
     return f" (did you mean {close[0]}?)" if close else ""
 
 
-def run(main: Callable[[], None]) -> None:
+def run_cli(main: Callable[[], None]) -> None:
     """Run a script's main, turning mistakes into one line on stderr and an exit code.
 
     2 for a UsageError, 1 for a NonFiniteLoss, 130 for Ctrl-C; any other exception is a bug and keeps its traceback.
