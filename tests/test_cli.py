@@ -296,9 +296,7 @@ def test_amp_on_the_cpu(scripts, tmp_path):
 
 
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="needs a C++ compiler")
-@pytest.mark.parametrize(
-    ("stage", "flags"), [("pretrain", ("--vis_freq", 0, "--decoder_depth", 0)), ("finetune", ())]
-)
+@pytest.mark.parametrize(("stage", "flags"), [("pretrain", ("--vis_freq", 0, "--decoder_depth", 0)), ("finetune", ())])
 def test_compile_on_the_cpu(stage, flags, scripts, tmp_path, monkeypatch):
     """Blocks run as the code that the compiler made of them, and learn the same."""
     monkeypatch.setattr(small_runs, "TINY", {**TINY, "depths": (0, 0, 1, 0)})  # each shape of block takes seconds

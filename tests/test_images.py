@@ -134,8 +134,6 @@ def test_the_newest_decoder_that_is_there_is_taken(monkeypatch):
 # ---- damaged files
 
 
-
-
 def test_broken_files_are_named(tmp_path, decoder):
     for name, content in broken_files().items():
         with pytest.raises(BadImage, match=name):

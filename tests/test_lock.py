@@ -159,6 +159,7 @@ def test_the_end_of_a_run_leaves_the_lock_of_another(tmp_path):
 
 def test_without_locks_a_warning_is_all(tmp_path, monkeypatch):
     warnings = []
+
     def no_locks(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 
@@ -168,9 +169,7 @@ def test_without_locks_a_warning_is_all(tmp_path, monkeypatch):
     hosts[1].owner["host"] = "elsewhere"
     for lock in hosts:
         lock.__enter__()
-    assert warnings == 2 * [
-        f"{tmp_path}/.lock: no locks here (No locks available), so nothing keeps a second run out"
-    ]
+    assert warnings == 2 * [f"{tmp_path}/.lock: no locks here (No locks available), so nothing keeps a second run out"]
     hosts[0].__exit__()
     assert (tmp_path / ".lock").read_text().endswith(" on elsewhere")
     hosts[1].__exit__()

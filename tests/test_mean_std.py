@@ -1,7 +1,5 @@
 """tools/mean_std.py against NumPy."""
 
-
-
 import numpy as np
 import pytest
 from PIL import Image

@@ -1,6 +1,5 @@
 """utils/data/sampling.py: samples that depend on their key alone, steps however work is spread, streams, bad images."""
 
-
 import dataclasses
 import gc
 import itertools

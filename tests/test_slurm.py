@@ -196,7 +196,7 @@ def test_dry_run_prints_the_script(tmp_path):
         *((f"--{name} 0", f"--{name} 0: must be at least 1") for name in COUNTS),
         ("--timeout 2 --signal_delay 60", "--signal_delay 60: must be a minute less than --timeout 2 min"),
         ("--mask_ratio 2", "--mask_ratio 2.0: must lie between 0 and 1"),
-        ("--job_dir %j", "no SLURM here (Could not detect \"srun\", are you indeed on a slurm cluster?); --local true"),
+        ("--job_dir %j", 'no SLURM here (Could not detect "srun", are you indeed on a slurm cluster?); --local true'),
     ],
 )
 def test_mistakes_are_one_line(flags, message, submit, tmp_path, monkeypatch):

@@ -1,6 +1,5 @@
 """utils/data/transforms.py: pixels against PIL, normalisation, what flags of augmentation do."""
 
-
 from functools import partial
 
 import numpy as np

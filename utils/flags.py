@@ -73,7 +73,12 @@ def _add_run_arguments(parser: ArgumentParser) -> None:
     group.add_argument(
         "--save_ckpt_steps", type=at_least(0), default=0, help="optimizer steps between checkpoints as well"
     )
-    group.add_argument("--save_ckpt_num", type=at_least(1), default=3, help="how many of the last checkpoints are kept")
+    group.add_argument(
+        "--save_ckpt_num",
+        type=at_least(1),
+        default=3,
+        help="checkpoints kept; one more until the newest has shown itself good",
+    )
 
     group = parser.add_argument_group("device and precision")
     group.add_argument("--device", default="auto", help="auto (cuda, else mps, else cpu), or a torch device")
