@@ -1,4 +1,4 @@
-"""The README's commands run, one after the other as a reader would type them, on a shrunk network and a few images."""
+"""What README.md and docs/ tell: the commands run in their order, on a shrunk network; files are there; the tree is true."""
 
 import contextlib
 import importlib.util
@@ -8,6 +8,7 @@ import shlex
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 import main_finetune
 import main_pretrain
@@ -21,9 +22,19 @@ ROOT = Path(__file__).resolve().parent.parent
 SMALL = "--epochs 1 --warmup_epochs 0 --warmup_steps 0 --batch_size 8 --update_freq 1 --num_workers 0 --device cpu"
 
 
-def readme_commands() -> list[str]:
-    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
-    return [part.strip() for block in blocks for line in block.splitlines() for part in line.split("&&")]
+def blocks(path: Path, language: str) -> list[str]:
+    """The fenced blocks of a page that are marked with a language."""
+    fenced = [block.split("\n", 1) for block in path.read_text().split("```")[1::2]]
+    return [text for mark, text in fenced if mark == language]
+
+
+def commands(*paths: Path) -> list[str]:
+    lines = [line for path in paths for block in blocks(path, "bash") for line in block.splitlines()]
+    return [part.strip() for line in lines for part in line.split("&&")]
+
+
+README, PAGES = ROOT / "README.md", sorted((ROOT / "docs").glob("*.md"))
+MEASURED = [ROOT / "benchmarks.md", ROOT / "results.md"]
 
 
 def from_script(command: str) -> list[str]:
@@ -34,11 +45,11 @@ def from_script(command: str) -> list[str]:
 
 
 def test_two_lines_do_everything():
-    install = [command for command in readme_commands() if command.startswith("pip install")]
+    install = [command for command in commands(README) if command.startswith("pip install")]
     assert len(install) == 2
     for file in re.findall(r"-r (\S+)", " ".join(install)):
         assert (ROOT / file).is_file()
-    assert "python -m pytest" in readme_commands()
+    assert "python -m pytest" in commands(README)
 
 
 def test_commands_run_in_order(tmp_path, monkeypatch, capsys):
@@ -58,9 +69,9 @@ def test_commands_run_in_order(tmp_path, monkeypatch, capsys):
         paths = sorted((tmp_path / "data" / split).rglob("*.png"))
         lines = [f"{path.relative_to(tmp_path / 'data')}\t{path.parent.name}\n" for path in paths]
         (tmp_path / f"{split}.txt").write_text("".join(lines))
-    commands = [command for command in readme_commands() if from_script(command)]
-    assert len(commands) >= 18
-    for command in commands:
+    found = [command for command in commands(README, *PAGES) if from_script(command)]
+    assert len(found) >= 18
+    for command in found:
         if nested := re.search(r"\$\((.*)\)", command):
             capsys.readouterr()
             run_tool(*from_script(nested[1]), monkeypatch=monkeypatch)
@@ -98,8 +109,8 @@ def run_tool(name: str, *flags: str, monkeypatch) -> None:
         if name == "tools/plot.py":
             return
         flags = [flag for flag in flags if flag != "--diversity"]
-    more = {"tools/benchmark.py": "--memory false --repeats 1 --batch_size 2 --device cpu"}.get(name, "--device cpu")
-    if name in ("tools/plot.py", "tools/mean_std.py", "tools/benchmark_loader.py", "tools/export.py"):
+    more = {"tools/benchmark.py": "--repeats 1 --batch_size 2 --device cpu"}.get(name, "--device cpu")
+    if name in ("tools/plot.py", "tools/mean_std.py", "tools/export.py"):
         more = ""
     monkeypatch.setattr("sys.argv", [name, *flags, *more.split()])
     tool = importlib.import_module(name.removesuffix(".py").replace("/", "."))
@@ -107,7 +118,64 @@ def run_tool(name: str, *flags: str, monkeypatch) -> None:
     run_cli((lambda: tool.main(tool.get_args_parser().parse_args())) if takes_args else tool.main)
 
 
+def test_commands_of_measurements_are_understood():
+    """Too long to run; their flags are known."""
+    inline = [line for path in MEASURED for line in re.findall(r"`(python tools/[^`]+)`", path.read_text())]
+    fenced = [line for path in MEASURED for block in blocks(path, "") for line in block.splitlines()]
+    assert len(inline) >= 5
+    assert len(fenced) >= 2
+    for name, *flags in map(from_script, inline + fenced):
+        module = importlib.import_module(name.removesuffix(".py").replace("/", "."))
+        if name == "tools/benchmark.py":
+            module.parse(flags)
+        else:
+            module.get_args_parser().parse_args(flags)
+
+
 def test_recipes_of_the_table_exist():
-    table = re.findall(r"`((?:pretrain|finetune)_\w+)`", (ROOT / "README.md").read_text())
-    others = ("demo_pretrain", "demo_finetune", "linear_probe")
-    assert set(table) == {path.stem for path in (ROOT / "recipes").glob("*.args")} - set(others)
+    rows = re.findall(r"^\| ((?:\w+, )*\w+) \| [\d., ]+ M \|(.*?)\|", README.read_text(), flags=re.MULTILINE)
+    named = set()
+    for sizes, more in rows:
+        for pattern in ("pretrain_SIZE", "finetune_SIZE", *re.findall(r"`(\w+)`", more)):
+            named |= {pattern.replace("SIZE", size) for size in sizes.split(", ")}
+    others = {"demo_pretrain", "demo_finetune", "linear_probe"}
+    assert named == {path.stem for path in (ROOT / "recipes").glob("*.args")} - others
+
+
+def test_the_tree_is_the_one_on_disk():
+    """Every source file has its line under "Reading the code", and every line a remark."""
+    (tree,) = [block for block in blocks(README, "") if block.startswith("main_pretrain.py")]
+    folders, files = [], []
+    for line in tree.splitlines():
+        name, remark = line.split(maxsplit=1) if not line.endswith("/") else (line.strip(), None)
+        depth = (len(line) - len(line.lstrip())) // 2
+        folders[depth:] = [name]
+        assert remark or name in ("models/", "utils/", "data/", "tools/"), line
+        files += ["".join(folders)]
+    assert len(files) == len(set(files))
+    sources = [path for pattern in ("*.py", "[mu]*/**/*.py", "tools/*.py") for path in ROOT.glob(pattern)]
+    on_disk = {str(path.relative_to(ROOT)) for path in sources if path.name != "__init__.py"}
+    assert {name for name in files if name.endswith(".py")} == on_disk
+    assert all((ROOT / name).exists() for name in files)
+
+
+@pytest.mark.parametrize("path", [*ROOT.glob("*.md"), *PAGES], ids=lambda path: path.name)
+def test_links_and_files_exist(path):
+    targets = re.findall(r"\]\((?!https?://|#)([^)#]+)", path.read_text())
+    assert all((path.parent / target).exists() for target in targets), targets
+    for name in re.findall(r"`((?:models|utils|tools|tests|recipes|docs)/[\w/]+\.\w+)`", path.read_text()):
+        assert (ROOT / name).is_file(), name
+
+
+def test_the_small_program_learns(capsys):
+    """docs/minimal.md, shrunk: the loss falls, and nothing but models and torch is imported."""
+    (program,) = blocks(ROOT / "docs/minimal.md", "python")
+    assert set(re.findall(r"^(?:from|import) (\w+)", program, flags=re.MULTILINE)) == {"math", "torch", "models"}
+    shrunk = re.sub(r"(?m)^IMAGES, EPOCHS, .*", "IMAGES, EPOCHS, BATCH, SIZE = 256, 4, 32, 32", program)
+    assert shrunk != program
+    exec(compile(shrunk, "minimal.py", "exec"), {"__name__": "__main__"})
+    lines = capsys.readouterr().out.splitlines()
+    losses = [float(line.split()[-1]) for line in lines if line.startswith("epoch")]
+    assert len(losses) == 4
+    assert losses[-1] < 0.9 * losses[0]
+    assert [line for line in lines if re.fullmatch(r"linear probe on \d+ labels, pre-trained: [\d.]+%", line)]
