@@ -1,4 +1,4 @@
-"""What README.md and docs/ tell: the commands run in their order, on a shrunk network; files are there; the tree is true."""
+"""What README.md and docs/ tell: commands run in order, on a shrunk network; files are there; the tree is true."""
 
 import contextlib
 import importlib.util
