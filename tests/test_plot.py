@@ -125,7 +125,7 @@ def test_mistakes(words, message, runs, monkeypatch, capsys):
 
 def test_without_matplotlib(runs, monkeypatch, capsys):
     monkeypatch.chdir(runs)
-    monkeypatch.setitem(sys.modules, "matplotlib.backend_bases", None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     code, out, err = call(monkeypatch, capsys, "a")
     assert (code, out) == (2, "")
     expected = "needs a package more: pip install matplotlib; --output '' prints the table alone"
@@ -177,10 +177,9 @@ def test_pictures_that_cannot_be_written(runs, monkeypatch, capsys):
     monkeypatch.chdir(runs)
     (runs / "taken.png").mkdir()
     for output, message in (
-        ("x.xyz", "must end in one of .*\\.png"),
-        ("png", "must end in one of"),
-        ("nowhere/x.png", "there is no folder nowhere"),
-        ("taken.png", "cannot be written"),
+        ("x.xyz", "cannot be written .*xyz.* is not supported .*png"),
+        ("nowhere/x.png", "cannot be written .*No such file"),
+        ("taken.png", "cannot be written .*directory"),
     ):
         code, _, err = call(monkeypatch, capsys, "a", "--output", output)
         assert code == 2

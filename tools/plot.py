@@ -4,6 +4,7 @@ python tools/plot.py output/finetune
 python tools/plot.py output/a output/b --keys train_loss test_acc1 --output compared.png
 """
 
+import importlib.util
 import json
 import logging
 import math
@@ -108,11 +109,11 @@ def table(runs: dict[str, list[dict]], keys: list[str], x: str) -> str:
                 found = (f"{best[1]:.4g}", f"{best[0]:g}") if best else ("", "")
                 rows.append((key, label, f"{values[-1][1]:.4g}", *found))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:
-        words = [word.ljust(w) if i < 2 else word.rjust(w) for i, (word, w) in enumerate(zip(row, widths, strict=True))]
-        lines.append("  ".join(words).rstrip())
-    return "\n".join(lines)
+    sides = ("<", "<", ">", ">", ">")
+    return "\n".join(
+        "  ".join(f"{word:{side}{width}}" for word, side, width in zip(row, sides, widths, strict=True)).rstrip()
+        for row in rows
+    )
 
 
 def draw(runs: dict[str, list[dict]], keys: list[str], x: str):
@@ -122,17 +123,13 @@ def draw(runs: dict[str, list[dict]], keys: list[str], x: str):
     columns = len(keys) if len(keys) <= 3 else math.ceil(math.sqrt(len(keys)))
     rows = math.ceil(len(keys) / columns)
     figure = Figure(figsize=(5 * columns, 3.5 * rows + 0.5), layout="constrained")
-    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
-    for panel in panels[len(keys) :]:
-        panel.remove()
     lines = {}
-    for panel, key in zip(panels, keys, strict=False):
+    for place, key in enumerate(keys, start=1):
+        panel = figure.add_subplot(rows, columns, place, title=key, xlabel=x)
         for i, (label, records) in enumerate(runs.items()):
             if values := points(records, x, key):
-                style = {"color": f"C{i % 10}", "linestyle": ("-", "--", ":", "-.")[i // 10 % 4]}
-                style |= {"marker": "."} if len(values) == 1 else {}  # of which there is no line
+                style = {"color": f"C{i % 10}", "linestyle": ("-", "--", ":", "-.")[i // 10 % 4], "marker": "."}
                 (lines[label],) = panel.plot(*zip(*values, strict=True), label=label, **style)
-        panel.set(title=key, xlabel=x)
         panel.grid(alpha=0.3)
         if x == "epoch":
             panel.xaxis.get_major_locator().set_params(integer=True)
@@ -140,34 +137,20 @@ def draw(runs: dict[str, list[dict]], keys: list[str], x: str):
     return figure
 
 
-def check_output(output: str) -> None:
-    """Refuse a picture that could not be written. Raises UsageError."""
-    try:
-        from matplotlib.backend_bases import FigureCanvasBase
-    except ImportError as error:
-        raise UsageError(
-            f"--output {output}: needs a package more: pip install matplotlib; --output '' prints the table alone"
-        ) from error
-    formats = sorted(FigureCanvasBase.get_supported_filetypes())
-    if Path(output).suffix[1:].lower() not in formats:
-        raise UsageError(f"--output {output}: must end in one of .{', .'.join(formats)}")
-    if not Path(output).parent.is_dir():
-        raise UsageError(f"--output {output}: there is no folder {Path(output).parent}")
-
-
 def main() -> None:
     args = get_args_parser().parse_args()
     setup_logging()
-    if args.output:
-        check_output(args.output)
+    if args.output and importlib.util.find_spec("matplotlib") is None:
+        more = "pip install matplotlib; --output '' prints the table alone"
+        raise UsageError(f"--output {args.output}: needs a package more: {more}")
     runs = {label: read_log(folder) for label, folder in zip(label_runs(args.runs), args.runs, strict=True)}
     keys = choose_keys(runs, args.keys, args.x)
     print(table(runs, keys, args.x))
     if args.output:
         try:
             draw(runs, keys, args.x).savefig(args.output, dpi=120)
-        except OSError as error:
-            raise UsageError(f"--output {args.output}: cannot be written ({error.strerror})") from error
+        except (OSError, ValueError) as error:  # no such folder; a format that matplotlib has not
+            raise UsageError(f"--output {args.output}: cannot be written ({error})") from error
         print(f"curves in {args.output}")
 
 
