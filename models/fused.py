@@ -84,7 +84,7 @@ def _is_depthwise(conv: nn.Module, x: torch.Tensor) -> bool:
         return False
     k, c = conv.kernel_size[0], conv.out_channels
     have = conv.kernel_size, conv.padding, conv.padding_mode, conv.stride, conv.dilation, conv.groups, conv.in_channels
-    return k % 2 == 1 and have == ((k, k), (k // 2, k // 2), "zeros", (1, 1), (1, 1), c, c)
+    return bool(k % 2) and have == ((k, k), (k // 2, k // 2), "zeros", (1, 1), (1, 1), c, c)
 
 
 def _gradients(plain, inputs: tuple[torch.Tensor, ...], grad: torch.Tensor, needed: tuple[bool, ...]) -> tuple:

@@ -8,6 +8,7 @@ import re
 import shlex
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NoReturn
 
 from .distributed import main_process_first
 from .errors import UsageError, suggest
@@ -54,7 +55,7 @@ class ArgumentParser(argparse.ArgumentParser):
         vars(parsed).update({name: self.get_default(name) for name in names if name not in parsed.given})
         return parsed
 
-    def error(self, message: str):
+    def error(self, message: str) -> NoReturn:
         message = re.sub(r"^argument (\S+): (\S*: must be )", r"\1 \2", message)  # --flag value: must be ...
         self.exit(2, f"error: {message}\n")
 

@@ -268,10 +268,10 @@ class Run:
         """Once a loss that followed the newest checkpoint was finite, those before it may go."""
         if not checked or self._newest is None:
             return
-        self.kept, *position = self._newest
+        self.kept, epoch, step = self._newest
         self._newest = None
         if self.saves and is_main_process():
-            checkpoint.prune(self.output_dir, self.flags["save_ckpt_num"], *position, self.id)
+            checkpoint.prune(self.output_dir, self.flags["save_ckpt_num"], epoch, step, self.id)
 
     def after_nan(self) -> str:
         """What is good still. A finite checkpoint that led to NaN at once is set aside, so that none goes on from it.

@@ -62,12 +62,12 @@ def _as_tensor(content: bytes | bytearray) -> torch.Tensor:
 
 def _without_exif(jpeg: bytes) -> bytearray:
     """Its EXIF segments under another marker, as torchcodec turns images by the orientation in them."""
-    jpeg, place = bytearray(jpeg), len(JPEG)
-    while jpeg[place : place + 1] == b"\xff" and place + 4 <= len(jpeg):  # segments: marker, length, content
-        if jpeg[place + 1] == 0xE1:
-            jpeg[place + 1] = 0xEF
-        place += 2 + int.from_bytes(jpeg[place + 2 : place + 4], "big")
-    return jpeg
+    changed, place = bytearray(jpeg), len(JPEG)
+    while changed[place : place + 1] == b"\xff" and place + 4 <= len(changed):  # segments: marker, length, content
+        if changed[place + 1] == 0xE1:
+            changed[place + 1] = 0xEF
+        place += 2 + int.from_bytes(changed[place + 2 : place + 4], "big")
+    return changed
 
 
 FAST_DECODERS = _fast_decoders()

@@ -71,9 +71,9 @@ def mean_std(
         return tuple(mean), tuple(std)
     if in_chans not in (1, 3):
         raise UsageError(f"--in_chans {in_chans}: needs {MEAN_STD_HINT.format(in_chans)}")
-    mean = IMAGENET_DEFAULT_MEAN if of_imagenet else IMAGENET_INCEPTION_MEAN
-    std = IMAGENET_DEFAULT_STD if of_imagenet else IMAGENET_INCEPTION_STD
-    return (mean, std) if in_chans == 3 else ((sum(mean) / 3,), (sum(std) / 3,))
+    means = IMAGENET_DEFAULT_MEAN if of_imagenet else IMAGENET_INCEPTION_MEAN
+    stds = IMAGENET_DEFAULT_STD if of_imagenet else IMAGENET_INCEPTION_STD
+    return (means, stds) if in_chans == 3 else ((sum(means) / 3,), (sum(stds) / 3,))
 
 
 def eval_crop(size: int, crop_pct: float | None = None) -> float | None:
@@ -126,7 +126,7 @@ def train_transform(
 
 def random_resized_crop(image: torch.Tensor, size: int, min_crop: float) -> torch.Tensor:
     """A box from `sample_box`, resized (bicubic, antialiased): (C, H, W) -> (C, size, size) of the same type."""
-    top, left, height, width, mirrored = sample_box(*image.shape[1:], min_crop)
+    top, left, height, width, mirrored = sample_box(image.shape[1], image.shape[2], min_crop)
     image = image[:, top : top + height, left : left + width]  # before resizing: its filter must not see beyond
     if height != size or width != size:
         image = F.interpolate(image[None], (size, size), mode="bicubic", antialias=True)[0]
