@@ -82,6 +82,7 @@ def test_varies_one_flag_and_records_it(call, tmp_path):
     assert "mask ratio 0.7" in text
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_one_form_in_its_own_process():
     """Of real sizes: a process does not know the shrunk one."""
     small, large = (

@@ -117,6 +117,7 @@ def test_the_file_is_on_disk_before_it_gets_its_name(tmp_path, monkeypatch):
     assert events == ["fsync", "replace", "fsync"]  # the file, its name, the folder
 
 
+@pytest.mark.slow
 def test_killed_while_writing(tmp_path):
     """kill -9 in the middle: the old file is whole, and the next save clears what was left."""
     checkpoint.save(state_of(), tmp_path / "checkpoint-3.pth")

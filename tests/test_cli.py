@@ -295,6 +295,7 @@ def test_amp_on_the_cpu(scripts, tmp_path):
     assert "acc1" in result.out
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="needs a C++ compiler")
 @pytest.mark.parametrize(("stage", "flags"), [("pretrain", ("--vis_freq", 0, "--decoder_depth", 0)), ("finetune", ())])
 def test_compile_on_the_cpu(stage, flags, scripts, tmp_path, monkeypatch):
@@ -330,6 +331,7 @@ def test_compile_on_the_cpu(stage, flags, scripts, tmp_path, monkeypatch):
 # ---- in a process of its own
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["main_pretrain.py", "main_finetune.py"])
 def test_without_arguments(name, script, tmp_path):
     result = script(name)
@@ -342,6 +344,7 @@ def test_without_arguments(name, script, tmp_path):
     assert "--help" in lines[2]
 
 
+@pytest.mark.slow
 def test_mistakes_end_a_process_with_one_line(script, scripts, tmp_path):
     """Found by a loader's worker, whose exception arrives wrapped in a traceback."""
     broken = tmp_path / "broken" / "c0"

@@ -409,6 +409,7 @@ def test_many_channels_end_to_end(scripts, tmp_path, dtype):
     assert (result.code, result.err) == (2, "error: --mean: has 5 numbers, --in_chans 3 needs 3\n")
 
 
+@pytest.mark.slow
 def test_paths_that_are_no_text(scripts, script, tmp_path):
     """They are shown with escapes wherever something is shown."""
     root = tmp_path / os.fsdecode(b"caf\xe9")

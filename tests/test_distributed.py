@@ -16,6 +16,8 @@ from utils import distributed
 from utils.errors import UsageError
 from utils.interrupts import EXIT_CODE
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parent.parent
 GLOBAL_BATCH = 12
 

@@ -22,6 +22,8 @@ from utils.amp import Amp
 from utils.interrupts import EXIT_CODE
 from utils.metrics import RunLog
 
+pytestmark = pytest.mark.slow
+
 FLAGS = {
     main_pretrain: "--epochs 3 --save_ckpt_steps 2 --save_ckpt_num 1 --vis_freq 0",
     main_finetune: "--epochs 3 --save_ckpt_steps 2 --save_ckpt_num 1 --mixup 0.8 --drop_path 0.3 --model_ema true "

@@ -52,6 +52,7 @@ def test_two_lines_do_everything():
     assert "python -m pytest" in commands(README)
 
 
+@pytest.mark.slow
 def test_commands_run_in_order(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")

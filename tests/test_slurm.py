@@ -19,6 +19,8 @@ from tests.small_runs import load, records, same
 from utils.errors import run_cli
 from utils.slurm import check_job_dir, launch
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parent.parent
 LAB = ROOT / "tests/slurm"
 SMALL = "--data_set image_folder --model convnextv2_atto --input_size 16 --stem_stride 1 --batch_size 4 --epochs 4"
