@@ -197,7 +197,7 @@ def test_dry_run_prints_the_script(tmp_path):
         ("--job_dir /proc/no/%j", "--job_dir /proc/no/%j: /proc/no cannot be written"),
         *((f"--{name} 0", f"--{name} 0: must be at least 1") for name in COUNTS),
         ("--timeout 2 --signal_delay 60", "--signal_delay 60: must be a minute less than --timeout 2 min"),
-        ("--mask_ratio 2", "--mask_ratio 2.0: must lie between 0 and 1"),
+        ("--mask_ratio 2", "--mask_ratio 2: must be a number from 0 to 1"),
         ("--job_dir %j", 'no SLURM here (Could not detect "srun", are you indeed on a slurm cluster?); --local true'),
     ],
 )
