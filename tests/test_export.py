@@ -430,6 +430,7 @@ def test_mistakes(flags, message, fine, pre, tmp_path):
 # ---- torch.hub
 
 
+@pytest.mark.slow
 def test_hub_from_another_folder(tmp_path, script):
     model = randomised(ConvNeXtV2(**SIZES["convnextv2_atto"], num_classes=7))
     torch.save({"model": model.state_dict()}, tmp_path / "file.pth")
@@ -442,6 +443,7 @@ def test_hub_from_another_folder(tmp_path, script):
     assert torch.equal(torch.load(tmp_path / "out.pth"), model(torch.ones(1, 3, 32, 32)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", ["own", "hub"])
 def test_hub_beside_packages_of_the_same_names(tmp_path, script, first):
     """A program's own `models` and `utils` stay its own; the hub's model can be copied, pickled and compiled."""

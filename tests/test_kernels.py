@@ -25,6 +25,7 @@ runs = pytest.mark.skipif(
 )
 
 
+@pytest.mark.slow
 @has_triton
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreter")
 def test_in_the_interpreter():

@@ -103,6 +103,7 @@ def test_a_worker_that_ends_does_not_take_the_lock_along(tmp_path):
         pass
 
 
+@pytest.mark.slow
 def test_one_of_several_gets_the_lock_of_a_dead_one(tmp_path):
     """All at once, again and again, some of them ending meanwhile."""
 

@@ -259,6 +259,7 @@ def test_unreadable_images_of_knn(tmp_path):
             knn.knn_accuracy(lambda imgs: imgs, 3, *loaders, CPU)
 
 
+@pytest.mark.slow
 def test_several_processes_agree(scripts, tmp_path):
     """k-NN over 37 and 22 images, the former shared unevenly; lr 0 keeps the weights the same."""
     common = ("--batch_size", 4, "--epochs", 1, "--warmup_epochs", 0, "--lr", 0, "--vis_freq", 0)
@@ -406,6 +407,7 @@ def test_a_new_probe_head():
     assert not head.batch_norm.running_mean.any()
 
 
+@pytest.mark.slow
 def test_processes_evaluate_with_the_statistics_that_are_saved(scripts, tmp_path):
     """Each process sees other images; the checkpoint, evaluated by one, gives what both together logged."""
     flags = (*PROBE, "--batch_size", 4, "--epochs", 2, "--lr", 0.05)

@@ -169,6 +169,7 @@ def test_the_revision_of_the_code(tmp_path, monkeypatch):
     assert record.git_revision(tmp_path) is None  # no git
 
 
+@pytest.mark.slow
 def test_two_processes(scripts, tmp_path):
     """One record of both; and without --dist_eval both look at all images, which count once."""
     flags = ["--epochs", 2, "--warmup_epochs", 0, "--lr", 0, "--min_lr", 0, "--batch_size", 4, "--eval_freq", 2]
