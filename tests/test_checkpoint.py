@@ -191,6 +191,7 @@ def test_a_flipped_bit_in_any_content_is_found(tmp_path):
             checkpoint.read(path)
 
 
+@pytest.mark.slow
 def test_a_flipped_bit_anywhere_is_refused_or_harmless(tmp_path):
     path = tmp_path / "x.pth"
     for zipped in (True, False):

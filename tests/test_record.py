@@ -315,6 +315,7 @@ def test_tensorboard_knows_the_arguments(tmp_path):
     assert len(list(tmp_path.iterdir())) == 1  # and no folder for them, as SummaryWriter.add_hparams makes
 
 
+@pytest.mark.slow
 def test_curves_of_a_run_that_was_stopped_are_whole(scripts, tmp_path, monkeypatch):
     """Stopped inside epoch 1, by a save every 2 steps and then a kill: no point is missing, and none there twice."""
     monkeypatch.setattr(metrics.Progress, "due", lambda self, step: True)
@@ -380,6 +381,7 @@ def test_evaluation_every_few_epochs(scripts, tmp_path):
     assert b["best"]["epoch"] in evaluated
 
 
+@pytest.mark.slow
 def test_evaluations_are_the_same_after_a_resume(scripts, tmp_path):
     flags = ("--epochs", 4, "--eval_freq", 3)
     assert scripts.finetune("--output_dir", tmp_path / "whole", *flags).code == 0

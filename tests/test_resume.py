@@ -242,6 +242,7 @@ def run_ids(folder):
     return {path.name: load(path).get("run") for path in sorted(folder.glob("*.pth"))}
 
 
+@pytest.mark.slow
 @STAGES
 def test_started_over_and_killed_it_goes_on_from_its_own_checkpoints(stage, scripts, tmp_path):
     run, used = getattr(scripts, stage), tmp_path / "used"
@@ -271,6 +272,7 @@ def test_started_over_and_killed_before_a_checkpoint_it_begins_again(scripts, tm
     assert "epoch 0 [1/5]" in result.out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("saves", [0, 1], ids=["before its first checkpoint", "after it"])
 @pytest.mark.parametrize("how", ["the same command", "torchrun", "slurm"])
 def test_a_branch_goes_on_from_its_own_newest_or_from_the_file_again(how, saves, scripts, tmp_path, monkeypatch):
@@ -351,6 +353,7 @@ def test_other_classes_or_another_order_of_them_are_refused(scripts, tmp_path):
     assert snapshot(out) == before
 
 
+@pytest.mark.slow
 def test_inside_an_epoch_what_decides_its_order_cannot_change(scripts, tmp_path):
     flags = ("--output_dir", tmp_path, "--save_ckpt_steps", 1)
     with killed_after(2):

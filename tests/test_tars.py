@@ -351,6 +351,7 @@ def shards_of(root, folder, count=3):
     return root
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["pretrain", "finetune"])
 def test_training_on_shards_gives_the_bits_of_files(scripts, tmp_path, stage):
     """Also when it is stopped inside an epoch and goes on, and with loader processes."""
