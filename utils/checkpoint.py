@@ -265,10 +265,10 @@ def load_training(path: Path, state: dict, model, optimizer, scaler, global_batc
 def prune(
     output_dir: str | os.PathLike, keep: int, epoch: float = math.inf, step: float = math.inf, run: str | None = None
 ) -> None:
-    """Delete a run's checkpoints but the newest `keep` finished epochs up to `epoch`, and its steps but the newest two.
+    """Delete a run's old checkpoints; keep the newest `keep` finished epochs, and the newest two inside an epoch.
 
-    Call it once the newest is known to be good: a finished epoch needs its steps no more. Files of other runs, and
-    those beyond (epoch, step), which are damaged or to be done again, neither count nor go.
+    Call it once the newest is known to be good. A finished epoch needs no checkpoint inside it. Files of other runs
+    stay, and so do those after (epoch, step), which are damaged or will be written again.
     """
     found = [entry for entry in numbered(output_dir) if entry[:2] <= (epoch, step) and run_of(entry[2]) == run]
     finished = [path for _, steps, path in found if steps == math.inf]

@@ -14,8 +14,8 @@ from torch import Tensor
 
 PROBE_EPS = 1e-6  # of the batch norm of models/linear_probe.py
 
-# The beginning of a parameter's name here, in timm and in transformers; # stands for a number. The rows are applied in
-# order, so none may give a name that a later one changes again.
+# Each row: how a parameter's name begins here, in timm, in transformers. # is a number. Rows are applied from top to
+# bottom, so no row may produce a name that a later row matches.
 NAMES = (
     ("downsample_layers.0.0.", "stem.0.", "embeddings.patch_embeddings."),
     ("downsample_layers.0.1.", "stem.1.", "embeddings.layernorm."),
@@ -41,9 +41,9 @@ def _renamings(source: int, target: int) -> tuple[tuple[str, str], ...]:
     return tuple(rules)
 
 
-# layout -> (a name that only this layout has, its renamings to backbone names, applied in order). Each signature is in
-# every block of a ConvNeXt V2 and in no ConvNeXt V1. The first that matches is taken: reference_sparse, what the
-# reference's MinkowskiEngine training saves, has fcmae's signature too. fcmae may be without a decoder.
+# layout: (a pattern that only its names match, renamings to ours in order). Every block of a ConvNeXt V2 has a name that
+# matches, no ConvNeXt V1 has one. The first match wins, so reference_sparse, what the reference's MinkowskiEngine
+# training saves, comes before fcmae, whose pattern it matches too. fcmae may be without a decoder.
 LAYOUTS = {
     "reference_sparse": (r"\bstages\.\d+\.\d+\.dwconv\.kernel$", (
         (r"^encoder\.", ""),

@@ -238,7 +238,7 @@ class RunLog:
         log_dir = log_dir or output_dir
         if log_dir and get_rank() == 0:
             step = round(done * 1000)
-            # hides, in the same way, the curves beyond the point of the resume, but not those up to it
+            # TensorBoard hides points from purge_step on: a resumed run draws them again
             try:
                 self.board = SummaryWriter(log_dir, purge_step=step + 1 if step else 0)
             except UnicodeEncodeError as error:
