@@ -41,8 +41,8 @@ def _renamings(source: int, target: int) -> tuple[tuple[str, str], ...]:
     return tuple(rules)
 
 
-# layout: (a pattern that only its names match, renamings to ours in order). Every block of a ConvNeXt V2 has a name that
-# matches, no ConvNeXt V1 has one. The first match wins, so reference_sparse, what the reference's MinkowskiEngine
+# layout: (a pattern that only its names match, renamings to ours in order). Every block of a ConvNeXt V2 has a name
+# that matches, no ConvNeXt V1 has one. The first match wins, so reference_sparse, what the reference's MinkowskiEngine
 # training saves, comes before fcmae, whose pattern it matches too. fcmae may be without a decoder.
 LAYOUTS = {
     "reference_sparse": (r"\bstages\.\d+\.\d+\.dwconv\.kernel$", (
