@@ -51,6 +51,8 @@ class FusedBlock(Block):
 
 # ---- when to step aside ----------------------------------------------------------------------------------------------
 
+HOOKS = "forward", "forward_pre", "backward", "backward_pre"  # the kinds of which torch keeps a global dict
+
 
 def _is_watched(x: torch.Tensor) -> bool:
     """Whether single operations are traced or transformed (compilers, torch.func, forward mode) or hooks are global."""
@@ -60,7 +62,7 @@ def _is_watched(x: torch.Tensor) -> bool:
         or torch.jit.is_tracing()
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
-        or nn.modules.module._has_any_global_hook()
+        or any(getattr(nn.modules.module, f"_global_{kind}_hooks") for kind in HOOKS)
     )
 
 
@@ -71,11 +73,8 @@ def _is_plain(module: nn.Module, kind: type, x: torch.Tensor) -> bool:
     hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     if type(module) is not kind or hooks or "forward" in module.__dict__:
         return False
-    casts = torch.is_autocast_enabled(x.device.type)
-    return all(
-        type(p) is nn.Parameter and p.is_floating_point() and (casts or p.dtype == x.dtype)
-        for p in module._parameters.values()
-    )
+    params, casts = module._parameters.values(), torch.is_autocast_enabled(x.device.type)
+    return all(type(p) is nn.Parameter and p.is_floating_point() and (casts or p.dtype == x.dtype) for p in params)
 
 
 def _is_depthwise(conv: nn.Module, x: torch.Tensor) -> bool:
