@@ -43,11 +43,9 @@ def open_run(flags: dict, amp: Amp) -> Iterator["Run"]:
         except NonFiniteLoss as error:
             if not is_main_process():
                 raise
-            rate = "blr" if flags["lr"] is None else "lr"
-            raise NonFiniteLoss(
-                f"{error}; {run.after_nan()}. Try a lower --{rate}, a longer --warmup_epochs, --clip_grad or "
-                "--amp_dtype bfloat16"
-            ) from error
+            advice = ["a lower --blr" if flags["lr"] is None else "a lower --lr", "a longer --warmup_epochs"]
+            advice += ["--clip_grad"] * ("clip_grad" in flags) + ["--amp_dtype bfloat16"] * amp.scaler.is_enabled()
+            raise NonFiniteLoss(f"{error}; {run.after_nan()}. Try {' or '.join(advice)}") from error
 
 
 def to_evaluate(output_dir: str) -> Path | None:
@@ -282,7 +280,7 @@ class Run:
             return f"it followed from {self.resume_from} at once; --resume takes an earlier one"
         if self._newest and is_main_process():
             checkpoint.set_aside(self._newest[0], "diverged")
-        return f"{self.kept} is good, the same command goes on from it" if self.kept else "no checkpoint was saved"
+        return f"{self.kept} is good, the same command goes on from it" if self.kept else "no good checkpoint was saved"
 
     def _leave(self, where: str) -> None:
         goes_on = self.saves and (self._newest or self.kept) is not None
