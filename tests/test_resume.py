@@ -298,6 +298,27 @@ def test_a_branch_goes_on_from_its_own_newest_or_from_the_file_again(how, saves,
     assert run_ids(out).items() >= {f"checkpoint-2.{first}.pth": first, "checkpoint-1.pth": second}.items()
 
 
+def test_a_run_whose_start_is_gone_does_not_begin_with_random_weights(scripts, whole, tmp_path):
+    start = shutil.copy(whole["pretrain"] / "checkpoint-0.pth", tmp_path / "start.pth")
+    with killed_after(2):
+        scripts.pretrain("--output_dir", tmp_path / "out", "--resume", start)
+    start.unlink()
+    result = scripts.pretrain("--output_dir", tmp_path / "out")
+    assert (result.code, result.err.count("\n")) == (2, 1)
+    assert "start.pth: this run went on from it; it is gone; --auto_resume false begins anew" in result.err
+    assert scripts.pretrain("--output_dir", tmp_path / "out", "--auto_resume", "false", "--epochs", 2).code == 0
+
+
+def test_a_new_run_renames_the_pictures_of_an_earlier_one_alone(scripts, tmp_path):
+    scripts.pretrain("--output_dir", tmp_path, "--epochs", 2)
+    (tmp_path / "my-plot-3.png").write_bytes(b"mine")
+    earlier = load(tmp_path / "checkpoint-1.pth")["run"]
+    scripts.pretrain("--output_dir", tmp_path, "--epochs", 2, "--auto_resume", "false")
+    assert (tmp_path / "my-plot-3.png").read_bytes() == b"mine"
+    assert (tmp_path / f"reconstruction-1.{earlier}.png").exists()
+    assert (tmp_path / "reconstruction-1.png").exists()
+
+
 def test_a_launcher_that_starts_something_else_again_starts_over(scripts, tmp_path, monkeypatch):
     """The first attempt died before it had recorded itself: what run.json tells of is another run."""
     scripts.pretrain("--output_dir", tmp_path, "--epochs", 2)

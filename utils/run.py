@@ -101,7 +101,10 @@ class Run:
             run_id = last.get("run")
             found = checkpoint.newest(self.output_dir, run_id)
             begun_from = last.get("resumed_from")
-            if not found and begun_from and Path(begun_from).is_file():
+            if not found and begun_from:
+                if not Path(begun_from).is_file():  # its weights would be random ones, without a word
+                    instead = "it is gone; --auto_resume false begins anew"
+                    raise UsageError(f"{begun_from}: this run went on from it; {instead}")
                 found = Path(begun_from), checkpoint.read(begun_from)
         new = found is None
         if new:
