@@ -99,8 +99,8 @@ def set_earlier_aside(output_dir: str, start_epoch: int) -> None:
     run = starts[-1].get("run") or "earlier"
     if (lines := folder / "log.txt").exists():
         shutil.copy2(lines, folder / f"log.{run}.txt")
-    for path in folder.glob("*-*.png"):
-        number = path.stem.rpartition("-")[2]
+    for path in folder.glob("reconstruction-*.png"):
+        number = path.stem.removeprefix("reconstruction-")
         if number.isdecimal() and int(number) >= start_epoch:
             os.replace(path, path.with_name(f"{path.stem}.{run}.png"))
 
