@@ -351,6 +351,9 @@ def test_nan_is_passed_over(tmp_path, logs):
     checkpoint.save(bad, tmp_path / "checkpoint-2.pth")
     assert checkpoint.newest(tmp_path)[0].name == "checkpoint-1.pth"
     assert "checkpoint-2.pth: its weights are not finite" in logs.text
+    for odd in (3, {"words": "no tensor"}):  # left to the loader, which refuses it in a line
+        checkpoint.save({"model": odd, "epoch": 3}, tmp_path / "checkpoint-3.pth")
+        assert checkpoint.newest(tmp_path)[0].name == "checkpoint-3.pth"
     model = nn.Linear(2, 2)
     with pytest.raises(UsageError, match=r"x\.pth: its weights are NaN"):
         checkpoint.load_weights(model, {"weight": torch.full((2, 2), torch.inf), "bias": torch.zeros(2)}, "x.pth")

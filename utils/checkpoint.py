@@ -100,7 +100,8 @@ def run_of(path: str | os.PathLike) -> str | None:
 
 def finite(state_dict: dict) -> bool:
     """Whether no weight is NaN or infinite."""
-    return all(bool(v.isfinite().all()) for v in state_dict.values() if v.is_floating_point())
+    tensors = (v for v in state_dict.values() if isinstance(v, torch.Tensor) and v.is_floating_point())
+    return all(bool(v.isfinite().all()) for v in tensors)
 
 
 def numbered(output_dir: str | os.PathLike) -> list[tuple[int, float, Path]]:
@@ -130,7 +131,8 @@ def newest(output_dir: str | os.PathLike, *run: str | None) -> tuple[Path, dict]
             continue
         if run and state.get("run") != run[0]:
             continue
-        if finite(state.get("model", {})):
+        model = state.get("model")
+        if not isinstance(model, dict) or finite(model):  # what holds no model is refused where it is loaded
             return path, state
         log.warning("skipping %s: its weights are not finite", path)
     return None
