@@ -78,20 +78,21 @@ def test_training_moved_the_weights(pretrained, scripts, tmp_path):
 
 
 IN_TURN = """
-import os, pathlib, sys, time
+import argparse, os, pathlib, sys, time
 from utils import distributed, errors
 
 def main():
     rank, shared, own = os.environ["RANK"], *sys.argv[1:]
-    distributed.init_distributed("cpu")
-    for folder in (shared, own + ("A" if rank in "01" else "B")):
-        with distributed.main_process_first():
-            if not os.path.exists(folder + "/data"):
-                time.sleep(0.3)
-                pathlib.Path(folder, "download" + rank).touch()
-                pathlib.Path(folder, "data").touch()
-    distributed.check_same(5, "training images")
-    distributed.check_same(7 + (rank == "2"), "evaluation images")
+    args = argparse.Namespace(device="cpu", world_size=1, local_rank=-1, dist_on_itp=False, dist_url="env://")
+    with distributed.process_group(args):
+        for folder in (shared, own + ("A" if rank in "01" else "B")):
+            with distributed.main_process_first():
+                if not os.path.exists(folder + "/data"):
+                    time.sleep(0.3)
+                    pathlib.Path(folder, "download" + rank).touch()
+                    pathlib.Path(folder, "data").touch()
+        distributed.check_same(5, "training images")
+        distributed.check_same(7 + (rank == "2"), "evaluation images")
 
 errors.run_cli(main)
 """
