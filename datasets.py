@@ -13,7 +13,7 @@ from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
 
 from utils.data import transforms
 from utils.data.files import ClassFolders, ImageFiles, ImageList, class_names
-from utils.data.images import BadImage, load_image, to_tensor
+from utils.data.images import BadImage, Reading, load_image, survey, to_tensor
 from utils.data.sampling import (
     EvalSamples,
     StepLoader,
@@ -148,31 +148,25 @@ def labelled_files(is_train: bool, args, classes: list[str] | None = None) -> Im
 
 
 def detect_bit_depth(dataset: Dataset, args) -> bool:
-    """Whether a data set's images are 8-bit, as its first readable one is; files are then all loaded alike.
+    """Whether a data set's images are 8-bit, as most of its files are; they are then all loaded alike, see `survey`.
 
     Raises:
-        UsageError: an image that does not fit --in_chans; images that are not 8-bit without --mean and --std.
+        UsageError: images that do not fit --in_chans; images that are not 8-bit without --mean and --std.
     """
     if isinstance(dataset, IterableDataset):
         return True  # what cannot be read twice comes as Pillow images of 8 bits
-    plain, count = with_transform(dataset, partial(to_tensor, in_chans=args.in_chans)), min(len(dataset), 100)
-    for i in range(count):
-        try:
-            eight_bit = plain[i][0].dtype == torch.uint8
-            break
-        except BadImage as error:
-            reason = error
-        except UsageError as error:
-            name = "" if isinstance(dataset, ImageFiles) else f"--data_set {args.data_set}: "
-            raise UsageError(f"{name}{error}") from error
-    else:
-        source = f"--data_path {args.data_path}" if args.data_path else f"--data_set {args.data_set}"
-        raise UsageError(f"{source}: its first {count} images are unreadable: {reason}")
-    if not eight_bit and not args.mean:
-        name = dataset.paths[i] if isinstance(dataset, ImageFiles) else f"--data_set {args.data_set}"
-        raise UsageError(f"{name}: not of 8 bits, which needs {MEAN_STD_HINT.format(args.in_chans)}")
+    source = f"--data_path {args.data_path}" if args.data_path else f"--data_set {args.data_set}"
     if isinstance(dataset, ImageFiles):
-        dataset.eight_bit = eight_bit
+        dataset.reading = survey(dataset, Reading(args.in_chans), source).reading
+        eight_bit = dataset.reading.depth == 8
+    else:
+        try:
+            image = with_transform(dataset, partial(to_tensor, in_chans=args.in_chans))[0][0]
+        except (BadImage, UsageError) as error:
+            raise UsageError(f"--data_set {args.data_set}: {error}") from error
+        eight_bit = image.dtype == torch.uint8
+    if not eight_bit and not args.mean:
+        raise UsageError(f"{source}: not of 8 bits, which needs {MEAN_STD_HINT.format(args.in_chans)}")
     return eight_bit
 
 

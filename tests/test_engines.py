@@ -49,7 +49,7 @@ class Noise(Dataset):
 
     def __getitem__(self, i):
         if i in self.unreadable:
-            raise BadImage(f"{i}.png: broken")
+            raise BadImage(f"{i}.png", "broken")
         return self.images[i], self.labels[i]
 
 

@@ -13,8 +13,7 @@ from PIL import Image, ImageOps
 
 from tests.pictures import broken_files, picture, pixels, save
 from utils.data import images
-from utils.data.images import BadImage, decode, load_image, read_file, to_tensor
-from utils.errors import UsageError
+from utils.data.images import BadImage, Reading, decode, load_image, read_file, to_tensor
 
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding")  # which torchvision announces to drop
 RANDOM = np.random.RandomState(0)
@@ -43,8 +42,8 @@ def write(path, content):
     return str(path)
 
 
-def load_tensor(path, *options, **more):
-    return decode(read_file(path), path, *options, **more)
+def load_tensor(path, in_chans=3, **reading):
+    return decode(read_file(path), path, Reading(in_chans, **reading))
 
 
 def turning(content, mode="RGB"):
@@ -249,7 +248,7 @@ def test_pages_of_a_tiff_are_channels(tmp_path):
         pages[0].save(tmp_path / "x.tif", save_all=True, append_images=pages[1:])
         expected = torch.from_numpy(np.stack([np.asarray(page).astype(np.float32) / scale for page in pages]))
         torch.testing.assert_close(load_tensor(str(tmp_path / "x.tif"), 5).float(), expected)
-        with pytest.raises(UsageError, match=r"x\.tif: has 5 pages of a channel, not --in_chans 4; give --in_chans 5"):
+        with pytest.raises(BadImage, match=r"x\.tif: has 5 pages of a channel, not --in_chans 4; give --in_chans 5"):
             load_tensor(str(tmp_path / "x.tif"), 4)
         assert load_tensor(str(tmp_path / "x.tif"), 1).shape == (1, 20, 30)  # the first
     colours = [picture(seed=i) for i in range(3)]
@@ -281,7 +280,7 @@ def test_wrong_channels_name_the_file(tmp_path, content, in_chans, message):
     else:
         path = tmp_path / "x.npy"
         np.save(path, content)
-    with pytest.raises(UsageError, match=rf"{path.name}: {message}"):
+    with pytest.raises(BadImage, match=rf"{path.name}: {message}"):
         load_tensor(str(path), in_chans)
 
 
@@ -296,7 +295,7 @@ def test_sixteen_bits_are_kept(tmp_path, name):
     for in_chans in (1, 3):
         found = load_tensor(str(tmp_path / name), in_chans)
         torch.testing.assert_close(found, expected.expand(in_chans, 20, 30))
-    rounded = load_tensor(str(tmp_path / name), 1, eight_bit=True)
+    rounded = load_tensor(str(tmp_path / name), 1, depth=8)
     assert rounded.dtype == torch.uint8
     assert torch.equal(rounded, (expected * 255).round().to(torch.uint8)[None])  # scaled, where Pillow cuts off
 
@@ -336,15 +335,15 @@ def test_numbers_beyond_sixteen_bits(tmp_path):
     integers = RANDOM.randint(-2000, 2000, (20, 30)).astype(np.int32)
     Image.fromarray(integers).save(tmp_path / "y.tif")
     torch.testing.assert_close(load_tensor(str(tmp_path / "y.tif"), 1), torch.from_numpy(integers).float()[None])
-    with pytest.raises(UsageError, match=r"x\.tif: holds float32 values, where the first images are 8-bit"):
-        load_tensor(str(tmp_path / "x.tif"), 1, eight_bit=True)
+    with pytest.raises(BadImage, match=r"x\.tif: holds float32 values, where most files are 8-bit"):
+        load_tensor(str(tmp_path / "x.tif"), 1, depth=8)
 
 
 def test_eight_bits_among_others_are_scaled(tmp_path):
     for name in ("x.png", "x.jpg"):
         picture().save(tmp_path / name)
         whole = load_tensor(str(tmp_path / name))
-        torch.testing.assert_close(load_tensor(str(tmp_path / name), eight_bit=False), whole / 255)
+        torch.testing.assert_close(load_tensor(str(tmp_path / name), depth=16), whole / 255)
 
 
 # ---- what Pillow has not

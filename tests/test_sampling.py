@@ -47,7 +47,7 @@ class OnlyBroken(Dataset):
         return 200
 
     def __getitem__(self, index):
-        raise BadImage(f"{index}.jpg: broken")
+        raise BadImage(f"{index}.jpg", "broken")
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])

@@ -28,7 +28,7 @@ from utils import weights
 from utils.amp import Amp
 from utils.args import ArgumentParser, add_bool, prepared_output_dir, seed
 from utils.data.files import ImageTree
-from utils.data.images import BadImage, decode, read_file
+from utils.data.images import BadImage, Reading, decode, read_file
 from utils.data.sampling import shuffled_indices
 from utils.data.shapes import Shapes
 from utils.distributed import pick_device, setup_logging
@@ -50,8 +50,8 @@ def load_images(args) -> torch.Tensor:
             paths.append(path)
     for path in paths[: args.max_images]:
         try:
-            image = decode(read_file(path), path, args.in_chans)
-        except (BadImage, UsageError) as error:
+            image = decode(read_file(path), path, Reading(args.in_chans))
+        except BadImage as error:
             raise UsageError(f"--images {error}") from error
         if image.dtype != torch.uint8 and not args.mean:
             raise UsageError(f"--images {path}: not of 8 bits, which needs --mean and --std")

@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from torch.utils.data import Dataset
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from ..errors import UsageError, suggest
-from .images import EXTENSIONS, decode, hidden, read_file
+from .images import EXTENSIONS, IMAGE_EXTENSIONS, Reading, decode, hidden, read_file
 
 log = logging.getLogger("fcmae")
 
@@ -23,18 +22,18 @@ class ImageFiles(Dataset):
 
     Attributes:
         paths, targets: a file and a label for each sample.
-        in_chans, eight_bit: what `decode` is told of all of them.
+        reading: what `decode` is told of all of them.
     """
 
     def __init__(self, paths: Sequence[str], targets: list[int], in_chans: int):
         self.paths, self.targets, self.transform = paths, targets, None
-        self.in_chans, self.eight_bit = in_chans, None
+        self.reading = Reading(in_chans)
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, index: int):
-        image = decode(self.read(index), self.paths[index], self.in_chans, self.eight_bit)
+        image = decode(self.read(index), self.paths[index], self.reading)
         return image if self.transform is None else self.transform(image), self.targets[index]
 
     def read(self, index: int) -> bytes:
@@ -103,7 +102,9 @@ def _image_names(root: str, flag: str, in_chans: int) -> dict[str, list[str]]:
         raise UsageError(f"{flag} {root}: no such folder")
     folders = list_files(root, EXTENSIONS)
     if in_chans == 3:
-        images = {folder: [x for x in names if x.lower().endswith(IMG_EXTENSIONS)] for folder, names in folders.items()}
+        images = {
+            folder: [x for x in names if x.lower().endswith(IMAGE_EXTENSIONS)] for folder, names in folders.items()
+        }
         return images if any(images.values()) else folders
     return folders
 

@@ -5,7 +5,9 @@ off, and all other numbers as they are. The orientation in EXIF data is ignored,
 """
 
 import io
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,8 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from ..errors import UsageError
 
 ARRAY_EXTENSIONS = (".npy", ".npz")
-EXTENSIONS = (*IMG_EXTENSIONS, *ARRAY_EXTENSIONS)
+IMAGE_EXTENSIONS = IMG_EXTENSIONS
+EXTENSIONS = (*IMAGE_EXTENSIONS, *ARRAY_EXTENSIONS)
 JPEG, PNG, TIFFS = b"\xff\xd8", b"\x89PNG", (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # how their files begin
 WIDE_MODES = ("I", "I;16", "I;16B", "I;16L", "F")  # of Pillow, those beyond 8 bits
 LUMINANCE = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601, as Pillow has it
@@ -28,7 +31,45 @@ def hidden(name: str) -> bool:
 
 
 class BadImage(Exception):
-    """An image file that cannot be decoded; the message names the file."""
+    """A file that cannot be read rightly, and why; the message is one line that names it."""
+
+    def __init__(self, path: str, reason: str):
+        super().__init__(path, reason)
+        self.path, self.reason = path, reason
+
+    def __str__(self) -> str:
+        return f"{self.path if self.path.isprintable() else repr(self.path)}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How all files of a data set become tensors; `survey` finds depth and alpha.
+
+    depth: 8: uint8. 16: float32, as shares of what 8 or 16 bits can hold. 32: float32, numbers as they are. None: as
+    each file is. alpha: whether the last channel is opacity, so that files without are opaque. nodata: the value of
+    pixels without data where a file does not say. max_pixels: height times width beyond which a file is refused.
+    """
+
+    in_chans: int = 3
+    depth: int | None = None
+    alpha: bool = False
+    nodata: float | None = None
+    max_pixels: int = 178_956_970
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What a sample of a data set's files holds.
+
+    reading: how all are to be read. kinds: files of each, such as "TIFF, uint16 x 1". sizes: (height, width) of each
+    file. no_data: share of pixels without data. bad: those that cannot be read.
+    """
+
+    reading: Reading
+    kinds: Counter[str]
+    sizes: list[tuple[int, int]]
+    no_data: float
+    bad: list[BadImage]
 
 
 def _fast_decoders() -> dict[bytes, Callable[[bytes, str], torch.Tensor]]:
@@ -79,7 +120,7 @@ def load_image(path: str) -> Image.Image:
         with Image.open(path) as image:
             return image.convert("RGB")
     except Exception as error:  # on damaged files, Pillow's decoders raise whatever they run into
-        raise BadImage(f"{path}: {str(error) or type(error).__name__}") from error
+        raise BadImage(path, _reason(error)) from error
 
 
 def read_file(path: str) -> bytes:
@@ -88,11 +129,11 @@ def read_file(path: str) -> bytes:
         with open(path, "rb") as file:
             return file.read()
     except OSError as error:
-        raise BadImage(f"{path}: {error.strerror}") from error
+        raise BadImage(path, error.strerror or str(error)) from error
 
 
-def decode(content: bytes, path: str, in_chans: int = 3, eight_bit: bool | None = None) -> torch.Tensor:
-    """Decode an image file, an .npy or an .npz: (in_chans, H, W), uint8 or float32.
+def decode(content: bytes, path: str, reading: Reading) -> torch.Tensor:
+    """Decode an image file, an .npy or an .npz: (in_chans, H, W), uint8 or float32, NaN where there is no data.
 
     Grey is repeated for three channels, RGB becomes luminance for one, and alpha is dropped there. The pages of a TIFF
     are channels if there are in_chans of them. The channels of an array are its last axis or its first, whichever is
@@ -100,34 +141,66 @@ def decode(content: bytes, path: str, in_chans: int = 3, eight_bit: bool | None 
 
     Args:
         path: tells arrays from images, and is for messages.
-        eight_bit: what the other images are. True: uint8, and 16-bit files are rounded to it. False: float32, and 8-bit
-            files become shares of 255. None: as the file is.
 
     Raises:
-        BadImage: a file that is truncated, damaged, no image, or holds NaN or infinite values.
-        UsageError: another number of channels, or values beyond 16 bits where the others are 8-bit.
+        BadImage: a file that is damaged, no image, or another kind of image than `reading` tells.
     """
     try:
-        if in_chans in (1, 3) and content.startswith(JPEG) and (decode_jpeg := FAST_DECODERS.get(JPEG)):
+        if reading.in_chans in (1, 3) and content.startswith(JPEG) and (decode_jpeg := FAST_DECODERS.get(JPEG)):
             try:
-                pixels = decode_jpeg(content, "RGB" if in_chans == 3 else "GRAY")
-                return pixels / 255 if eight_bit is False else pixels
+                pixels = decode_jpeg(content, "RGB" if reading.in_chans == 3 else "GRAY")
+                return pixels / 255 if reading.depth == 16 else pixels
             except Exception:
                 pass  # Pillow may read it; if not, it says why
-        suffix = Path(path).suffix.lower()
-        pixels = _read_array(content) if suffix in ARRAY_EXTENSIONS else _read_pillow(content, in_chans)
-        return _to_depth(fit_channels(pixels, in_chans), eight_bit)
-    except UsageError as error:
-        raise UsageError(f"{path}: {error}") from error
+        return _to_depth(fit_channels(_read(content, path, reading), reading.in_chans), reading.depth)
     except Exception as error:  # on damaged files, decoders raise whatever they run into
-        raise BadImage(f"{path}: {str(error) or type(error).__name__}") from error
+        raise BadImage(path, _reason(error)) from error
+
+
+def survey(dataset, reading: Reading, source: str) -> Survey:
+    """What at most 64 files hold, spread over the `paths` of a data set that can `read` them: the same in every run.
+
+    source: what the data set is called in messages.
+
+    Raises:
+        UsageError: more than two thirds cannot be read, as with another number of channels.
+    """
+    kinds, depths, sizes, bad, no_data = Counter(), Counter(), [], [], []
+    for i in sorted({k * len(dataset.paths) // 64 for k in range(64)}):
+        path = dataset.paths[i]
+        try:
+            pixels = decode(dataset.read(i), path, reading)
+        except BadImage as error:
+            bad.append(error)
+            continue
+        kinds[Path(path).suffix] += 1
+        depths[8 if pixels.dtype == torch.uint8 else 16] += 1
+        sizes.append(tuple(pixels.shape[1:]))
+        no_data.append(0.0)
+    if len(bad) > 2 * len(sizes):
+        raise UsageError(f"{source}: of a sample of {len(bad) + len(sizes)} files {len(bad)} cannot be read: {bad[0]}")
+    reading = replace(reading, depth=max(depths, key=lambda depth: (depths[depth], depth)))
+    return Survey(reading, kinds, sizes, sum(no_data) / len(sizes), bad)
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def to_tensor(image: Image.Image | torch.Tensor, in_chans: int = 3) -> torch.Tensor:
-    """A Pillow image as `decode` gives it; a tensor stays as it is. Raises UsageError as that does."""
+    """A Pillow image as `decode` gives it; a tensor stays as it is. Raises UsageError for another kind of image."""
     if isinstance(image, torch.Tensor):
         return image
-    return _to_depth(fit_channels(pillow_pixels(image, in_chans), in_chans), None)
+    try:
+        return _to_depth(fit_channels(pillow_pixels(image, in_chans), in_chans), None)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+def _read(content: bytes, path: str, reading: Reading) -> np.ndarray:
+    if Path(path).suffix.lower() in ARRAY_EXTENSIONS:
+        return _read_array(content)
+    return _read_pillow(content, reading.in_chans)
 
 
 def fit_channels(pixels: np.ndarray, in_chans: int) -> np.ndarray:
@@ -136,7 +209,7 @@ def fit_channels(pixels: np.ndarray, in_chans: int) -> np.ndarray:
     if pixels.ndim == 2:
         pixels = pixels[None]
     elif pixels.ndim != 3:
-        raise UsageError(f"an array of {shape}; an image has two axes, or three with its channels")
+        raise ValueError(f"an array of {shape}; an image has two axes, or three with its channels")
     elif pixels.shape[-1] == in_chans or (pixels.shape[0] != in_chans and pixels.shape[-1] <= pixels.shape[0]):
         pixels = np.moveaxis(pixels, -1, 0)
     if len(pixels) == in_chans:
@@ -147,23 +220,23 @@ def fit_channels(pixels: np.ndarray, in_chans: int) -> np.ndarray:
         grey = np.tensordot(LUMINANCE, pixels.astype(np.float32), axes=1)[None]
         return grey if pixels.dtype.kind == "f" else grey.round().astype(pixels.dtype)
     found = f"{len(pixels)} channel{'s' * (len(pixels) > 1)} ({shape})"
-    raise UsageError(f"has {found}, not --in_chans {in_chans}; give --in_chans {len(pixels)}")
+    raise ValueError(f"has {found}, not --in_chans {in_chans}; give --in_chans {len(pixels)}")
 
 
-def _to_depth(pixels: np.ndarray, eight_bit: bool | None) -> torch.Tensor:
+def _to_depth(pixels: np.ndarray, depth: int | None) -> torch.Tensor:
     if pixels.dtype.kind not in "buif":
-        raise UsageError(f"holds values of type {pixels.dtype}, which are no numbers")
+        raise ValueError(f"holds values of type {pixels.dtype}, which are no numbers")
     if pixels.dtype == np.uint8:
         tensor = torch.from_numpy(pixels)
-        return tensor / 255 if eight_bit is False else tensor
+        return tensor / 255 if depth == 16 else tensor
     tensor = torch.from_numpy(pixels.astype(np.float32))
     if pixels.dtype == np.uint16:
         tensor = tensor / 65535
-        return (tensor * 255).round().to(torch.uint8) if eight_bit else tensor
-    if eight_bit:
-        raise UsageError(f"holds {pixels.dtype} values, where the first images are 8-bit; give folders of one kind")
+        return (tensor * 255).round().to(torch.uint8) if depth == 8 else tensor
+    if depth == 8:
+        raise ValueError(f"holds {pixels.dtype} values, where most files are 8-bit")
     if not tensor.isfinite().all():
-        raise BadImage("holds NaN or infinite values")
+        raise ValueError("holds NaN or infinite values")
     return tensor
 
 
@@ -172,7 +245,7 @@ def _read_array(content: bytes) -> np.ndarray:
     if isinstance(array, np.ndarray):
         return array
     if len(array.files) != 1:
-        raise UsageError(f"holds {len(array.files)} arrays ({', '.join(array.files)}); one a file is read")
+        raise ValueError(f"holds {len(array.files)} arrays ({', '.join(array.files)}); one a file is read")
     return array[array.files[0]]
 
 
@@ -188,7 +261,7 @@ def _read_pillow(content: bytes, in_chans: int) -> np.ndarray:
         if is_tiff and in_chans > 1 and image.n_frames > 1 and len(image.getbands()) == 1:
             pages = image.n_frames
             if pages != in_chans:
-                raise UsageError(f"has {pages} pages of a channel, not --in_chans {in_chans}; give --in_chans {pages}")
+                raise ValueError(f"has {pages} pages of a channel, not --in_chans {in_chans}; give --in_chans {pages}")
             return np.stack([_page(image, i) for i in range(pages)])
         if is_tiff and _pillow_loses(image, in_chans):
             return _read_tiff(content)
@@ -201,7 +274,7 @@ def _read_pillow(content: bytes, in_chans: int) -> np.ndarray:
 def _read_png16(content: bytes, in_chans: int) -> np.ndarray:
     """A PNG in colour, of which Pillow keeps 8 bits; torchvision crashes on damaged ones, which it has read before."""
     if not FAST_DECODERS:
-        raise BadImage("a PNG in colour of 16 bits, of which Pillow reads 8; pip install torchcodec")
+        raise ValueError("a PNG in colour of 16 bits, of which Pillow reads 8; pip install torchcodec")
     if (place := content.find(b"eXIf")) > 0:  # torchcodec would turn it
         place -= 4
         content = content[:place] + content[place + 12 + int.from_bytes(content[place : place + 4], "big") :]
@@ -238,5 +311,5 @@ def _read_tiff(content: bytes) -> np.ndarray:
     try:
         import tifffile
     except ImportError as error:
-        raise BadImage("a TIFF that Pillow cannot read, or not in full; pip install tifffile") from error
+        raise ValueError("a TIFF that Pillow cannot read, or not in full; pip install tifffile") from error
     return tifffile.imread(io.BytesIO(content))

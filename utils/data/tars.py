@@ -66,9 +66,9 @@ class TarIndex(Sequence):
         try:
             content = os.pread(opened(self.shards[shard]).fileno(), size, start)
         except OSError as error:
-            raise BadImage(f"{self[i]}: {error.strerror}") from error
+            raise BadImage(self[i], error.strerror) from error
         if len(content) < size:
-            raise BadImage(f"{self[i]}: the tar was cut short since the start")
+            raise BadImage(self[i], "the tar was cut short since the start")
         return content
 
 
