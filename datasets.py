@@ -11,15 +11,17 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
 
+from utils.args import given
 from utils.data import transforms
 from utils.data.files import ClassFolders, ImageFiles, ImageList, class_names
 from utils.data.images import BadImage, Reading, load_image, survey, to_tensor
 from utils.data.sampling import (
+    EvalLoader,
     EvalSamples,
     StepLoader,
     StepSampler,
     TrainSamples,
-    collate_readable,
+    collate,
     own_shards,
     stream_workers,
     with_transform,
@@ -34,6 +36,7 @@ from utils.settings import eval_crop, mean_std
 
 log = logging.getLogger("fcmae")
 
+FEW_BAD = 4
 DATA_SETS = ("IMNET", "image_folder", "CIFAR", "CIFAR10", "shapes")
 TIMM_SCHEMES = ("wds/", "tfds/", "torch/")
 DATA_SETS_HELP = (
@@ -292,8 +295,12 @@ def build_train_loader(
     if streamed:
         loader = DataLoader(dataset, args.batch_size, drop_last=True, **common)
     else:
-        loader = DataLoader(TrainSamples(dataset, args.seed, sample_mask), batch_sampler=sampler, **common)
-    return StepLoader(loader, sampler, batch_transform)
+        samples = TrainSamples(dataset, args.seed, sample_mask)
+        loader = DataLoader(samples, batch_sampler=sampler, collate_fn=collate, **common)
+    max_bad = getattr(args, "max_bad_images", 0.01) * num_samples
+    if "max_bad_images" not in given(args):  # of a small folder, a few files are more than 1 %
+        max_bad = max(max_bad, FEW_BAD)
+    return StepLoader(loader, sampler, batch_transform, max_bad)
 
 
 def build_eval_loader(dataset: Dataset, args, spread: bool) -> DataLoader:
@@ -307,8 +314,7 @@ def build_eval_loader(dataset: Dataset, args, spread: bool) -> DataLoader:
         return DataLoader(own_shards(dataset, args.data_set, get_rank(), get_world_size()), args.batch_size, **options)
     check_same(len(dataset), "evaluation images")
     indices = range(get_rank(), len(dataset), get_world_size()) if spread else range(len(dataset))
-    options |= {"sampler": indices, "collate_fn": collate_readable}
-    return DataLoader(EvalSamples(dataset), args.batch_size, **options)
+    return EvalLoader(EvalSamples(dataset), args.batch_size, sampler=indices, collate_fn=collate, **options)
 
 
 def _loader_options(args, num_workers: int) -> dict:

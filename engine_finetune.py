@@ -81,7 +81,7 @@ def top_k(logits: torch.Tensor, labels: torch.Tensor, k: int) -> torch.Tensor:
 
 @torch.inference_mode()
 def evaluate(model: torch.nn.Module, loader, amp: Amp, header: str = "eval") -> dict[str, float]:
-    """acc1, acc5 (percent) and cross entropy of a classifier over all images, each counted once.
+    """acc1, acc5 (percent) and cross entropy of a classifier over all readable images, each counted once.
 
     The model is not wrapped for distribution here: processes have different numbers of batches.
     """
@@ -89,27 +89,26 @@ def evaluate(model: torch.nn.Module, loader, amp: Amp, header: str = "eval") -> 
     model.eval()
     averages = Averages(("loss", "acc1", "acc5"), amp.device)
     progress = Progress(header, len(loader), amp.device)
-    seen = torch.zeros((), dtype=torch.int64)
+    seen = 0
     for step, batch in progress(loader):
-        if batch is not None:
-            imgs, labels = (x.to(amp.device, non_blocking=True) for x in batch)
-            with amp.autocast():
-                features = model.forward_features(imgs)
-            logits = model.head(features.float())  # bfloat16's would tie, and ties go by the order of classes
-            acc1, acc5 = (top_k(logits, labels, k) for k in (1, 5))
-            averages.update(len(imgs), loss=F.cross_entropy(logits, labels), acc1=acc1, acc5=acc5)
-            progress.count(len(imgs))
-            seen += len(imgs)
+        imgs, labels = (x.to(amp.device, non_blocking=True) for x in batch)
+        with amp.autocast():
+            features = model.forward_features(imgs)
+        logits = model.head(features.float())  # bfloat16's would tie, and ties go by the order of classes
+        acc1, acc5 = (top_k(logits, labels, k) for k in (1, 5))
+        averages.update(len(imgs), loss=F.cross_entropy(logits, labels), acc1=acc1, acc5=acc5)
+        progress.count(len(imgs))
+        seen += len(imgs)
         if progress.due(step) and step > 0:
             progress.line(step)
     model.train(was_training)
     stats = averages.epoch()
     # a sampler that steps over no image of another process gives every process all of them
     copies = get_world_size() // getattr(loader.sampler, "step", get_world_size())
-    seen = all_reduce_sum(seen.to(amp.device)).item() // copies
-    log.info(
-        "%s: acc1 %.2f  acc5 %.2f  loss %.4f  (%d images)", header, stats["acc1"], stats["acc5"], stats["loss"], seen
-    )
+    counted = torch.tensor([seen, len(getattr(loader, "bad", ()))], device=amp.device)
+    seen, bad = (all_reduce_sum(counted) // copies).tolist()
+    counts = f"({seen} images)" + f", {bad} unreadable left out" * bool(bad)
+    log.info("%s: acc1 %.2f  acc5 %.2f  loss %.4f  %s", header, stats["acc1"], stats["acc5"], stats["loss"], counts)
     return stats
 
 

@@ -43,7 +43,7 @@ TRAINING_ALONE = (
     "stem_average images_per_class head_init_scale drop_path layer_decay layer_decay_type linear_probe opt opt_eps "
     "opt_betas momentum clip_grad color_jitter aa smoothing train_interpolation reprob remode recount resplit mixup "
     "cutmix cutmix_minmax mixup_prob mixup_switch_prob mixup_mode model_ema model_ema_decay model_ema_force_cpu "
-    "eval_freq disable_eval"
+    "eval_freq disable_eval max_bad_images"
 )
 EVALUATION = "eval_freq dist_eval eval_data_path eval_list crop_pct model_ema_eval"
 

@@ -29,7 +29,7 @@ from utils.args import (
     fraction,
     tell_without_effect,
 )
-from utils.data.sampling import EvalSamples, StepLoader, random_subset, shuffled_indices, with_transform
+from utils.data.sampling import StepLoader, random_subset, readable, shuffled_indices, with_transform
 from utils.errors import UsageError
 from utils.knn import knn_acc1
 from utils.lr_sched import Schedule
@@ -117,19 +117,19 @@ def sample_mask(num_patches: int, mask_ratio: float) -> torch.Tensor:
 def picture_images(dataset: Dataset, args, count: int = 8) -> torch.Tensor:
     """A few images, not augmented and the same in every run; of a stream, the first, augmented: (count, C, H, W)."""
     if not isinstance(dataset, IterableDataset):
-        dataset = EvalSamples(with_transform(dataset, datasets.build_transform(False, args)))
-        samples = (dataset[int(i)] for i in shuffled_indices(dataset))  # the first may all be of one class
+        dataset = with_transform(dataset, datasets.build_transform(False, args))
+        samples = readable(dataset, shuffled_indices(dataset).tolist())  # the first may all be of one class
     else:
         stream = copy.copy(dataset)
         stream.reader = copy.copy(dataset.reader)  # once read, it would give all workers one and the same part
         samples = iter(stream)
-    readable = list(itertools.islice((sample[0] for sample in samples if sample is not None), count))
-    if not readable:
+    imgs = [sample[0] for sample in itertools.islice(samples, count)]
+    if not imgs:
         raise UsageError(f"--data_path {args.data_path}: none of its images can be read")
-    readable = torch.stack(readable)
+    imgs = torch.stack(imgs)
     if isinstance(dataset, IterableDataset):  # as in training
-        return datasets.build_batch_transform(args, readable.device)(readable)
-    return readable
+        return datasets.build_batch_transform(args, imgs.device)(imgs)
+    return imgs
 
 
 def knn_loaders(args) -> tuple[DataLoader, DataLoader] | None:

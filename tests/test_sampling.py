@@ -22,7 +22,7 @@ from utils.data.sampling import StepSampler, TrainSamples, first_of_each_class, 
 from utils.data.shapes import Shapes
 from utils.data.transforms import pretrain_transform
 from utils.errors import UsageError, run_cli
-from utils.seeding import seed_all
+from utils.seeding import seed_all, seed_words
 
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding")  # which torchvision announces to drop
 
@@ -33,13 +33,34 @@ def test_training_replaces_broken_images(spoiled, logs):
     samples = TrainSamples(dataset, seed=3)
     bad = [i for i, path in enumerate(dataset.paths) if "0-" in path]
     assert len(bad) == len(broken_files())
-    for index in bad:
-        image, _ = samples[5, index]
-        assert dataset.paths[index] in logs.text
-        seed_all(3, 5, index)  # the next good one, under this sample's own seed
-        expected, _ = dataset[max(bad) + 1]
-        assert torch.equal(image, expected)
-        assert torch.equal(image, samples[5, index][0])
+    takers = []
+    for epoch, index in itertools.product((5, 6), bad):
+        ((image, _),), found = samples.__getitems__([(epoch, index)])
+        assert (list(found), dataset.paths[index] in found[index]) == ([index], True)
+        drawn = (seed_words(3, epoch, index, i)[0] % len(dataset) for i in itertools.count())
+        takers.append(next(i for i in drawn if i not in bad))
+        seed_all(3, epoch, index)  # under this sample's own seed
+        assert torch.equal(image, dataset[takers[-1]][0])
+    assert len({*takers}) > len(takers) / 4
+
+
+def test_each_unreadable_image_is_reported_once_and_counted(spoiled, logs):
+    """Over epochs and workers; what takes a place and is unreadable itself is told in its own turn."""
+    flags = {"data_set": "image_folder", "data_path": spoiled / "train", "input_size": 32, "batch_size": 7}
+    dataset = datasets.build_pretrain_dataset(pretrain_args(**flags))
+    bad = [i for i, path in enumerate(dataset.paths) if "0-" in path]
+    for workers in (0, 2):
+        logs.clear()
+        loader = datasets.build_train_loader(dataset, pretrain_args(num_workers=workers, **flags))
+        for epoch in (0, 1):
+            assert sum(len(batch.data[0]) for step in loader.steps(epoch) for batch in step) == 21
+            assert sorted(loader.bad) == bad
+        lines = logs.text.splitlines()
+        assert len(lines) == len(bad)
+        assert all(any(f"another takes its place: {dataset.paths[i]}" in line for line in lines) for i in bad)
+    for given, allowed in (({}, 4), ({"max_bad_images": 0.01}, 0.21), ({"max_bad_images": 0.5}, 10.5)):
+        loader = datasets.build_train_loader(dataset, pretrain_args(num_workers=0, **flags, **given))
+        assert loader.max_bad == pytest.approx(allowed)  # a few of a small folder, where the flag is not given
 
 
 class OnlyBroken(Dataset):

@@ -39,7 +39,7 @@ from utils.amp import Amp
 from utils.args import ArgumentParser, Arguments, add_bool, at_least
 from utils.data.files import ImageTree
 from utils.data.images import load_image
-from utils.data.sampling import Batch, StepLoader, StepSampler, TrainSamples
+from utils.data.sampling import Batch, StepLoader, StepSampler, TrainSamples, collate
 from utils.data.transforms import BICUBIC, Normalise, mean_std, pretrain_transform
 from utils.distributed import pick_device
 from utils.errors import UsageError, run_cli
@@ -177,7 +177,8 @@ def own_pass(args, device, compiled, normalise: bool) -> Step:
     dataset.transform = pretrain_transform(args.input_size, 3, MIN_CROP)
     sampler = StepSampler(len(dataset), min(args.batch_size, len(dataset)))
     samples = TrainSamples(dataset, 0, partial(sample_mask, args))
-    loader = StepLoader(DataLoader(samples, batch_sampler=sampler, num_workers=args.num_workers), sampler)
+    loader = DataLoader(samples, batch_sampler=sampler, num_workers=args.num_workers, collate_fn=collate)
+    loader = StepLoader(loader, sampler)
     transform = Normalise(*mean_std(3)) if normalise else nn.Identity()
     return lambda: sum(len(transform(batch.data[0])) for step in loader.steps(0) for batch in step)
 
@@ -188,8 +189,8 @@ def pillow_pass(args, device, compiled) -> Step:
     rest = transforms.RandomHorizontalFlip(), transforms.ToTensor(), transforms.Normalize(*mean_std(3))
     load = transforms.Compose([load_image, crop, *rest])
     paths = ImageTree(args.data_path, "--data_path").paths
-    collate = transforms.Compose([partial(map, load), list, torch.stack])
-    loader = DataLoader(paths, args.batch_size, shuffle=True, num_workers=args.num_workers, collate_fn=collate)
+    stack = transforms.Compose([partial(map, load), list, torch.stack])
+    loader = DataLoader(paths, args.batch_size, shuffle=True, num_workers=args.num_workers, collate_fn=stack)
     return lambda: sum(len(imgs) for imgs in loader)
 
 

@@ -56,6 +56,10 @@ def add_shared_arguments(
     group.add_argument(
         "--num_workers", type=at_least(0), default=10, help="loader processes; change no result but a stream's"
     )
+    group.add_argument(
+        "--max_bad_images", type=fraction, default=0.01,
+        help="share of unreadable training images above which the run ends after the epoch; where not given, 4 may be",
+    )  # fmt: skip
     add_bool(group, "--pin_mem", True, "page-locked host memory for faster copies to the GPU")
 
     _add_run_arguments(parser)

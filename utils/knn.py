@@ -28,11 +28,10 @@ def extract(encode: Callable, loader: DataLoader, dim: int, amp: Amp) -> tuple[t
     features = [torch.empty(0, dim, device=amp.device)]  # a process may have no image
     labels = [torch.empty(0, dtype=torch.int64, device=amp.device)]
     for batch in loader:
-        if batch is not None:
-            imgs, target = (x.to(amp.device, non_blocking=True) for x in batch)
-            with amp.autocast():
-                features.append(encode(imgs).float())
-            labels.append(target)
+        imgs, target = (x.to(amp.device, non_blocking=True) for x in batch)
+        with amp.autocast():
+            features.append(encode(imgs).float())
+        labels.append(target)
     return torch.cat(features), torch.cat(labels)
 
 

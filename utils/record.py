@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterable
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -32,7 +33,7 @@ log = logging.getLogger("fcmae")
 # arguments that change no result
 PLACES = {
     *("output_dir", "log_dir", "job_dir", "auto_resume", "num_workers", "pin_mem", "local_rank", "world_size"),
-    *("dist_url", "device"),
+    *("dist_url", "device", "max_bad_images"),
 }
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -110,6 +111,18 @@ def record_end(output_dir: str, seconds: float, metrics: dict) -> None:
     if is_main_process() and (starts := read(output_dir)):
         end = {"finished": now(), "seconds": round(seconds, 1), "metrics": finite(metrics)}
         write(output_dir, [*starts[:-1], starts[-1] | end])
+
+
+def list_bad_images(output_dir: str, messages: Iterable[str]) -> None:
+    """Add to output_dir/bad_images.txt, a line each, what is not in it."""
+    if output_dir and is_main_process():
+        path = Path(output_dir) / "bad_images.txt"
+        try:
+            known = path.read_text(errors="surrogateescape").splitlines() if path.exists() else []
+            lines = dict.fromkeys([*known, *(" ".join(message.splitlines()) for message in messages)])
+            path.write_text("".join(f"{line}\n" for line in lines), errors="surrogateescape")
+        except OSError as error:
+            log.error("%s was NOT written (%s); training goes on", path, error.strerror)
 
 
 def gather(value: object) -> list:

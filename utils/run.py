@@ -145,6 +145,8 @@ class Run:
         if ema:
             checkpoint.load_weights(ema.module, state["model_ema"], str(path))
         self.best = NO_BEST | state.get("best", {})
+        if self.epoch_progress and is_main_process():
+            loader.bad.add(self.epoch_progress.get("bad", {}))
         self._newest = path, state["epoch"], state.get("step", math.inf)
         log.info("resumed from %s, going on with epoch %d", path, self.start_epoch)
 
@@ -171,9 +173,12 @@ class Run:
         begun, self._rates = time.perf_counter(), []
         for epoch in range(self.start_epoch, total):
             yield epoch
-            saved = self.due(epoch, self.flags["save_ckpt_freq"])
+            too_many_bad = self._tell_bad(epoch)
+            saved = too_many_bad or self.due(epoch, self.flags["save_ckpt_freq"])
             if self.saves and saved:
                 self.save(epoch)
+            if too_many_bad:
+                raise UsageError(too_many_bad)
             if self.interrupts is not None and self.interrupts.should_stop(now=True):
                 if self.saves and not saved:
                     self.save(epoch)
@@ -189,6 +194,25 @@ class Run:
             len(self._rates), duration(time.perf_counter() - begun), speed(self._rates), self._loss,
             self._best_so_far(), f"results in {self.output_dir}" if self.output_dir else "nothing saved",
         )  # fmt: skip
+
+    def _bad_images(self) -> dict[int, str]:
+        """Of all processes, in this epoch; all call it together."""
+        return {index: message for bad in record.gather(dict(self.loader.bad)) for index, message in bad.items()}
+
+    def _tell_bad(self, epoch: int) -> str:
+        """Tell and list the unreadable images of an epoch; what to stop with where they are too many, else ''."""
+        bad, count = self._bad_images(), self.loader.sampler.num_samples
+        if not bad:
+            return ""
+        self.loader.bad.told.update(bad.values())  # by another process
+        record.list_bad_images(self.output_dir, bad.values())
+        listed = f", see {self.output_dir}/bad_images.txt" if self.output_dir else ""
+        found = f"{len(bad)} of {count} images were unreadable in epoch {epoch}{listed}"
+        if len(bad) <= self.loader.max_bad:
+            log.info("%s", found)
+            return ""
+        enough = math.ceil(1000 * len(bad) / count) / 1000
+        return f"--max_bad_images {self.flags['max_bad_images']}: {found}; mend them, or give {enough}"
 
     def due(self, epoch: int, freq: int) -> bool:
         """Whether something is to be done after this epoch that is done every `freq` of them, and after the last."""
@@ -232,7 +256,7 @@ class Run:
             tracker.guard.check(tracker.epoch)
         self._newest_is_good(due or tracker.due(step))  # where a line is due, the loss was checked for it
         if due:
-            self.save(tracker.epoch, tracker.partial(step + 1))
+            self.save(tracker.epoch, tracker.partial(step + 1) | {"bad": self._bad_images()})
         if stop:
             self._leave(f"step {step + 1} of epoch {tracker.epoch}")
 

@@ -4,6 +4,7 @@ Every sample is augmented under a seed of (seed, epoch, index), so a run does no
 processes, nor, for the data, of training processes. Streams (wds/, tfds/) have an order and augmentations of their own.
 """
 
+import contextlib
 import copy
 import itertools
 import logging
@@ -30,6 +31,13 @@ def with_transform(dataset: Dataset, transform: Callable) -> Dataset:
     dataset = copy.copy(dataset)
     dataset.transform = transform
     return dataset
+
+
+def readable(dataset: Dataset, indices: list[int]) -> Iterator[tuple]:
+    """The samples of those images that can be read."""
+    for index in indices:
+        with contextlib.suppress(BadImage):
+            yield dataset[index]
 
 
 def random_subset(dataset: Dataset, count: int | None) -> Dataset:
@@ -63,7 +71,9 @@ def first_of_each_class(dataset: Dataset, count: int, name: str) -> Subset:
 
 
 class TrainSamples(Dataset):
-    """A data set read by (epoch, index), each sample under its own seed; unreadable images are reported and replaced.
+    """A data set read by (epoch, index), each sample under its own seed; what `collate` takes.
+
+    The place of an unreadable image is taken by one that is drawn by (seed, epoch, index).
 
     Args:
         sample_mask: called under a seed of the sample's own; the mask that it returns is appended to the sample.
@@ -77,22 +87,20 @@ class TrainSamples(Dataset):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, key: tuple[int, int]):
-        return self.__getitems__([key])[0]
+    def __getitem__(self, key: tuple[int, int]) -> tuple:
+        return self.__getitems__([key])[0][0]
 
-    def __getitems__(self, keys: list[tuple[int, int]]) -> list[tuple]:
-        """What a DataLoader asks for: the samples of a batch.
+    def __getitems__(self, keys: list[tuple[int, int]]) -> tuple[list[tuple], dict[int, str]]:
+        """The samples of a batch; what is wrong with an unreadable image, by its index.
 
         Seeds and masks come first, together: one by one, between images, they find the processor's caches cold, and
         cost several times as much.
         """
         words = [seed_words(self.seed, *key) for key in keys]
         masks = [self._mask(seed) for *_, seed in words]
-        samples = []
-        for (_, index), seeds in zip(keys, words, strict=True):
-            seed_cpu(seeds)
-            samples.append(self._readable(index))
-        return [(*sample, *mask) for sample, mask in zip(samples, masks, strict=True)]
+        bad = {}
+        samples = [self._readable(key, seeds, bad) for key, seeds in zip(keys, words, strict=True)]
+        return [(*sample, *mask) for sample, mask in zip(samples, masks, strict=True)], bad
 
     def _mask(self, seed: int) -> tuple:
         if not self.sample_mask:
@@ -100,17 +108,20 @@ class TrainSamples(Dataset):
         torch.default_generator.manual_seed(seed)
         return (self.sample_mask(),)
 
-    def _readable(self, index: int) -> tuple:
+    def _readable(self, key: tuple[int, int], seeds: list[int], bad: dict[int, str]) -> tuple:
+        index = key[1]
         for attempt in range(self.RETRIES):
+            seed_cpu(seeds)
             try:
-                return self.dataset[(index + attempt) % len(self.dataset)]
+                return self.dataset[index]
             except BadImage as error:
-                log.warning("unreadable image, the next one takes its place: %s", error)
-        raise UsageError(f"{self.RETRIES} unreadable images in a row from index {index} on; see the warnings above")
+                bad.setdefault(key[1], str(error))  # of the others, their own turn tells
+            index = seed_words(self.seed, *key, attempt)[0] % len(self.dataset)
+        raise UsageError(f"{self.RETRIES} unreadable images in a row, the first: {bad[key[1]]}")
 
 
 class EvalSamples(Dataset):
-    """A data set in which an unreadable image is reported and None, for `collate_readable` to leave out."""
+    """A data set without its unreadable images; what `collate` takes."""
 
     def __init__(self, dataset: Dataset):
         self.dataset = dataset
@@ -118,18 +129,46 @@ class EvalSamples(Dataset):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index: int):
-        try:
-            return self.dataset[index]
-        except BadImage as error:
-            log.warning("unreadable image, not evaluated: %s", error)
-            return None
+    def __getitems__(self, indices: list[int]) -> tuple[list[tuple], dict[int, str]]:
+        samples, bad = [], {}
+        for index in indices:
+            try:
+                samples.append(self.dataset[index])
+            except BadImage as error:
+                bad[index] = str(error)
+        return samples, bad
 
 
-def collate_readable(samples: list):
-    """A batch of the samples that are not None; None where that leaves none."""
-    samples = [sample for sample in samples if sample is not None]
-    return default_collate(samples) if samples else None
+def collate(found: tuple[list[tuple], dict[int, str]]) -> tuple[list | None, dict[int, str]]:
+    """A batch of samples, None where there are none; and the unreadable images as they are."""
+    samples, bad = found
+    return default_collate(samples) if samples else None, bad
+
+
+class BadImages(dict):
+    """What is wrong with unreadable images, by index; each is reported once, however often it is met."""
+
+    def __init__(self, fate: str):
+        self.fate, self.told = fate, set()
+
+    def add(self, bad: dict[int, str]) -> None:
+        self.update(bad)
+        for message in {*bad.values()} - self.told:
+            self.told.add(message)
+            log.warning("unreadable image, %s: %s", self.fate, message)
+
+
+class EvalLoader(DataLoader):
+    """Batches of `EvalSamples`. bad: the images that were left out in the last pass."""
+
+    def __iter__(self) -> Iterator[list]:
+        if not hasattr(self, "bad"):
+            self.bad = BadImages("not evaluated")
+        self.bad.clear()
+        for batch, bad in super().__iter__():
+            self.bad.add(bad)
+            if batch is not None:
+                yield batch
 
 
 # ---- steps -----------------------------------------------------------------------------------------------------------
@@ -213,10 +252,17 @@ class StepLoader:
     Args:
         batch_transform: makes the model's input (N, C, H, W) of a batch's images, once they are on the device; None:
             they are it. `utils.data` says which stage normalises where, and why.
+        max_bad: so many images may be unreadable.
+
+    Attributes:
+        bad: of this process, in this epoch.
     """
 
-    def __init__(self, loader: DataLoader, sampler: StepSampler, batch_transform: Callable | None = None):
+    def __init__(
+        self, loader: DataLoader, sampler: StepSampler, batch_transform: Callable | None = None, max_bad: float = 0
+    ):
         self.loader, self.sampler, self.batch_transform = loader, sampler, batch_transform or torch.nn.Identity()
+        self.max_bad, self.bad = max_bad, BadImages("another takes its place")
 
     def __len__(self) -> int:
         """Optimizer steps per epoch."""
@@ -230,6 +276,8 @@ class StepLoader:
     def steps(self, epoch: int, start_step: int = 0) -> Iterator[Iterator[Batch]]:
         """The batches of each optimizer step from start_step on, each loaded as it is asked for, in this order."""
         self.sampler.set_epoch(epoch, start_step)
+        if not start_step:
+            self.bad.clear()
         streamed, full = isinstance(self.loader.dataset, IterableDataset), self.sampler.update_freq
         loader = itertools.islice(self._stream(epoch), start_step * full, None) if streamed else iter(self.loader)
         for step in range(start_step, len(self)):
@@ -238,7 +286,10 @@ class StepLoader:
 
     def _batches(self, loader: Iterator, weights: list[float]) -> Iterator[Batch]:
         for i, weight in enumerate(weights, 1):
-            yield Batch(next(loader), weight, i == len(weights))
+            data, bad = next(loader)
+            if weight:  # else they are another process's
+                self.bad.add(bad)
+            yield Batch(data, weight, i == len(weights))
 
     def _stream(self, epoch: int) -> Iterator:
         """Without end: a stream's length may be an estimate, and every process needs as many batches."""
@@ -247,7 +298,7 @@ class StepLoader:
         while data:
             data = None
             for data in self.loader:
-                yield data
+                yield data, {}
         raise UsageError(f"--batch_size {self.loader.batch_size}: no loader process has as many images of the stream")
 
 
