@@ -4,6 +4,7 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import timm.data
@@ -13,8 +14,8 @@ from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
 
 from utils.args import given
 from utils.data import transforms
-from utils.data.files import ClassFolders, ImageFiles, ImageList, class_names
-from utils.data.images import BadImage, Reading, load_image, survey, to_tensor
+from utils.data.files import ClassFolders, ImageFiles, ImageList, class_names, describe
+from utils.data.images import BadImage, Reading, Survey, load_image, survey, to_tensor
 from utils.data.sampling import (
     EvalLoader,
     EvalSamples,
@@ -36,8 +37,8 @@ from utils.settings import eval_crop, mean_std
 
 log = logging.getLogger("fcmae")
 
-FEW_BAD = 4
-DATA_SETS = ("IMNET", "image_folder", "CIFAR", "CIFAR10", "shapes")
+FOLDERS = ("IMNET", "image_folder")
+DATA_SETS = (*FOLDERS, "CIFAR", "CIFAR10", "shapes")
 TIMM_SCHEMES = ("wds/", "tfds/", "torch/")
 DATA_SETS_HELP = (
     "IMNET (data_path/train and /val as 1000 class folders), image_folder (or .tar shards), CIFAR (CIFAR-100), "
@@ -87,19 +88,22 @@ def build_batch_transform(args, device: torch.device) -> Normalise:
 
 def build_pretrain_dataset(args) -> Dataset:
     """The images of --data_set and --data_path for pre-training; folders are read with or without class folders."""
-    if args.data_set not in ("IMNET", "image_folder"):
-        dataset = _named_dataset(True, args)
-    elif args.train_list:
-        dataset = ImageList(args.train_list, "--train_list", args.data_path, in_chans=args.in_chans)
-    else:
-        root, flag = _class_root(True, args)
-        if args.data_set == "IMNET" and not os.path.isdir(root):
-            instead = "for any folder of images give --data_set image_folder"
-            raise UsageError(f"{flag} {args.data_path}: has no folder 'train'; {instead}")
-        dataset = open_unlabelled(root, flag, args.in_chans)
-    detect_bit_depth(dataset, args)
+    dataset = unlabelled_files(args) if args.data_set in FOLDERS else _named_dataset(True, args)
+    detect_bit_depth(dataset, args, tell=True)
     dataset.transform = transforms.pretrain_transform(args.input_size, args.in_chans, args.min_crop)
     return dataset
+
+
+def unlabelled_files(args) -> ImageFiles:
+    """The training files of --data_set IMNET or image_folder, without labels and a transform."""
+    if args.train_list:
+        missing = partial(max_bad, args)
+        return ImageList(args.train_list, "--train_list", args.data_path, None, args.in_chans, max_missing=missing)
+    root, flag = _class_root(True, args)
+    if args.data_set == "IMNET" and not os.path.isdir(root):
+        instead = "for any folder of images give --data_set image_folder"
+        raise UsageError(f"{flag} {args.data_path}: has no folder 'train'; {instead}")
+    return open_unlabelled(root, flag, args.in_chans)
 
 
 def build_dataset(is_train: bool, args, classes: list[str] | None = None) -> tuple[Dataset, int]:
@@ -112,7 +116,7 @@ def build_dataset(is_train: bool, args, classes: list[str] | None = None) -> tup
     Raises:
         UsageError: data that is missing, or that contradicts --nb_classes.
     """
-    if args.data_set in ("IMNET", "image_folder"):
+    if args.data_set in FOLDERS:
         dataset = labelled_files(is_train, args, classes)
         nb_classes = len(dataset.classes)
         if args.data_set == "IMNET" and nb_classes != 1000 and not isinstance(dataset, ImageList):
@@ -121,7 +125,8 @@ def build_dataset(is_train: bool, args, classes: list[str] | None = None) -> tup
             raise UsageError(f"{path}: {nb_classes} class folders, --data_set IMNET has 1000; {instead}")
     else:
         dataset = _named_dataset(is_train, args)
-        nb_classes = _count_classes(dataset) or args.nb_classes
+        names = getattr(dataset, "classes", None) or getattr(getattr(dataset, "reader", None), "class_to_idx", None)
+        nb_classes = len(names) if names else args.nb_classes
         if nb_classes is None:
             raise UsageError(f"--data_set {args.data_set}: does not tell its number of classes; give --nb_classes")
         if classes is not None and len(classes) != nb_classes:  # its labels would then mean something else
@@ -129,7 +134,7 @@ def build_dataset(is_train: bool, args, classes: list[str] | None = None) -> tup
             raise UsageError(f"--data_set {args.data_set}: {split}, {len(classes)} were trained on")
     if args.nb_classes is not None and args.nb_classes != nb_classes:
         raise UsageError(f"--nb_classes {args.nb_classes}: the data set {args.data_set} has {nb_classes} classes")
-    dataset.transform = build_transform(is_train, args, detect_bit_depth(dataset, args))
+    dataset.transform = build_transform(is_train, args, detect_bit_depth(dataset, args, tell=is_train))
     return dataset, nb_classes
 
 
@@ -143,33 +148,52 @@ def labelled_files(is_train: bool, args, classes: list[str] | None = None) -> Im
             classes = class_names(*_class_root(True, args))
     if file:
         root = args.data_path if is_train else args.eval_data_path or args.data_path
-        return ImageList(file, flag, root, classes or [], args.in_chans, args.nb_classes)
+        missing = partial(max_bad, args) if is_train else None
+        return ImageList(file, flag, root, classes or [], args.in_chans, args.nb_classes, missing)
     root, flag = _class_root(is_train, args)
     if tar_shards(root):
         return open_tar(root, flag, args.in_chans, classes, nb_classes=args.nb_classes)
     return ClassFolders(root, flag, classes, args.in_chans)
 
 
-def detect_bit_depth(dataset: Dataset, args) -> bool:
-    """Whether a data set's images are 8-bit, as most of its files are; they are then all loaded alike, see `survey`.
+def read_alike(dataset: ImageFiles, args) -> Survey:
+    """What a sample of the files holds; all are then read at --depth, or, where not given, at that of most of these.
+
+    Raises:
+        UsageError: most files of the sample cannot be read, or do not fit --in_chans.
+    """
+    found = survey(dataset, Reading(args.in_chans), dataset.source)
+    dataset.reading = replace(found.reading, depth=getattr(args, "depth", None) or found.reading.depth)
+    return found
+
+
+def detect_bit_depth(dataset: Dataset, args, tell: bool = False) -> bool:
+    """Whether a data set's images are 8-bit; for what is read after it, and for checkpoints, args.depth keeps that.
+
+    Args:
+        tell: log what the data set holds.
 
     Raises:
         UsageError: images that do not fit --in_chans; images that are not 8-bit without --mean and --std.
     """
     if isinstance(dataset, IterableDataset):
         return True  # what cannot be read twice comes as Pillow images of 8 bits
-    source = f"--data_path {args.data_path}" if args.data_path else f"--data_set {args.data_set}"
+    source = f"--data_set {args.data_set}"
     if isinstance(dataset, ImageFiles):
-        dataset.reading = survey(dataset, Reading(args.in_chans), source).reading
+        found, source = read_alike(dataset, args), dataset.source
+        if tell:
+            describe(dataset, found, args.input_size)
         eight_bit = dataset.reading.depth == 8
     else:
         try:
             image = with_transform(dataset, partial(to_tensor, in_chans=args.in_chans))[0][0]
         except (BadImage, UsageError) as error:
-            raise UsageError(f"--data_set {args.data_set}: {error}") from error
+            raise UsageError(f"{source}: {error}") from error
         eight_bit = image.dtype == torch.uint8
     if not eight_bit and not args.mean:
         raise UsageError(f"{source}: not of 8 bits, which needs {MEAN_STD_HINT.format(args.in_chans)}")
+    if isinstance(dataset, ImageFiles):
+        args.depth = dataset.reading.depth
     return eight_bit
 
 
@@ -211,29 +235,22 @@ def _named_dataset(is_train: bool, args) -> Dataset:
         known = f"one of {', '.join(DATA_SETS)}, or a timm name with a scheme ({' '.join(TIMM_SCHEMES)})"
         raise UsageError(f"--data_set {args.data_set}: unknown{suggest(args.data_set, DATA_SETS)}; {known}")
     root = None if is_train else getattr(args, "eval_data_path", None)
+    root = root or (_data_path(args) if args.data_set.startswith("torch/") else args.data_path)
     try:
         dataset = timm.data.create_dataset(
             args.data_set,
-            root=root or (_data_path(args) if args.data_set.startswith("torch/") else args.data_path),
+            root=root,
             split="train" if is_train else "validation",
             is_training=is_train,
             batch_size=args.batch_size,
             seed=args.seed,
         )
-    except UsageError:
-        raise
     except Exception as error:  # each scheme has libraries, and exceptions, of its own
         reason = f"{type(error).__name__}: {error}"
         raise UsageError(f"--data_set {args.data_set}: timm could not open it: {reason}") from error
     if isinstance(dataset, ImageFolder):
         dataset.loader = load_image
     return dataset
-
-
-def _count_classes(dataset: Dataset) -> int | None:
-    reader = getattr(dataset, "reader", None)
-    classes = getattr(dataset, "classes", None) or getattr(reader, "class_to_idx", None)
-    return len(classes) if classes else None
 
 
 def labelled_splits(args) -> tuple[Dataset, Dataset]:
@@ -244,7 +261,7 @@ def labelled_splits(args) -> tuple[Dataset, Dataset]:
     Raises:
         UsageError: images without labels, one class alone, no test images, or a data set that is only streamed.
     """
-    if args.data_set not in ("IMNET", "image_folder"):
+    if args.data_set not in FOLDERS:
         train = _named_dataset(True, args)
         if isinstance(train, IterableDataset):
             raise UsageError(f"--data_set {args.data_set}: is streamed; a data set whose images have indices is needed")
@@ -297,10 +314,13 @@ def build_train_loader(
     else:
         samples = TrainSamples(dataset, args.seed, sample_mask)
         loader = DataLoader(samples, batch_sampler=sampler, collate_fn=collate, **common)
-    max_bad = getattr(args, "max_bad_images", 0.01) * num_samples
-    if "max_bad_images" not in given(args):  # of a small folder, a few files are more than 1 %
-        max_bad = max(max_bad, FEW_BAD)
-    return StepLoader(loader, sampler, batch_transform, max_bad)
+    return StepLoader(loader, sampler, batch_transform, max_bad(args, num_samples))
+
+
+def max_bad(args, count: int) -> float:
+    """How many of so many training images may be unreadable; of a small folder, a few are more than 1 %."""
+    allowed = getattr(args, "max_bad_images", 0.01) * count
+    return allowed if "max_bad_images" in given(args) else max(allowed, 4)
 
 
 def build_eval_loader(dataset: Dataset, args, spread: bool) -> DataLoader:

@@ -433,3 +433,56 @@ def test_paths_that_are_no_text(scripts, script, tmp_path):
         assert "Logging error" not in result.stderr
     start = json.loads((root / "out/run.json").read_text())["starts"][0]
     assert start["args"]["data_path"] == rf"{tmp_path}/caf\udce9/train"
+
+
+@pytest.mark.parametrize("given", [(), ("--depth", 8)])
+def test_depth_is_that_of_most_files_and_is_kept(scripts, tmp_path, given):
+    """Of an 8-bit preview among files of 12 bits in 16; by a resume and by evaluation, whatever these find."""
+    data = tmp_path / "data"
+    for i in range(24):
+        levels = np.random.RandomState(i).randint(0, 4096, (24, 24)).astype(np.uint16)
+        save(Image.fromarray(levels), data / f"c{i % 2}/n{i:02}.png")
+    save(Image.new("L", (24, 24), 7), data / "c0/a_preview.png")
+    depth = 8 if given else 16
+    flags = ("--data_path", data, "--eval_data_path", data, "--in_chans", 1, "--mean", 0.03, "--std", 0.02, *given)
+    out = ("--output_dir", tmp_path / "out")
+    result = scripts.finetune(*flags, *out, "--epochs", 2)
+    assert (result.code, result.err) == (0, "")
+    assert load(tmp_path / "out/checkpoint-1.pth")["args"]["depth"] == depth
+    assert json.loads((tmp_path / "out/run.json").read_text())["starts"][0]["args"]["depth"] == depth
+    for path in data.rglob("n*.png"):
+        save(Image.new("L", (24, 24), 9), path)  # now all are of 8 bits
+    taken, read_alike = [], datasets.read_alike
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets, "read_alike", lambda *x: (read_alike(*x), taken.append(x[0].reading.depth)))
+        patch.setattr(datasets, "describe", lambda *x: None)
+        assert scripts.finetune(*flags[: len(flags) - len(given)], *out, "--epochs", 3).code == 0
+        last = ("--resume", tmp_path / "out/checkpoint-1.pth", "--eval", "true")
+        assert scripts.finetune(*flags[:4], *last).code == 0
+    assert taken == [depth] * 3
+
+
+def test_what_the_training_data_hold_is_told_on_a_screen(tmp_path, logs):
+    for name, count, size in (("ant", 3, (40, 30)), ("bee", 12, (50, 60)), ("cat", 14, (20, 60))):
+        for i in range(count):
+            save(picture(*size, seed=i), tmp_path / name / f"{i}.png")
+    (tmp_path / "ant/bad.png").write_bytes(b"no image")
+    for name in ("cat/a.txt", "cat/b.TXT", "notes.doc"):
+        (tmp_path / name).touch()
+    flags = {"data_set": "image_folder", "data_path": tmp_path, "input_size": 32}
+    datasets.build_dataset(True, finetune_args(**flags))
+    for words in (
+        rf"--data_path {tmp_path}: 3 files left out: .txt 2, .doc 1",
+        "30 images, 3 channels, read as bytes; of a sample of 30: 29 ",
+        ", 1 unreadable",
+        "height: 30 to 60 pixels, median 60",
+        "width: 20 to 50 pixels, median 40",
+        "17 of 30 images are smaller than --input_size 32 and enlarged",
+        "images per class: smallest 4 (ant), median 12 (bee), largest 14 (cat)",
+        "1 of 3 classes have fewer than 10 images: ant 4",
+    ):
+        assert words in logs.text, words
+    assert len(logs.text.splitlines()) < 10
+    logs.clear()
+    datasets.build_dataset(False, finetune_args(eval_data_path=tmp_path, **flags))
+    assert logs.text.count("\n") == 1  # what is left out

@@ -4,6 +4,7 @@ import os
 import shutil
 import tarfile
 from collections import Counter
+from functools import partial
 
 import numpy as np
 import pytest
@@ -73,16 +74,18 @@ def test_labels_that_are_numbers(images):
         ("a/0.png cat\na/1.jpg\n", [], r"line 2, 'a/1.jpg', has no label; a line is the path of an image, then"),
         ("a/0.png\t\n", [], r"line 1, 'a/0.png', has no label"),
         ("a/0.png\n\nb/list.txt 3\n", None, r"line 3, 'b/list.txt 3', names no image \(\.jpg"),
-        ("path,label\na/0.png,cat\n", [], r"line 1, 'path,label', names no image"),
+        ("a/0.png,cat\npath,label\n", [], r"line 2, 'path,label', names no image"),
+        ("a/0.psd,cat\na/0.png,cat\n", [], r"line 1, 'a/0.psd,cat', names no image"),
+        ('"a/0.png,cat\na/1.jpg,cat\n', [], r"line 1, '\"a/0.png,cat', names no image"),
         ("a/0.png big dog\n", [], r"line 1, 'a/0.png big dog', names no image"),
-        ("nowhere/0.png\n", None, r"line 1: no file .*nowhere/0.png; paths are absolute or below --data_path"),
+        ("nowhere/0.png\n", None, r"line 1: no file .*nowhere/0.png; paths are absolute or below --data_path \("),
         ("\n \n", None, r"is empty; a line is"),
         ("a/0.png cat\na/1.jpg bea\n", ["bee", "cat"], r"line 2: label 'bea' is not among the 2 .*did you mean bee\?"),
         ("a/0.png 2\n", ["bee", "cat"], r"line 1: label '2' is not among the 2 classes"),
         ("a/0.png -1\n", ["0", "1"], r"line 1: label '-1' is not among the 2 classes"),
         ("a/0.png -1\na/1.jpg 0\n", [], r"line 2: label '0' is not among the 1 classes"),
-        ("a/0.png 0\na/1.jpg -1\n", [], r"line 2: label '-1' is not among the 1 classes"),
-        ("a/0.png 0\na/1.jpg cat\n", [], r"line 2: label 'cat' .*; all labels are names, or"),
+        ("a/0.png 0\na/1.jpg -1\n", [], r"line 1: label '0' is not among the 1 classes"),
+        ("a/0.png 0\na/1.jpg cat\n", [], r"line 1: label '0' .*; all labels are names, or"),
         ("a/0.png cat\n\na/1.jpg 0\n", [], r"line 3: label '0' is not among the 1 classes"),
         ("a/0.png bee\na/1.jpg 0\n", ["ant", "bee"], r"line 2: label '0' is not among the 2 classes"),
         ("a/0.png 0\na/1.jpg bee\n", ["ant", "bee"], r"line 1: label '0' is not among the 2 classes"),
@@ -97,21 +100,60 @@ def test_bad_lines(images, text, classes, message):
         listed(images, text, classes)
 
 
-def test_numbers_without_an_image_are_told(images, logs):
+def test_numbers_without_an_image(images):
     assert listed(images, "a/0.png 1\na/1.jpg 3\n", []).classes == ["0", "1", "2", "3"]
-    assert "--train_list" in logs.text
-    assert "2 of 4 classes have no image, the first is 0" in logs.text
-    logs.clear()
-    listed(images, "a/0.png 1\na/1.jpg 0\n", [])
-    listed(images, "a/0.png cat\n", ["ant", "cat"])
-    assert not logs.text
     assert len(listed(images, "a/0.png 1200\n", [], nb_classes=2000).classes) == 2000
     with pytest.raises(UsageError, match="1,201 classes, of 1 images"):
         listed(images, "a/0.png 1200\n", [], nb_classes=1000)
 
 
-def test_a_list_with_a_byte_order_mark(images):
-    assert listed(images, "\ufeffa/0.png 1\na/1.jpg 0\n", []).targets == [1, 0]
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be"])
+def test_encodings_of_lists(images, encoding):
+    """As Excel and Notepad save them: with a byte order mark; UTF-16 without one is named for what it is."""
+    text = "a/0.png,größe\r\na/1.jpg,b\r\n".encode(encoding)
+    (images.parent / "list.txt").write_bytes(text)
+    read = partial(ImageList, str(images.parent / "list.txt"), "--train_list", str(images), [])
+    if encoding.startswith("utf-16-"):
+        with pytest.raises(UsageError, match=r"list\.txt: is no text in UTF-8, or in UTF-16 with a byte order mark"):
+            read()
+    else:
+        assert (read().classes, read().targets) == (["b", "größe"], [1, 0])
+
+
+@pytest.mark.parametrize(
+    ("text", "labels"),
+    [
+        ("path,label\na/0.png,cat\n", ["cat"]),
+        ("Image\tClass\r\na/0.png\tbig, cat\r\n", ["big, cat"]),
+        ('"c/with blank, so/4.png","big, cat"\n5.png,dog\n', ["big, cat", "dog"]),
+        ('"c/with blank, so/4.png" cat\n', ["cat"]),
+        ('"c/with blank, so/4.png"\t"a ""cat"""\n', ['a "cat"']),
+        ("\nfile,label\n a/0.png , cat \n", ["cat"]),
+    ],
+)
+def test_csv_rules(images, text, labels):
+    found = listed(images, text, [])
+    assert [found.classes[target] for target in found.targets] == labels
+    assert found[0][0].shape == (3, 40, 60)
+
+
+def test_quotes_in_lists_without_labels(images):
+    assert [x.removeprefix(f"{images}/") for x in listed(images, '"c/with blank, so/4.png"\n5.png\n').paths] == [
+        "c/with blank, so/4.png",
+        "5.png",
+    ]
+
+
+def test_missing_files_of_a_list_are_told_together(images, logs):
+    text = "a/0.png 0\n" * 3 + "".join(f"gone/{i}.jpg 1\n" for i in range(12))
+    listed(images, text, [], max_missing=lambda count: count * 0.8)
+    (line,) = logs.text.splitlines()
+    assert "line 4: no file" in line
+    assert "12 of 15 are not there" in line
+    assert [f"gone/{i}.jpg" in line for i in range(12)] == [True] * 10 + [False] * 2
+    with pytest.raises(UsageError, match=r"list\.txt: line 4: no file .*gone/0\.jpg, .*\(12 of 15 are not there\)"):
+        listed(images, text, [], max_missing=lambda count: count * 0.75)
+    listed(images, text, [])  # but not all
 
 
 def test_no_list(tmp_path):
@@ -171,6 +213,45 @@ def test_links(tree):
     (tree / "a/back").symlink_to(tree)  # a circle, followed once
     (tree / "c").symlink_to(tree / "b")
     assert list_files(str(tree), JPG) == {**CONTENT, "c": [], "c/deep": ["2.png"]}
+
+
+def test_what_is_no_file_or_folder(tree, logs):
+    """Links to themselves and to nothing, pipes; told by extension what is left out."""
+    (tree / "a/loop").symlink_to("loop")
+    (tree / "a/3.jpg").symlink_to("nowhere")  # reported when it is read
+    os.mkfifo(tree / "a/4.jpg")  # to read it would take for ever
+    left_out = Counter()
+    assert list_files(str(tree), JPG, left_out) == {**CONTENT, "a": ["0.jpg", "1.JPG", "3.jpg"]}
+    assert left_out == {".txt": 1, ".jpg": 1, "without extension": 1}
+    assert not logs.text
+
+
+def test_folders_that_cannot_be_listed(tree, logs, monkeypatch):
+    """Gone since, not to be entered, too long a path: told, and a class without images is refused, not forgotten."""
+    scandir = os.scandir
+
+    def fails(path):
+        if path.endswith("deep"):
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", fails)
+    assert list_files(str(tree), JPG) == {**CONTENT, "b/deep": []}
+    assert f"'{tree}/b/deep' is left out: Permission denied" in logs.text
+    with pytest.raises(UsageError, match="class folder 'b' holds no images"):
+        ClassFolders(str(tree), "--data_path")
+
+
+def test_deep_folders_and_long_names(tmp_path):
+    names = ["x" * 251 + ".jpg", "new\nline.jpg", "\U0001f600.jpg"]
+    folder = tmp_path / "deep"
+    for i in range(60):
+        folder = folder / f"{i}"
+    for name in names:
+        save(picture(8, 8), folder / name)
+    tree = ImageTree(str(tmp_path / "deep"), "--data_path")
+    assert [os.path.basename(path) for path in tree.paths] == sorted(names)
+    assert all(tree[i][0].shape == (3, 8, 8) for i in range(3))
 
 
 def test_names_that_are_no_text(tree):

@@ -169,12 +169,15 @@ def damage(content: bytes, how: str) -> bytes:
     }[how]
 
 
+DAMAGE = r"cut short or damaged at byte [\d,]+ of [\d,]+: all that follows a/\d\.jpg is lost; pack it anew"
+
+
 @pytest.mark.parametrize(
     ("how", "reason"),
     [
         ("empty", "empty file"), ("text", ""), ("compressed", "compressed: unpack it to a plain"),
-        ("cut in an image", "unexpected end of data"), ("cut in a header", "cut short or damaged at byte"),
-        ("cut between images", "cut short or damaged at byte"), ("damaged header", "cut short or damaged at byte"),
+        ("cut in an image", DAMAGE), ("cut in a header", DAMAGE), ("cut between images", DAMAGE),
+        ("damaged header", DAMAGE),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("shards", [1, 3])
@@ -282,7 +285,7 @@ TAR_CHANGES = {
 
 @pytest.mark.parametrize("change", TAR_CHANGES)
 def test_changes_of_tars_are_seen(tars, reads, change):
-    before = open_tar(str(tars / "shards"), "--data_path", 3).paths
+    before = open_tar(str(tars / "shards"), "--data_path", 3)
     assert all(before.read(i) for i in range(len(before)))  # the tars are open
     TAR_CHANGES[change](tars / "shards")
     del reads[:]
@@ -292,29 +295,22 @@ def test_changes_of_tars_are_seen(tars, reads, change):
         shard, _, name = path.partition(".tar/")
         with tarfile.open(f"{shard}.tar") as tar:
             members = {os.path.normpath(member.name): member for member in tar}
-            assert found.paths.read(list(found.paths).index(path)) == tar.extractfile(members[name]).read()
+            assert found.read(found.paths.index(path)) == tar.extractfile(members[name]).read()
 
 
-def test_where_the_index_of_tars_is_kept(tars, reads, tmp_path, monkeypatch, logs):
-    """Beside them, else in the user's cache, else nowhere, and nothing half written is left."""
+def test_where_the_index_of_tars_cannot_be_kept(tars, reads, monkeypatch, logs):
+    """Beside them, or nowhere."""
     real = open
 
     def read_only(path, mode="r", **options):
-        if "w" in mode and str(tars / "shards") in str(path):
+        if "w" in mode:
             raise PermissionError(13, "Permission denied")
         return real(path, mode, **options)
 
     monkeypatch.setattr(tars_module, "open", read_only, raising=False)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    for _ in range(2):
-        open_tar(str(tars / "shards"), "--data_path", 3)
-    assert len(reads) == 3
-    assert [path.suffix for path in (tmp_path / "cache/fcmae").iterdir()] == [".npz"]
-    assert not list((tars / "shards").glob(".*"))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tars / "one.tar"))  # is no folder
     for _ in range(2):
         assert len(open_tar(str(tars / "shards"), "--data_path", 3)) == 24
-    assert len(reads) == 9
+    assert len(reads) == 6
     assert logs.text.count("is made anew at every start") == 2
 
 

@@ -56,13 +56,21 @@ def add_shared_arguments(
     group.add_argument(
         "--num_workers", type=at_least(0), default=10, help="loader processes; change no result but a stream's"
     )
+    add_bool(group, "--pin_mem", True, "page-locked host memory for faster copies to the GPU")
+    _add_file_arguments(group)
+    _add_run_arguments(parser)
+
+
+def _add_file_arguments(group) -> None:
+    group.add_argument(
+        "--depth", type=int, choices=(8, 16, 32), default=None,
+        help="read files as bytes (8), shares of what 8 or 16 bits can hold (16), or numbers as they are (32); "
+        "where not given: as most of a sample are",
+    )  # fmt: skip
     group.add_argument(
         "--max_bad_images", type=fraction, default=0.01,
         help="share of unreadable training images above which the run ends after the epoch; where not given, 4 may be",
     )  # fmt: skip
-    add_bool(group, "--pin_mem", True, "page-locked host memory for faster copies to the GPU")
-
-    _add_run_arguments(parser)
 
 
 def _add_run_arguments(parser: ArgumentParser) -> None:

@@ -89,6 +89,8 @@ def same_command(last: dict, flags: dict) -> bool:
     then, now = (
         {k: v for k, v in args.items() if k not in PLACES} for args in (last.get("args", {}), plain_arguments(flags))
     )
+    if now.get("depth") is None:  # which the data told
+        now["depth"] = then.get("depth")
     return then == json.loads(json.dumps(now, default=str))
 
 

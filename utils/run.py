@@ -79,12 +79,14 @@ class Run:
         self.saves = bool(self.output_dir and flags["save_ckpt"])
         self.log, self.best, self.epoch_progress, self.ema = RunLog("", None), NO_BEST, None, None
         self._content = None
-        self.id, self.new, path, self._position = from_main_process(self._choose)
+        self.id, self.new, path, self._position, depth = from_main_process(self._choose)
+        if flags.get("depth") is None:
+            flags["depth"] = depth
         self.resume_from, self.kept = path and Path(path), None
         self._newest: tuple[Path, int, float] | None = None  # saved or resumed, and not yet known to be good
 
-    def _choose(self) -> tuple[str | None, bool, str | None, tuple | None]:
-        """The run's id, whether it is a new one, and the checkpoint to go on from with its (epoch, step).
+    def _choose(self) -> tuple[str | None, bool, str | None, tuple | None, int | None]:
+        """The run's id, whether it is a new one, the checkpoint to go on from, its (epoch, step) and --depth.
 
         What a launcher starts again, and the same command started again, is the run that run.json tells of last, unless
         --auto_resume false. It goes on from the newest checkpoint of its own, else from what it had gone on from.
@@ -111,9 +113,10 @@ class Run:
             run_id = record.new_id()
             found = (Path(file), checkpoint.read(file)) if file else None
         if not found:
-            return run_id, new, None, None
+            return run_id, new, None, None, None
         self._content = found[1]
-        return run_id, new, str(found[0]), (self._content.get("epoch"), self._content.get("step"))
+        depth = self._content.get("args", {}).get("depth")
+        return run_id, new, str(found[0]), (self._content.get("epoch"), self._content.get("step")), depth
 
     def begin(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, loader, *, ema: ModelEmaV3 | None = None,

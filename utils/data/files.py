@@ -1,20 +1,24 @@
 """Data sets of image files: folders of any depth, class folders, lists of files; tars.py has those of tars."""
 
+import csv
 import logging
 import os
-import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import median_low
 
 from torch.utils.data import Dataset
 
 from ..errors import UsageError, suggest
-from .images import EXTENSIONS, IMAGE_EXTENSIONS, Reading, decode, hidden, read_file
+from .images import EXTENSIONS, IMAGE_EXTENSIONS, Reading, Survey, decode, hidden, read_file
 
 log = logging.getLogger("fcmae")
 
 MANY_CLASSES = 1000  # beyond which a list of fewer images holds ids, not numbers of classes
-LINE = "a line is the path of an image, then, after a tab, a space or a comma, its label"
+LOOKED_FOR = 100_000  # files of a list, before training; a network file system takes a minute for so many
+DEPTHS = {8: "bytes", 16: "shares of what 8 or 16 bits can hold", 32: "numbers as they are"}
+LINE = "a line is the path of an image, then, after a tab, a comma or a space, its label"
 
 
 class ImageFiles(Dataset):
@@ -23,11 +27,18 @@ class ImageFiles(Dataset):
     Attributes:
         paths, targets: a file and a label for each sample.
         reading: what `decode` is told of all of them.
+        source: what they are called in messages.
+        left_out: how many other files there are, by extension.
     """
 
-    def __init__(self, paths: Sequence[str], targets: list[int], in_chans: int):
-        self.paths, self.targets, self.transform = paths, targets, None
-        self.reading = Reading(in_chans)
+    def __init__(
+        self, paths: Sequence[str], targets: list[int], in_chans: int, source: str, left_out: Counter | None = None
+    ):
+        self.paths, self.targets, self.transform, self.reading = paths, targets, None, Reading(in_chans)
+        self.source, self.left_out = source, left_out or Counter()
+        if left_out:
+            counts = ", ".join(f"{extension} {count}" for extension, count in left_out.most_common(10))
+            log.info("%s: %d files left out: %s", source, sum(left_out.values()), counts)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -49,11 +60,11 @@ class ImageTree(ImageFiles):
     """
 
     def __init__(self, root: str, flag: str, in_chans: int = 3):
-        folders = _image_names(root, flag, in_chans)
+        folders, left_out = _image_names(root, flag, in_chans)
         paths = sorted(os.path.join(root, folder, name) for folder, names in folders.items() for name in names)
         if not paths:
             raise UsageError(f"{flag} {root}: holds no images ({', '.join(EXTENSIONS)})")
-        super().__init__(paths, [0] * len(paths), in_chans)
+        super().__init__(paths, [0] * len(paths), in_chans, f"{flag} {root}", left_out)
 
 
 class ClassFolders(ImageFiles):
@@ -66,7 +77,7 @@ class ClassFolders(ImageFiles):
     """
 
     def __init__(self, root: str, flag: str, classes: list[str] | None = None, in_chans: int = 3):
-        folders = _image_names(root, flag, in_chans)
+        folders, left_out = _image_names(root, flag, in_chans)
         found = sorted(folder for folder in folders if folder and os.sep not in folder)
         if not found:
             raise UsageError(_no_class_folders(root, flag))
@@ -79,14 +90,41 @@ class ClassFolders(ImageFiles):
         empty = sorted(set(found) - {self.classes[label] for label in set(targets)})
         if empty and (classes is None or not paths):
             raise UsageError(f"{flag} {root}: class folder {empty[0]!r} holds no images ({', '.join(EXTENSIONS)})")
-        super().__init__(paths, targets, in_chans)
+        super().__init__(paths, targets, in_chans, f"{flag} {root}", left_out)
+
+
+def describe(dataset: ImageFiles, found: Survey, input_size: int) -> None:
+    """Log what a data set of files holds, on a screen at most, and warn of what is seldom meant.
+
+    Args:
+        found: of a sample of its files.
+        input_size: side of the training images.
+    """
+    reading, sample = dataset.reading, len(found.sizes) + len(found.bad)
+    counts = f"{len(dataset)} images, {reading.in_chans} channels, read as {DEPTHS[reading.depth]}"
+    kinds = [f"{count} {kind}" for kind, count in found.kinds.most_common(8)]
+    kinds += [f"{len(found.bad)} unreadable"] * bool(found.bad)
+    log.info("%s: %s; of a sample of %d: %s", dataset.source, counts, sample, ", ".join(kinds))
+    for name, sides in zip(("height", "width"), zip(*found.sizes, strict=True), strict=True):
+        log.info("%s: %d to %d pixels, median %d", name, min(sides), max(sides), median_low(sides))
+    if found.no_data:
+        log.info("no data: in %.2g %% of the pixels", 100 * found.no_data)
+    if small := sum(min(size) < input_size for size in found.sizes):
+        log.warning("%d of %d images are smaller than --input_size %d and enlarged", small, sample, input_size)
+    if classes := getattr(dataset, "classes", None):
+        sizes = Counter(dataset.targets)
+        ranked = sorted((sizes[i], name) for i, name in enumerate(classes))
+        told = [f"{ranked[i][0]} ({ranked[i][1]})" for i in (0, len(ranked) // 2, -1)]
+        log.info("images per class: smallest %s, median %s, largest %s", *told)
+        if few := [f"{name} {count}" for count, name in ranked if count < 10]:
+            log.warning("%d of %d classes have fewer than 10 images: %s", len(few), len(classes), ", ".join(few[:10]))
 
 
 def class_names(folder: str | Path, flag: str) -> list[str]:
     """Sorted names of the class folders in a folder. Raises UsageError where there are none."""
     if not os.path.isdir(folder):
         raise UsageError(f"{flag} {folder}: no such folder")
-    names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not hidden(entry.name))
+    names = sorted(entry.name for entry in os.scandir(folder) if _is_folder(entry) and not hidden(entry.name))
     if not names:
         raise UsageError(_no_class_folders(folder, flag))
     return names
@@ -96,44 +134,59 @@ def _no_class_folders(folder: str | Path, flag: str) -> str:
     return f"{flag} {folder}: holds no class folders; labelled images go to {folder}/CLASS/IMAGE"
 
 
-def _image_names(root: str, flag: str, in_chans: int) -> dict[str, list[str]]:
-    """Every folder below root with its images: of RGB data, arrays count only where there are no other images."""
+def _image_names(root: str, flag: str, in_chans: int) -> tuple[dict[str, list[str]], Counter]:
+    """Every folder below root with its images, and `left_out`; of RGB data, arrays count only where all are arrays."""
     if not os.path.isdir(root):
         raise UsageError(f"{flag} {root}: no such folder")
-    folders = list_files(root, EXTENSIONS)
-    if in_chans == 3:
-        images = {
-            folder: [x for x in names if x.lower().endswith(IMAGE_EXTENSIONS)] for folder, names in folders.items()
-        }
-        return images if any(images.values()) else folders
-    return folders
+    left_out = Counter()
+    folders = list_files(root, EXTENSIONS, left_out)
+    if in_chans == 3 and any(name.lower().endswith(IMAGE_EXTENSIONS) for names in folders.values() for name in names):
+        for folder, names in folders.items():
+            folders[folder] = [name for name in names if name.lower().endswith(IMAGE_EXTENSIONS)]
+            left_out.update(extension(name) for name in set(names) - set(folders[folder]))
+    return folders, left_out
 
 
-def list_files(root: str, extensions: tuple[str, ...]) -> dict[str, list[str]]:
+def list_files(root: str, extensions: tuple[str, ...], left_out: Counter | None = None) -> dict[str, list[str]]:
     """Every folder below `root`, by its path from there ("" for itself), with the sorted names of its files.
 
     Only files with one of the extensions, in any case, count, and nothing hidden; links are followed, except back to
-    where they are.
+    where they are. What cannot be listed is reported.
+
+    Args:
+        left_out: is told how many other files there are, by extension.
     """
     found, waiting = {}, [("", frozenset())]
     while waiting:
         folder, above = waiting.pop()
-        path = os.path.join(root, folder)
-        status = os.stat(path)
-        this = (status.st_dev, status.st_ino)
-        if this in above:
-            continue
-        names = []
-        with os.scandir(path) as entries:
-            for entry in entries:
-                if hidden(entry.name):
-                    continue
-                if entry.is_dir():
-                    waiting.append((os.path.join(folder, entry.name), above | {this}))
-                elif entry.name.lower().endswith(extensions):
-                    names.append(entry.name)
+        path, names = os.path.join(root, folder), []
+        try:
+            status = os.stat(path)
+            this = (status.st_dev, status.st_ino)
+            if this in above:
+                continue
+            entries = [entry for entry in os.scandir(path) if not hidden(entry.name)]
+        except OSError as error:  # also one that is gone since
+            log.warning("%r is left out: %s", path, error.strerror)
+            entries = []
+        for entry in entries:
+            if _is_folder(entry):
+                waiting.append((os.path.join(folder, entry.name), above | {this}))
+            elif entry.name.lower().endswith(extensions) and (entry.is_symlink() or entry.is_file()):  # no pipe
+                names.append(entry.name)
+            elif left_out is not None:
+                left_out[extension(entry.name)] += 1
         found[folder] = sorted(names)
     return found
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    return os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()  # which fails on a link to itself
+
+
+def extension(name: str) -> str:
+    """What a file is counted as where it is left out."""
+    return os.path.splitext(name)[1].lower() or "without extension"
 
 
 def number_classes(found: list[str], classes: list[str], what: str) -> dict[str, int]:
@@ -146,58 +199,90 @@ def number_classes(found: list[str], classes: list[str], what: str) -> dict[str,
 
 
 class ImageList(ImageFiles):
-    """The images that a file lists, a line each: a path and, after a tab, a space or a comma, its label.
-
-    Labels are as `number_labels` has them. A path may hold spaces.
+    """The images that a file in UTF-8 or UTF-16 lists, see `split_line`; labels are as `number_labels` has them.
 
     Args:
         root: the folder that paths are relative to.
         classes: None: labels are neither needed nor read. []: they tell the classes. Else the classes by their number.
         nb_classes: as for `number_labels`.
+        max_missing: how many of so many files may be missing, None: all but one; where the list is short enough, they
+            are looked for.
 
     Raises:
-        UsageError: no such file, or a line, which the message names, that is not understood.
+        UsageError: no such file, or a line, which the message names, that is not understood; files that are missing.
     """
 
     def __init__(
         self, file: str, flag: str, root: str | None, classes: list[str] | None = None, in_chans: int = 3,
-        nb_classes: int | None = None,
+        nb_classes: int | None = None, max_missing: Callable[[int], float] | None = None,
     ):  # fmt: skip
-        try:
-            lines = Path(file).read_text(encoding="utf-8-sig", errors="surrogateescape").splitlines()
-        except OSError as error:
-            raise UsageError(f"{flag} {file}: {error.strerror}") from error
-        entries = []
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                path, label = _split_line(line)
-                if not path.lower().endswith(EXTENSIONS):
-                    what = f"names no image ({', '.join(EXTENSIONS)})"
-                    raise UsageError(f"{flag} {file}: line {number}, {line.strip()!r}, {what}; {LINE}")
-                if not label and classes is not None:
-                    raise UsageError(f"{flag} {file}: line {number}, {line.strip()!r}, has no label; {LINE}")
-                entries.append((number, os.path.join(root or "", path), label))
-        if not entries:
-            raise UsageError(f"{flag} {file}: is empty; {LINE}")
-        number, path, _ = entries[0]
-        if not os.path.isfile(path):
-            raise UsageError(f"{flag} {file}: line {number}: no file {path}; paths are absolute or below --data_path")
-        targets = [0] * len(entries)
+        source, paths, labels, where = f"{flag} {file}", [], [], []
+        for number, line in enumerate(_lines(file, source), 1):
+            if not line.strip():
+                continue
+            path, label = split_line(line)
+            if path.lower().endswith(EXTENSIONS):
+                fault = "" if label or classes is None else "has no label"
+            elif not paths and _is_header(line):
+                continue
+            else:
+                fault = f"names no image ({', '.join(EXTENSIONS)})"
+            if fault:
+                raise UsageError(f"{source}: line {number}, {line.strip()[:200]!r}, {fault}; {LINE}")
+            paths.append(os.path.join(root or "", path))
+            labels.append(label)
+            where.append(f"line {number}")
+        if not paths:
+            raise UsageError(f"{source}: is empty; {LINE}")
+        missing = [i for i, path in enumerate(paths) if not os.path.isfile(path)] if len(paths) <= LOOKED_FOR else []
+        if missing:
+            names = ", ".join(paths[i] for i in missing[:10]) + ", ..." * (len(missing) > 10)
+            count = f"{len(missing)} of {len(paths)} are not there"
+            found = f"{source}: {where[missing[0]]}: no file {names}; paths are absolute or below --data_path ({count})"
+            if len(missing) > (max_missing(len(paths)) if max_missing else len(paths) - 1):
+                raise UsageError(found)
+            log.warning("%s", found)
+        targets = [0] * len(paths)
         if classes is not None:
-            labels, where = [label for *_, label in entries], [f"line {number}" for number, *_ in entries]
-            self.classes, targets = number_labels(labels, where, f"{flag} {file}", classes, nb_classes)
-        super().__init__([path for _, path, _ in entries], targets, in_chans)
+            self.classes, targets = number_labels(labels, where, source, classes, nb_classes)
+        super().__init__(paths, targets, in_chans, source)
 
 
-def _split_line(line: str) -> tuple[str, str]:
-    """Path and label, or "" where there is none."""
-    if "\t" in line:
-        path, label = line.rsplit("\t", 1)
-    elif line.strip().lower().endswith(EXTENSIONS):
-        path, label = line, ""
-    else:
-        path, label = re.fullmatch(r"(.*?)[ ,]*([^ ,]*)", line.strip()).groups()
-    return path.strip(), label.strip()
+def _lines(file: str, source: str) -> list[str]:
+    try:
+        content = Path(file).read_bytes()
+        encoding = "utf-16" if content.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"
+        text = content.decode(encoding, errors="surrogateescape")
+    except (OSError, UnicodeError) as error:
+        raise UsageError(f"{source}: {getattr(error, 'strerror', None) or error}") from error
+    if "\0" in text:
+        raise UsageError(f"{source}: is no text in UTF-8, or in UTF-16 with a byte order mark")
+    return text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+
+
+def split_line(line: str) -> tuple[str, str]:
+    """Path and label ("": none) of a list's line, by csv's rules: after the path, a tab, a comma or a space.
+
+    A path may hold blanks and commas, quoted or not.
+    """
+    line = line.strip()
+    if line.lower().endswith(EXTENSIONS):
+        return line, ""
+    for delimiter in "\t, ":
+        try:
+            *path, label = next(csv.reader([line], delimiter=delimiter)) if '"' in line else line.split(delimiter)
+        except csv.Error:  # too long: no list
+            break
+        path = delimiter.join(path).strip(", ")
+        if path.lower().endswith(EXTENSIONS):
+            return path, label.strip()
+        if line[0] == '"' and label.lower().endswith(EXTENSIONS):
+            return label, ""
+    return line, ""
+
+
+def _is_header(line: str) -> bool:
+    return any(mark in line for mark in ",\t") and not any(mark in line for mark in "./\\")
 
 
 def number_labels(
@@ -205,8 +290,7 @@ def number_labels(
 ) -> tuple[list[str], list[int]]:
     """Classes and, for each label, its class's number.
 
-    All labels are names of the classes; or none is, and all are positions among them, from 0. Where classes are named
-    by numbers, labels are names.
+    All labels are names of the classes; or all are positions among them, from 0, where no class is named by a number.
 
     Args:
         where: what each label is called in messages, after the source.
@@ -216,9 +300,9 @@ def number_labels(
     Raises:
         UsageError: a label that is none of these, or numbers that leave nearly all classes without an image.
     """
-    known = classes
-    if not classes and labels[0].isdecimal():
-        count = max(1 + max(int(label) for label in labels if label.isdecimal()), nb_classes or 0)
+    known, all_numbers = classes, all(label.isdecimal() for label in labels)
+    if not classes and all_numbers:
+        count = max(1 + max(map(int, labels)), nb_classes or 0)
         if count > max(len(labels), MANY_CLASSES, nb_classes or 0):
             raise UsageError(
                 f"{source}: labels up to {count - 1} are {count:,} classes, of {len(labels)} images; number them from "
@@ -228,18 +312,12 @@ def number_labels(
     elif not classes:
         known = sorted({label for label in labels if not label.isdecimal()})
     numbers = {name: i for i, name in enumerate(known)}
-    by_position = known == [str(i) for i in range(len(known))]
-    if not by_position:
-        by_position = not any(x.isdecimal() for x in known) and not any(label in numbers for label in labels)
-    targets = []
+    if all_numbers and (known == [str(i) for i in range(len(known))] or not any(x.isdecimal() for x in known)):
+        numbers = {label: int(label) for label in set(labels) if int(label) < len(known)}
     for i, label in enumerate(labels):
-        target = int(label) if by_position and label.isdecimal() else numbers.get(label, len(known))
-        if target >= len(known):
+        if label not in numbers:
             raise UsageError(
                 f"{source}: {where[i]}: label {label!r} is not among the {len(known)} classes{suggest(label, known)}; "
                 "all labels are names, or, where no class is named by a number, all are positions from 0"
             )
-        targets.append(target)
-    if empty := () if classes else sorted(set(range(len(known))) - set(targets)):
-        log.info("%s: %d of %d classes have no image, the first is %s", source, len(empty), len(known), empty[0])
-    return known, targets
+    return known, [numbers[label] for label in labels]
