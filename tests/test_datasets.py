@@ -366,7 +366,7 @@ def test_sixteen_bits_need_a_mean(tmp_path):
 def test_nothing_readable_is_said_at_the_start(tmp_path):
     for i in range(3):
         (tmp_path / f"{i}.png").write_bytes(b"no image")
-    with pytest.raises(UsageError, match=r"--data_path .*: of a sample of 3 files 3 cannot be read: .*0\.png"):
+    with pytest.raises(UsageError, match=r"--data_path .*: of a sample of 3 files 3 are unreadable: .*0\.png"):
         datasets.build_pretrain_dataset(pretrain_args(data_set="image_folder", data_path=tmp_path))
 
 

@@ -178,7 +178,7 @@ def survey(dataset, reading: Reading, source: str) -> Survey:
         sizes.append(tuple(pixels.shape[1:]))
         no_data.append(0.0)
     if len(bad) > 2 * len(sizes):
-        raise UsageError(f"{source}: of a sample of {len(bad) + len(sizes)} files {len(bad)} cannot be read: {bad[0]}")
+        raise UsageError(f"{source}: of a sample of {len(bad) + len(sizes)} files {len(bad)} are unreadable: {bad[0]}")
     reading = replace(reading, depth=max(depths, key=lambda depth: (depths[depth], depth)))
     return Survey(reading, kinds, sizes, sum(no_data) / len(sizes), bad)
 
