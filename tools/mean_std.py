@@ -1,88 +1,89 @@
-"""Mean and standard deviation of each channel of a folder of images, as the flags --mean and --std.
+"""Mean and standard deviation of each channel of a data set, as the flags --mean and --std.
 
 python tools/mean_std.py --data_path FOLDER --in_chans 13
 python main_pretrain.py --data_set image_folder --data_path FOLDER --in_chans 13 $(python tools/mean_std.py ...)
 
-Values are scaled as they are in training: 8-bit ones by 1/255, unsigned 16-bit ones by 1/65535, others not at all.
-Every image counts the same, whatever its size. The flags go to stdout, all else to stderr.
+Images are read and values scaled as in training; pixels without data do not count. Every image counts the same,
+whatever its size. The flags go to stdout, all else to stderr.
 """
 
+import logging
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import Dataset
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils.args import ArgumentParser
-from utils.data.images import BadImage
-from utils.data.sampling import shuffled_indices
-from utils.data.tars import open_unlabelled
+import datasets
+from utils.args import ArgumentParser, at_least
+from utils.data.sampling import EvalLoader, EvalSamples, collate, random_subset, with_transform
 from utils.errors import UsageError, run_cli
+from utils.flags import add_file_arguments
+from utils.metrics import Progress
+
+log = logging.getLogger("fcmae")
 
 
-class Moments(Dataset):
-    """Of each image, mean and mean square per channel: (2, C) in float64; what is wrong with an unreadable one."""
-
-    def __init__(self, images: Dataset):
-        self.images = images
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> torch.Tensor | str:
-        try:
-            pixels, _ = self.images[index]
-        except BadImage as error:
-            return str(error)
-        values = pixels.contiguous().flatten(1).double()
-        scale = 255 if pixels.dtype == torch.uint8 else 1
-        return torch.stack([values.mean(1) / scale, values.square().mean(1) / scale**2])
+def moments(pixels: torch.Tensor) -> torch.Tensor:
+    """Mean and mean square per channel: (C, H, W) -> (2, C), float64; NaN for a channel without data."""
+    values = pixels.flatten(1).double() / (255 if pixels.dtype == torch.uint8 else 1)
+    return torch.stack([values.nanmean(1), values.square().nanmean(1)])
 
 
-def mean_std(images: Dataset, num_workers: int = 0) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """Mean and standard deviation per channel, (C,) each, and of how many images.
+def mean_std(images: Dataset, num_workers: int = 0, most: int | None = None) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """Mean and standard deviation per channel, (C,) each, and of how many images: at most so many, drawn at random.
 
     Raises:
         UsageError: no image can be read, or a channel is the same everywhere.
     """
-    total, count = 0, 0
-    for moments in DataLoader(Moments(images), batch_size=None, num_workers=num_workers):
-        if isinstance(moments, str):
-            print(f"unreadable image, left out: {moments}", file=sys.stderr)
-            continue
-        total, count = total + moments, count + 1
-    if not count:
-        raise UsageError("--data_path: none of its images can be read")
+    sample = random_subset(with_transform(images, moments), most)
+    loader = EvalLoader(EvalSamples(sample), 8, num_workers=num_workers, collate_fn=collate)
+    progress = Progress("mean and std", len(loader), torch.device("cpu"), print_freq=max(20, len(loader) // 20))
+    total, count, seen = 0, 0, 0
+    for step, (found, _) in progress(loader):
+        total, count, seen = total + found.nan_to_num().sum(0), count + (~found.isnan()).sum(0), seen + len(found)
+        progress.count(len(found))
+        if progress.due(step):
+            progress.line(step)
+    if not seen or not count.all():
+        raise UsageError("--data_path: none of its images can be read, or a channel has no data")
     mean, square = total / count
     std = (square - mean.square()).clamp(min=0).sqrt()
     if constant := (std <= 1e-7 * mean.abs()).nonzero().flatten().tolist():
         raise UsageError(f"--data_path: channel {constant[0]} (of 0 to {len(std) - 1}) is the same everywhere")
-    return mean, std, count
+    return mean, std, seen
+
+
+def plain(number: float) -> str:
+    """Six digits, without an exponent: argparse would take -3e-05 for a flag."""
+    return np.format_float_positional(number, 6, unique=False, fractional=False, trim="-")
 
 
 def get_args_parser() -> ArgumentParser:
-    parser = ArgumentParser("Mean and standard deviation of each channel, as the flags --mean and --std.")
-    parser.add_argument("--data_path", required=True, help="folder of images, however nested")
-    parser.add_argument("--in_chans", type=int, default=3, help="channels of the images")
-    parser.add_argument("--max_images", type=int, default=10000, help="so many, drawn at random, are enough; 0: all")
-    parser.add_argument("--num_workers", type=int, default=0, help="loader processes")
+    parser = ArgumentParser(__doc__.splitlines()[0])
+    parser.add_argument("--data_path", required=True, help="folder of images, however nested, or of .tar shards")
+    parser.add_argument("--train_list", default=None, help="list of images below --data_path")
+    parser.add_argument("--in_chans", type=at_least(1), default=3, help="channels of the images")
+    images_help = "so many, drawn at random, are enough; 0: all"
+    parser.add_argument("--images", "--max_images", type=at_least(0), default=10000, help=images_help)
+    parser.add_argument("--num_workers", type=at_least(0), default=0, help="loader processes")
+    add_file_arguments(parser)
+    parser.set_defaults(data_set="image_folder")
     return parser
 
 
 def main() -> None:
     args = get_args_parser().parse_args()
-    for name in ("in_chans", "max_images", "num_workers"):
-        if getattr(args, name) < (name == "in_chans"):
-            raise UsageError(f"--{name} {getattr(args, name)}: must be at least {int(name == 'in_chans')}")
-    images = open_unlabelled(args.data_path, "--data_path", args.in_chans)
-    if 0 < args.max_images < len(images):
-        images = Subset(images, shuffled_indices(images)[: args.max_images].tolist())
-    mean, std, count = mean_std(images, args.num_workers)
-    print(f"{count} images", file=sys.stderr)
-    words = (f"--{name} " + " ".join(f"{x:.6g}" for x in xs.tolist()) for name, xs in (("mean", mean), ("std", std)))
-    print(*words)
+    log.handlers[:] = [logging.StreamHandler()]
+    log.setLevel(logging.INFO)
+    images = datasets.unlabelled_files(args)
+    datasets.read_alike(images, args)
+    mean, std, count = mean_std(images, args.num_workers, args.images or None)
+    log.info("%d images", count)
+    print("--mean", *map(plain, mean.tolist()), "--std", *map(plain, std.tolist()))
 
 
 if __name__ == "__main__":

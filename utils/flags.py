@@ -57,11 +57,12 @@ def add_shared_arguments(
         "--num_workers", type=at_least(0), default=10, help="loader processes; change no result but a stream's"
     )
     add_bool(group, "--pin_mem", True, "page-locked host memory for faster copies to the GPU")
-    _add_file_arguments(group)
+    add_file_arguments(group)
     _add_run_arguments(parser)
 
 
-def _add_file_arguments(group) -> None:
+def add_file_arguments(group) -> None:
+    """How image files are read; also of tools."""
     group.add_argument(
         "--depth", type=int, choices=(8, 16, 32), default=None,
         help="read files as bytes (8), shares of what 8 or 16 bits can hold (16), or numbers as they are (32); "
