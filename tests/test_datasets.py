@@ -317,7 +317,7 @@ def test_many_channels_in_fine_tuning(tmp_path, logs):
         (("--aa", "rand-m5"), "--aa rand-m5: is for 8-bit RGB images, which these are not; leave it out"),
         (("--color_jitter", 0.4), "--color_jitter 0.4: is for 8-bit RGB images"),
         (("--train_interpolation", "random"), "--train_interpolation random: is for 8-bit RGB images"),
-        (("--in_chans", 4), r"a/0\.npy: has 5 channels \(24 x 24 x 5\), not --in_chans 4; give --in_chans 5"),
+        (("--in_chans", 4), r"a/0\.npy: has 5 channels \(5 x 24 x 24\), not --in_chans 4; give --in_chans 5"),
     ],
 )
 def test_many_channels_and_flags_that_are_not_for_them(tmp_path, flags, message):

@@ -12,7 +12,7 @@ import torch
 from PIL import Image, ImageOps
 
 from tests.pictures import broken_files, picture, pixels, save
-from utils.data import images
+from utils.data import formats
 from utils.data.images import BadImage, Reading, decode, load_image, read_file, to_tensor
 
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding")  # which torchvision announces to drop
@@ -65,7 +65,7 @@ def decoder(request, monkeypatch):
         monkeypatch.setitem(sys.modules, "torchcodec.decoders", None)
     if request.param == "Pillow":
         monkeypatch.setitem(sys.modules, "torchvision.io", None)
-    monkeypatch.setattr(images, "FAST_DECODERS", images._fast_decoders())
+    monkeypatch.setattr(formats, "FAST_DECODERS", formats._fast_decoders())
 
 
 # ---- 8-bit images
@@ -112,20 +112,20 @@ def test_what_the_decoder_refuses_pillow_reads(tmp_path, monkeypatch):
 
     path = write(tmp_path / "x.jpg", encoded(picture(), "JPEG"))
     expected = load_tensor(path)
-    monkeypatch.setattr(images, "FAST_DECODERS", {images.JPEG: refuse})
+    monkeypatch.setattr(formats, "FAST_DECODERS", {formats.JPEG: refuse})
     assert torch.equal(load_tensor(path), expected)
 
 
 def test_the_newest_decoder_that_is_there_is_taken(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchcodec.decoders", types.SimpleNamespace(decode_jpeg=0, decode_png=0))
-    taken = [images._fast_decoders()]
+    taken = [formats._fast_decoders()]
     monkeypatch.setitem(sys.modules, "torchcodec.decoders", types.SimpleNamespace())  # an older one
-    taken.append(images._fast_decoders())
+    taken.append(formats._fast_decoders())
     monkeypatch.setitem(sys.modules, "torchcodec.decoders", None)
-    taken.append(images._fast_decoders())
+    taken.append(formats._fast_decoders())
     monkeypatch.setitem(sys.modules, "torchvision.io", None)
-    taken.append(images._fast_decoders())
-    codes = [decoders and decoders[images.JPEG].__code__ for decoders in taken]
+    taken.append(formats._fast_decoders())
+    codes = [decoders and decoders[formats.JPEG].__code__ for decoders in taken]
     assert codes[0] != codes[1] == codes[2]
     assert codes[3] == {}
 
@@ -179,16 +179,15 @@ def test_damaged_arrays(tmp_path, name):
         load_tensor(str(path), 5)
     objects = np.empty((4, 4), object)
     (np.savez if name == "x.npz" else np.save)(path, objects)
-    with pytest.raises(BadImage, match="allow_pickle"):  # never unpickled
+    with pytest.raises(BadImage, match="object"):  # never unpickled
         load_tensor(str(path), 1)
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_values_that_are_no_numbers(tmp_path, value):
+def test_values_that_are_no_numbers(tmp_path):
     array = np.zeros((4, 4), np.float32)
-    array[2, 1] = value
+    array[2, 1] = np.inf
     np.save(tmp_path / "x.npy", array)
-    with pytest.raises(BadImage, match=r"x\.npy: holds NaN or infinite"):
+    with pytest.raises(BadImage, match=r"x\.npy: holds infinite values"):
         load_tensor(str(tmp_path / "x.npy"), 1)
 
 
@@ -259,11 +258,11 @@ def test_pages_of_a_tiff_are_channels(tmp_path):
 @pytest.mark.parametrize(
     ("content", "in_chans", "message"),
     [
-        (picture(), 4, r"has 3 channels \(40 x 60 x 3\), not --in_chans 4; give --in_chans 3"),
-        (picture().convert("L"), 2, r"has 1 channel \(40 x 60\), .* give --in_chans 1"),
+        (picture(), 4, r"has 3 channels \(3 x 40 x 60\), not --in_chans 4; give --in_chans 3"),
+        (picture().convert("L"), 2, r"has 1 channel \(1 x 40 x 60\), .* give --in_chans 1"),
         (picture().convert("RGBA"), 5, r"has 4 channels"),
         (np.zeros((13, 20, 30)), 3, r"has 13 channels \(13 x 20 x 30\), not --in_chans 3; give --in_chans 13"),
-        (np.zeros((20, 30, 13)), 1, r"has 13 channels \(20 x 30 x 13\)"),
+        (np.zeros((20, 30, 13)), 1, r"has 13 channels \(13 x 20 x 30\)"),
         (np.zeros((2, 3, 20, 30)), 3, r"an array of 2 x 3 x 20 x 30; an image has two axes"),
         (np.zeros(20), 1, r"an array of 20; an image has two axes"),
         (np.zeros((20, 30), np.complex64), 1, "holds values of type complex64, which are no numbers"),
@@ -323,7 +322,7 @@ def test_sixteen_bit_pngs(tmp_path, channels):
 
 def test_sixteen_bit_pngs_that_cannot_be_read_in_full(tmp_path, monkeypatch):
     path = write(tmp_path / "x.png", png16(np.full((4, 4, 3), 300, np.uint16)))
-    monkeypatch.setattr(images, "FAST_DECODERS", {})
+    monkeypatch.setattr(formats, "FAST_DECODERS", {})
     with pytest.raises(BadImage, match=r"x\.png: a PNG in colour of 16 bits, .*pip install torchcodec"):
         load_tensor(path)
 
@@ -344,50 +343,3 @@ def test_eight_bits_among_others_are_scaled(tmp_path):
         picture().save(tmp_path / name)
         whole = load_tensor(str(tmp_path / name))
         torch.testing.assert_close(load_tensor(str(tmp_path / name), depth=16), whole / 255)
-
-
-# ---- what Pillow has not
-
-
-@pytest.mark.parametrize("kind", ["bands", "deep colour"])
-def test_tifffile_reads_what_pillow_does_not(tmp_path, monkeypatch, kind):
-    """Stands for the real one, which is asked for the whole array of a file that Pillow refuses or reads in 8 bits."""
-    array = RANDOM.randint(0, 65536, (5 if kind == "bands" else 3, 20, 30)).astype(np.uint16)
-    content = tiff16(array)
-    read = types.SimpleNamespace(imread=lambda file: array if file.read() == content else None)
-    path = write(tmp_path / "x.tif", content)
-    with monkeypatch.context() as patch:
-        patch.setitem(sys.modules, "tifffile", None)  # as if it were not installed
-        with pytest.raises(BadImage, match=r"x\.tif: a TIFF that Pillow .* not in full; pip install tifffile"):
-            load_tensor(path, len(array))
-    monkeypatch.setitem(sys.modules, "tifffile", read)
-    expected = torch.from_numpy(array.astype(np.float32) / 65535)
-    torch.testing.assert_close(load_tensor(path, len(array)), expected)
-
-
-def test_the_real_tifffile(tmp_path):
-    pytest.importorskip("tifffile")
-    array = RANDOM.randint(0, 65536, (5, 20, 30)).astype(np.uint16)
-    path = write(tmp_path / "x.tif", tiff16(array))
-    torch.testing.assert_close(load_tensor(path, 5), torch.from_numpy(array.astype(np.float32) / 65535))
-
-
-def tiff16(array):
-    """An uncompressed 16-bit TIFF of (C, H, W) pixels, its channels side by side."""
-    channels, height, width = array.shape
-    data = array.transpose(1, 2, 0).astype("<u2").tobytes()
-    extra = channels - 3 if channels > 3 else 0
-    entries = [
-        (256, 4, [width]), (257, 4, [height]), (258, 3, [16] * channels), (259, 3, [1]),
-        (262, 3, [2 if channels == 3 else 1]), (273, 4, [8]), (277, 3, [channels]), (278, 4, [height]),
-        (279, 4, [len(data)]), *([(338, 3, [0] * (channels - 1))] if extra else []),
-    ]  # fmt: skip
-    start = 8 + len(data)
-    behind, table = b"", struct.pack("<H", len(entries))
-    for tag, kind, values in entries:
-        packed = struct.pack(f"<{len(values)}{'H' if kind == 3 else 'I'}", *values)
-        if len(packed) > 4:
-            place = start + 2 + 12 * len(entries) + 4 + len(behind)
-            behind, packed = behind + packed, struct.pack("<I", place)
-        table += struct.pack("<HHI", tag, kind, len(values)) + packed.ljust(4, b"\0")
-    return b"II*\0" + struct.pack("<I", start) + data + table + b"\0" * 4 + behind

@@ -4,7 +4,7 @@ The way of an image in training, in order:
 
 1. sampling.py: `StepSampler` tells which images make up a step; in a loader process, `TrainSamples` seeds each of them;
 2. files.py (tars.py, shapes.py): the data set reads the file;
-3. images.py: `decode` makes a tensor (C, H, W) of it, bytes if the file holds bytes;
+3. images.py (formats.py): `decode` makes a tensor (C, H, W) of it, bytes if the file holds bytes;
 4. transforms.py: the data set's transform crops and augments it to (C, size, size);
 5. sampling.py: `StepLoader` gives the batches of a step; on the device, its `batch_transform` makes the model's input.
 

@@ -1,0 +1,269 @@
+"""utils/data/formats.py: every value of a TIFF against what was written, and what other readers cut off or shout."""
+
+import io
+import struct
+import sys
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tests.pictures import picture, pixels
+from utils.data.images import BadImage, Reading, decode
+
+tifffile = pytest.importorskip("tifffile")
+pytestmark = pytest.mark.filterwarnings("ignore:The image decoding")  # which torchvision announces to drop
+RNG = np.random.default_rng(0)
+DTYPES = ("uint8", "uint16", "uint32", "int8", "int16", "int32", "float16", "float32", "float64")
+LAYOUTS = {
+    "one strip": {}, "strips": {"rowsperstrip": 7}, "tiles": {"tile": (16, 16)},
+}  # fmt: skip
+
+
+def noise(shape, dtype):
+    dtype = np.dtype(dtype)
+    if dtype.kind == "f":
+        return (RNG.standard_normal(shape) * 1000).astype(dtype)
+    low, high = np.iinfo(dtype).min, np.iinfo(dtype).max
+    return RNG.integers(low, high, shape, dtype, endpoint=True)
+
+
+def tiff(array, **options):
+    file = io.BytesIO()
+    if array.ndim == 3 and array.shape[-1] < 16:
+        options.setdefault("planarconfig", "contig")
+    tifffile.imwrite(file, array, **{"photometric": "minisblack", "metadata": None} | options)
+    return file.getvalue()
+
+
+def load(content, in_chans=1, name="x.tif", **reading):
+    return decode(content, name, Reading(in_chans, **reading))
+
+
+def true(array):
+    """(C, H, W) as training sees it."""
+    if array.dtype == np.uint8:
+        return torch.from_numpy(array)
+    return torch.from_numpy(array.astype(np.float32)) / (65535 if array.dtype == np.uint16 else 1)
+
+
+# ---- TIFF
+
+
+@pytest.mark.parametrize("layout", [*LAYOUTS, "planes"])
+@pytest.mark.parametrize("compression", [None, "lzw", "deflate", "zstd", "packbits"])
+@pytest.mark.parametrize("order", "<>")
+def test_every_value_of_a_tiff(order, compression, layout):
+    for dtype in DTYPES:
+        for channels in (1, 3, 5) if layout != "planes" else (2, 3, 5):
+            array = noise((channels, 20, 30), dtype)
+            options = {"byteorder": order, "compression": compression, **LAYOUTS.get(layout, {})}
+            if layout == "planes":
+                content = tiff(array, planarconfig="separate", **options)
+            else:
+                content = tiff(array.transpose(1, 2, 0) if channels > 1 else array[0], **options)
+            assert torch.equal(load(content, channels), true(array)), (dtype, channels)
+            predictor = compression in ("lzw", "deflate", "zstd") and dtype not in ("uint8", "float16")
+            if predictor and layout == "strips" and channels == 3:
+                content = tiff(array.transpose(1, 2, 0), predictor=True, **options)
+                assert torch.equal(load(content, 3), true(array)), dtype
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "uint32", "int16"])
+def test_white_may_be_zero(dtype):
+    array = noise((20, 30), dtype)
+    for order in "<>":
+        content = tiff(array, photometric="miniswhite", byteorder=order)
+        assert torch.equal(load(content), true(~array[None]))
+
+
+def test_few_bits_fill_the_range_of_a_byte():
+    for bits in (1, 2, 4):
+        array = RNG.integers(0, 2**bits, (16, 24)).astype(np.uint8)
+        packed = tiff(array if bits > 1 else array.astype(bool), bitspersample=bits)
+        expected = torch.from_numpy(array * (255 // (2**bits - 1)))[None]
+        assert torch.equal(load(packed), expected)
+        twice = tiff(
+            np.stack([array, array]) if bits > 1 else np.stack([array, array]).astype(bool), bitspersample=bits
+        )
+        assert torch.equal(load(twice), expected)  # by tifffile
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "float32"])
+def test_colours_are_divided_by_their_alpha(dtype):
+    most = 1 if dtype == "float32" else np.iinfo(dtype).max
+    colours, alpha = RNG.random((3, 20, 30)), RNG.random((20, 30)).round(2)
+    stored = np.concatenate([colours * alpha, alpha[None]]) * most
+    stored = stored.transpose(1, 2, 0).astype(dtype)
+    content = tiff(stored, photometric="rgb", extrasamples=["assocalpha"])
+    seen = alpha > 0.2
+    found = load(content, 3).double() / (255 if dtype == "uint8" else 1)
+    assert found.shape == (3, 20, 30)
+    tolerance = 1 / most / 0.2 if most > 1 else 1e-5
+    np.testing.assert_allclose(found[:, seen], colours[:, seen], atol=tolerance)
+    np.testing.assert_allclose(load(content, 4)[3].double() / (255 if dtype == "uint8" else 1), alpha, atol=1.1 / most)
+    grey = tiff(stored[..., 2:], extrasamples=["assocalpha"])
+    np.testing.assert_allclose(load(grey, 1)[0].double().numpy()[seen] / (255 if dtype == "uint8" else 1),
+                               colours[2][seen], atol=tolerance)  # fmt: skip
+
+
+def test_colours_of_print_and_palettes():
+    image = picture().convert("CMYK")
+    expected = pixels(image.convert("RGB")).int()
+    for scale, dtype in ((1, "uint8"), (257, "uint16")):
+        content = tiff(np.asarray(image).astype(dtype) * scale, photometric="separated", extrasamples=[])
+        found = load(content, 3)
+        assert ((found if dtype == "uint8" else found * 255).int() - expected).abs().max() <= 1
+    palette = RNG.integers(0, 65536, (3, 256)).astype(np.uint16)
+    index = noise((2, 20, 30), "uint8")
+    content = tiff(index, photometric="palette", colormap=palette)
+    assert torch.equal(load(content, 3), torch.from_numpy((palette[:, index[0]] >> 8).astype(np.uint8)))
+    content = tiff(noise((20, 30, 3), "uint8"), photometric="cielab")
+    with pytest.raises(BadImage, match=r"holds colours of the kind .*CIELAB"):
+        load(content, 3)
+
+
+def test_pages():
+    """The first page, unless they are the channels: in_chans of one kind, none an overview, a mask or of a palette."""
+    for dtype, channels in (("uint8", 1), ("int64", 1), ("uint8", 3), ("uint16", 3)):
+        array = noise((5, 20, 30, 3)[: 2 + 1 + (channels == 3)], dtype)
+        content = tiff(array, photometric="rgb" if channels == 3 else "minisblack")
+        first = torch.from_numpy(array[0]).reshape(20, 30, channels).permute(2, 0, 1).numpy()
+        assert torch.equal(load(content, channels), true(first))
+        if channels == 1:
+            assert torch.equal(load(content, 5), true(array))
+            assert torch.equal(load(content, 3), true(first).expand(3, 20, 30))
+            with pytest.raises(BadImage, match="has 5 pages of a channel, not --in_chans 4; give --in_chans 5"):
+                load(content, 4)
+    file = io.BytesIO()
+    with tifffile.TiffWriter(file) as writer:
+        writer.write(array[..., 0][0], photometric="minisblack", metadata=None)
+        writer.write(array[..., 0][0][::2, ::2], photometric="minisblack", subfiletype=1, metadata=None)
+        writer.write(array[..., 1][0] > 9, photometric="minisblack", subfiletype=4, metadata=None)
+    for channels in (1, 3):
+        assert torch.equal(load(file.getvalue(), channels), true(array[0, ..., 0]).expand(channels, 20, 30))
+    with pytest.raises(BadImage, match="has 1 channel"):
+        load(file.getvalue(), 2)
+    index = noise((3, 20, 30), "uint8")
+    grey = np.arange(256, dtype=np.uint16) * 257
+    content = tiff(index, photometric="palette", colormap=np.stack([grey] * 3))
+    assert torch.equal(load(content, 3), torch.from_numpy(index[:1]).expand(3, 20, 30))
+
+
+def test_damaged_tiffs(capfd):
+    for dtype in ("uint8", "uint16"):
+        for compression in (None, "lzw", "deflate", "jpeg"):
+            if (dtype, compression) == ("uint16", "jpeg"):
+                continue
+            content = tiff(noise((40, 48, 3), dtype), photometric="rgb", compression=compression, rowsperstrip=8)
+            for end in (len(content) * 9 // 10, len(content) // 2, 12, 6):
+                with pytest.raises(BadImage, match=r"x\.tif: \S"):
+                    load(content[:end], 3)
+    content = tiff(noise((40, 48, 3), "uint8"), photometric="rgb", compression="lzw")
+    with pytest.raises(BadImage, match=r"decoder error -2 .*code not yet in table"):  # libtiff's words
+        load(content[: len(content) // 2] + bytes(len(content)), 3)
+    assert capfd.readouterr().err == ""
+
+
+def test_without_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "imagecodecs", None)
+    colour, deep = noise((20, 30, 3), "uint8"), noise((20, 30), "int16")
+    assert torch.equal(load(tiff(colour, photometric="rgb"), 3), torch.from_numpy(colour).permute(2, 0, 1))
+    with pytest.raises(BadImage, match=r"x\.tif: is a TIFF beyond Pillow: pip install tifffile imagecodecs"):
+        load(tiff(deep))
+
+
+def test_decoders_are_quiet(capfd):
+    thirteen = noise((13, 20, 30), "uint8")
+    assert torch.equal(load(tiff(thirteen.transpose(1, 2, 0)), 13), torch.from_numpy(thirteen))
+    tags = [(42113, "s", 0, "-1", True), (65000, "H", 1, 3, True), (34736, "d", 1, 1.0, True)]
+    load(tiff(noise((20, 30, 3), "uint8"), photometric="rgb", compression="lzw", extratags=tags), 3)
+    file = io.BytesIO()
+    picture().save(file, "JPEG")
+    for behind in (b"\0\0\0", b""):
+        content = file.getvalue().replace(b"\xff\xda", behind + b"\xff\xda", 1)
+        assert torch.equal(load(content, 3, "x.jpg"), pixels(Image.open(file)))
+    assert capfd.readouterr().err == ""
+
+
+# ---- scales
+
+
+def test_sixteen_bits_whatever_holds_them():
+    grey, colour = noise((20, 30), "uint16"), noise((20, 30, 3), "uint16")
+    files = {"x.tif": tiff(grey), "big.tif": tiff(grey, byteorder=">")}
+    for name, dtype in (("little.npy", "<u2"), ("big.npy", ">u2")):
+        file = io.BytesIO()
+        np.save(file, grey.astype(dtype))
+        files[name] = file.getvalue()
+    for image_format in ("PNG", "PPM", "JPEG2000"):
+        file = io.BytesIO()
+        Image.fromarray(grey).save(file, image_format)
+        files[image_format] = file.getvalue()
+    for name, content in files.items():
+        assert torch.equal(load(content, 1, name), true(grey[None])), name
+    text = " ".join(map(str, colour.ravel())).encode()
+    for content in (b"P6 30 20 65535\n" + colour.astype(">u2").tobytes(), b"P3\n# by hand\n30 20\n65535\n" + text):
+        assert torch.equal(load(content, 3, "x.ppm"), true(colour.transpose(2, 0, 1)))
+    with pytest.raises(BadImage):
+        load(b"P6 30 20 65535\n" + colour.astype(">u2").tobytes()[:-1], 3, "x.ppm")
+
+
+def png(array, *chunks):
+    """A PNG of (H, W, C) pixels in 8 or 16 bits, with chunks before the pixels."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    height, width, channels = array.shape
+    bits = 8 * array.dtype.itemsize
+    header = struct.pack(">IIBBBBB", width, height, bits, {1: 0, 2: 4, 3: 2, 4: 6}[channels], 0, 0, 0)
+    rows = b"".join(b"\0" + row.astype(f">u{bits // 8}").tobytes() for row in array)
+    parts = [(b"IHDR", header), *chunks, (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts)
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16"])
+def test_grey_of_colour_is_of_the_stored_values(dtype):
+    colour = noise((20, 30, 3), dtype)
+    grey = (colour @ np.array([0.299, 0.587, 0.114])).round()
+    linear = (b"gAMA", struct.pack(">I", 100000))
+    for content, name in (
+        (png(colour), "x.png"),
+        (png(colour, linear), "x.png"),
+        (tiff(colour, photometric="rgb"), "x.tif"),
+    ):
+        found = load(content, 1, name)[0] * (1 if dtype == "uint8" else 65535)
+        assert (found.double() - torch.from_numpy(grey)).abs().max() <= 1.01
+        assert torch.equal(load(content, 3, name), true(colour.transpose(2, 0, 1)))
+
+
+# ---- sizes
+
+
+def test_bombs_are_refused_from_their_headers():
+    array = io.BytesIO()
+    np.lib.format.write_array_header_1_0(array, {"descr": "<f4", "fortran_order": False, "shape": (60000, 60000)})
+    jpeg = io.BytesIO()
+    picture(64, 48).save(jpeg, "JPEG")
+    place = jpeg.getvalue().index(b"\xff\xc0") + 5
+    jpeg = jpeg.getvalue()[:place] + struct.pack(">HH", 60000, 60000) + jpeg.getvalue()[place + 4 :]
+    big = png(noise((1, 1, 3), "uint8"))
+    big = big[:16] + struct.pack(">II", 60000, 60000) + big[24:]
+    header = big[12:29]
+    big = big[:29] + struct.pack(">I", zlib.crc32(header)) + big[33:]
+    for content, name in (
+        (array.getvalue(), "x.npy"),
+        (jpeg, "x.jpg"),
+        (big, "x.png"),
+        (b"P5 60000 60000 255\n", "x.pgm"),
+    ):
+        with pytest.raises(BadImage, match=f"{name}: has 60,000 x 60,000 pixels, above --max_pixels 178956970"):
+            load(content, 3, name)
+    small = tiff(noise((30, 40), "uint16"))
+    for name, content in (("x.tif", small), ("x.tif", tiff(noise((30, 40), "uint8")))):
+        with pytest.raises(BadImage, match="has 30 x 40 pixels, above --max_pixels 1199"):
+            load(content, 1, name, max_pixels=1199)
+        assert load(content, 1, name, max_pixels=1200).shape == (1, 30, 40)
