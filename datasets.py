@@ -162,7 +162,8 @@ def read_alike(dataset: ImageFiles, args) -> Survey:
     Raises:
         UsageError: most files of the sample cannot be read, or do not fit --in_chans.
     """
-    found = survey(dataset, Reading(args.in_chans), dataset.source)
+    nodata, max_pixels = getattr(args, "nodata", None), getattr(args, "max_pixels", Reading.max_pixels)
+    found = survey(dataset, Reading(args.in_chans, nodata=nodata, max_pixels=max_pixels), dataset.source)
     dataset.reading = replace(found.reading, depth=getattr(args, "depth", None) or found.reading.depth)
     return found
 
@@ -184,13 +185,14 @@ def detect_bit_depth(dataset: Dataset, args, tell: bool = False) -> bool:
         if tell:
             describe(dataset, found, args.input_size)
         eight_bit = dataset.reading.depth == 8
+        known = eight_bit or found.eight_bit
     else:
         try:
             image = with_transform(dataset, partial(to_tensor, in_chans=args.in_chans))[0][0]
         except (BadImage, UsageError) as error:
             raise UsageError(f"{source}: {error}") from error
-        eight_bit = image.dtype == torch.uint8
-    if not eight_bit and not args.mean:
+        eight_bit = known = image.dtype == torch.uint8
+    if not known and not args.mean:
         raise UsageError(f"{source}: not of 8 bits, which needs {MEAN_STD_HINT.format(args.in_chans)}")
     if isinstance(dataset, ImageFiles):
         args.depth = dataset.reading.depth

@@ -120,21 +120,26 @@ class FCMAE(nn.Module):
         return x.reshape(x.shape[0], -1, h * p, w * p)
 
     def forward_loss(self, imgs: torch.Tensor, pred: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Mean squared error of removed patches, in float32: (N, C, H, W), (N, p*p*C, h, w), (N, L) -> scalar."""
+        """Mean squared error of removed patches, in float32: (N, C, H, W), (N, p*p*C, h, w), (N, L) -> scalar.
+
+        Pixels without data, NaN, are to be 0; patches of nothing else do not count.
+        """
         with torch.autocast(imgs.device.type, enabled=False):
             dtype = torch.promote_types(imgs.dtype, torch.float32)
             target, mask = self.patchify(imgs).to(dtype), mask.to(imgs.device, dtype, non_blocking=True)
+            no_data = target.isnan()
+            target, mask = target.masked_fill(no_data, 0), mask * ~no_data.all(dim=-1)
             if self.norm_pix_loss:
                 var, mean = torch.var_mean(target, dim=-1, keepdim=True)
                 target = (target - mean) / (var + 1e-6).sqrt()
             loss = (pred.flatten(2).transpose(1, 2).to(dtype) - target).square().mean(dim=-1)  # (N, L)
-            return (loss * mask).sum() / mask.sum()
+            return (loss * mask).sum() / mask.sum().clamp(min=1)
 
     def forward(self, imgs, labels=None, mask_ratio=None, mask=None):
         """One masked-autoencoding pass.
 
         Args:
-            imgs: (N, C, H, W), H and W multiples of the patch size.
+            imgs: (N, C, H, W), H and W multiples of the patch size; NaN where there is no data.
             labels: accepted for loaders that have them, and not used.
             mask_ratio: share of patches to remove; the constructor's (0.6) by default.
             mask: (N, L) to use in place of a random one, every row with the same number of visible patches. On the CPU
@@ -150,7 +155,7 @@ class FCMAE(nn.Module):
             mask_ratio = self.mask_ratio if mask_ratio is None else mask_ratio
             mask = self.gen_random_mask(imgs, mask_ratio)
             len_keep = num_visible(mask.shape[1], mask_ratio)
-        features = self.forward_encoder(imgs, mask, len_keep)
+        features = self.forward_encoder(imgs.masked_fill(imgs.isnan(), 0), mask, len_keep)
         pred = self.forward_decoder(features, mask)
         return self.forward_loss(imgs, pred, mask), pred, mask
 

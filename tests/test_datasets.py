@@ -454,7 +454,7 @@ def test_depth_is_that_of_most_files_and_is_kept(scripts, tmp_path, given):
         save(Image.new("L", (24, 24), 9), path)  # now all are of 8 bits
     taken, read_alike = [], datasets.read_alike
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets, "read_alike", lambda *x: (read_alike(*x), taken.append(x[0].reading.depth)))
+        patch.setattr(datasets, "read_alike", lambda *x: (read_alike(*x), taken.append(x[0].reading.depth))[0])
         patch.setattr(datasets, "describe", lambda *x: None)
         assert scripts.finetune(*flags[: len(flags) - len(given)], *out, "--epochs", 3).code == 0
         last = ("--resume", tmp_path / "out/checkpoint-1.pth", "--eval", "true")

@@ -538,3 +538,32 @@ def test_the_default_is_fcmae_tiny():
         default, tiny = FCMAE(), convnextv2_tiny()
     shapes = [{name: value.shape for name, value in model.state_dict().items()} for model in (default, tiny)]
     assert shapes[0] == shapes[1]
+
+
+@pytest.mark.parametrize("norm_pix_loss", [False, True])
+def test_patches_without_data_do_not_count(norm_pix_loss):
+    """The loss is that of the other removed patches alone; in those with some data, what is missing is 0."""
+    model = FCMAE(
+        1, (1, 1, 1, 1), (8, 8, 8, 8), decoder_embed_dim=16, norm_pix_loss=norm_pix_loss, patch_size=8
+    ).double()
+    imgs = torch.randn(2, 1, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    mask = torch.tensor(
+        [[1.0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1], [0.0, 1, 1, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1]]
+    )
+    holed = imgs.clone()
+    holed[0, :, :8, :16] = torch.nan  # two removed patches
+    holed[0, :, :8, 16:20] = torch.nan  # half a visible one
+    holed[1, :, 8:10, 8:12] = torch.nan  # a part of a removed one
+    filled = holed.nan_to_num(0)
+    loss, pred, _ = model(holed, mask=mask)
+    assert torch.equal(pred, model(filled, mask=mask)[1])
+    counted = mask.double()
+    counted[0, :2] = 0
+    target = model.patchify(filled)
+    if norm_pix_loss:
+        target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6).sqrt()
+    errors = (pred.flatten(2).transpose(1, 2) - target).square().mean(-1)
+    torch.testing.assert_close(loss, (errors * counted).sum() / counted.sum(), rtol=1e-12, atol=0)
+    loss.backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+    assert model(torch.full_like(imgs, torch.nan), mask=mask)[0] == 0

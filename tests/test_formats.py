@@ -1,6 +1,7 @@
 """utils/data/formats.py: every value of a TIFF against what was written, and what other readers cut off or shout."""
 
 import io
+import logging
 import struct
 import sys
 import zlib
@@ -11,7 +12,8 @@ import torch
 from PIL import Image
 
 from tests.pictures import picture, pixels
-from utils.data.images import BadImage, Reading, decode
+from utils.data.images import BadImage, Reading, decode, survey
+from utils.errors import UsageError
 
 tifffile = pytest.importorskip("tifffile")
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding")  # which torchvision announces to drop
@@ -238,6 +240,128 @@ def test_grey_of_colour_is_of_the_stored_values(dtype):
         found = load(content, 1, name)[0] * (1 if dtype == "uint8" else 65535)
         assert (found.double() - torch.from_numpy(grey)).abs().max() <= 1.01
         assert torch.equal(load(content, 3, name), true(colour.transpose(2, 0, 1)))
+
+
+# ---- no data
+
+
+@pytest.mark.parametrize(
+    ("dtype", "value", "text"),
+    [
+        ("float32", -9999, "-9999"), ("float32", np.finfo(np.float32).min, "-3.40282346638528898e+38"),
+        ("float64", -1.79769313486232e308, "-1.79769313486232e+308"), ("float64", -9999, "-9999.0"),
+        ("float32", np.nan, "nan"), ("float32", np.nan, None), ("int16", -32768, "-32768"), ("uint16", 0, "0"),
+        ("uint32", 4294967295, "4294967295"), ("uint8", 255, "255 "), ("int32", -2147483648, "-2147483648"),
+    ],
+)  # fmt: skip
+def test_pixels_without_data(dtype, value, text):
+    """They are NaN, whoever says what has none: the file, NaN itself, or --nodata."""
+    array, holes = noise((20, 30), "uint8").astype(dtype) // 3 + 9, RNG.random((20, 30)) < 0.2
+    expected = true(array)[None].float() / (255 if dtype == "uint8" else 1)
+    stored = np.where(holes, value, array).astype(dtype)
+    expected[0, torch.from_numpy(holes)] = torch.nan
+    tags = [(42113, "s", 0, text, True)] if text else []
+    for order in "<>":
+        content = tiff(stored, byteorder=order, compression="lzw", extratags=tags)
+        torch.testing.assert_close(load(content, nodata=7777), expected, equal_nan=True)
+    torch.testing.assert_close(load(content, 3), expected.expand(3, 20, 30), equal_nan=True)
+    file = io.BytesIO()
+    np.save(file, stored)
+    torch.testing.assert_close(load(file.getvalue(), 1, "x.npy", nodata=value), expected, equal_nan=True)
+    torch.testing.assert_close(load(tiff(stored), nodata=value), expected, equal_nan=True)
+
+
+def test_black_in_colour_is_no_hole():
+    """Of bytes, a pixel has no data where all its colours have the value; to bytes, the mean takes its place."""
+    array = noise((20, 30, 3), "uint8") // 2 + 1
+    array[:5] = 0
+    array[7, 7, 1] = 0
+    content = tiff(array, photometric="rgb", extratags=[(42113, "s", 0, "0", True)])
+    found = load(content, 3)
+    assert found[:, :5].isnan().all()
+    torch.testing.assert_close(found[:, 5:], torch.from_numpy(array.transpose(2, 0, 1))[:, 5:] / 255)
+    filled = load(content, 3, depth=8)
+    assert torch.equal(filled[:, 5:], torch.from_numpy(array.transpose(2, 0, 1))[:, 5:])
+    mean = torch.from_numpy(array[5:].mean((0, 1))).view(3, 1, 1)
+    assert (filled[:, :5] - mean).abs().max() <= 0.51
+    with pytest.raises(BadImage, match="holds no data"):
+        load(tiff(array[:5], photometric="rgb"), 3, depth=8, nodata=0)
+    grey = noise((20, 30), "uint8")
+    content = tiff(grey, photometric="miniswhite", extratags=[(42113, "s", 0, "0", True)])
+    assert np.array_equal(load(content)[0].isnan(), grey == 0)
+
+
+# ---- data sets
+
+
+class Files:
+    """What a survey asks of a data set."""
+
+    def __init__(self, files):
+        self.paths, self.contents = list(files), list(files.values())
+
+    def read(self, index):
+        return self.contents[index]
+
+
+def test_depth_is_that_of_most_files():
+    deep, bytes_, floats = (tiff(noise((20, 30), dtype)) for dtype in ("uint16", "uint8", "float32"))
+    odd = {"a.tif": bytes_} | {f"{i}.tif": deep for i in range(200)} | {"z.tif": floats}
+    found = survey(Files(odd), Reading(1), "--data_path X")
+    assert (found.reading, found.eight_bit) == (Reading(1, depth=16), False)
+    assert found.kinds["TIFF, uint8 x 1"] == 1
+    assert sum(found.kinds.values()) == len(found.sizes) == 64
+    assert set(found.sizes) == {(20, 30)}
+    for kind, depth in ((floats, 32), (deep, 16), (bytes_, 8)):
+        files = {"a.tif": {8: deep}.get(depth, bytes_)} | {f"{i}.tif": kind for i in range(3)} | {"z.tif": b"no"}
+        found = survey(Files(files), Reading(1), "--data_path X")
+        assert found.reading.depth == depth
+        assert [error.path for error in found.bad] == ["z.tif"]
+    holed = tiff(noise((20, 30), "uint8") // 2, extratags=[(42113, "s", 0, "0", True)])
+    found = survey(Files({"a.tif": holed, "b.tif": bytes_, "c.tif": bytes_}), Reading(1), "X")
+    assert (found.reading.depth, found.eight_bit) == (16, True)
+    assert 0 < found.no_data < 0.01
+
+
+def test_other_depths_than_most_are_reported():
+    for dtype, depth, most in (("float32", 8, "are 8-bit"), ("int16", 16, "8 or 16 bits"), ("uint8", 32, "other num")):
+        with pytest.raises(BadImage, match=f"x.tif: holds {dtype} values, where most files .*{most}"):
+            load(tiff(noise((20, 30), dtype)), depth=depth)
+
+
+def test_alpha_of_a_data_set():
+    """Where most files have it, the others are opaque; where the fourth channel is none, three are another kind."""
+
+    def png_of(mode):
+        file = io.BytesIO()
+        picture().convert(mode).save(file, "PNG")
+        return file.getvalue()
+
+    clear = {f"{i}.png": png_of("RGBA") for i in range(3)}
+    reading = survey(Files(clear | {"a.png": png_of("RGB")}), Reading(4), "X").reading
+    assert reading.alpha
+    for mode in ("RGB", "L", "RGBA"):
+        content = png_of(mode)
+        expected = pixels(Image.open(io.BytesIO(content)).convert("RGBA"))
+        assert torch.equal(decode(content, "a.png", reading), expected)
+    bands = {f"{i}.tif": tiff(noise((20, 30, 4), "uint8"), extrasamples=["unspecified"] * 3) for i in range(3)}
+    reading = survey(Files(bands), Reading(4), "X").reading
+    with pytest.raises(BadImage, match="has 3 channels"):
+        decode(png_of("RGB"), "a.png", reading)
+
+
+def test_a_folder_of_the_wrong_kind(caplog, monkeypatch):
+    files = {f"{i}.tif": tiff(noise((20, 30, 5), "int16")) for i in range(100)}
+    with pytest.raises(UsageError, match=r"^X: of a sample of 64 files 64 are unreadable: 0\.tif: has 5 channels"):
+        survey(Files(files), Reading(3), "X")
+    pages = {f"{i}.tif": tiff(noise((5, 20, 30), "int16")) for i in range(3)}
+    monkeypatch.setattr(logging.getLogger("fcmae"), "propagate", True)
+    survey(Files(pages), Reading(3), "X")
+    assert "X: files of 5 pages, of which the first is read; --in_chans 5 takes all" in caplog.text
+    monkeypatch.setitem(sys.modules, "imagecodecs", None)
+    plain = {f"{i}.png": png(noise((20, 30, 3), "uint8")) for i in range(3)}
+    survey(Files(plain | {"0.tif": files["0.tif"]}), Reading(3), "X")
+    assert "X: 1 of a sample of 4 files: is a TIFF beyond Pillow: pip install tifffile imagecodecs" in caplog.text
 
 
 # ---- sizes

@@ -10,11 +10,21 @@ from timm.data import auto_augment
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import RandomResizedCropAndInterpolation
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision import transforms
+from torchvision.transforms import v2
+from torchvision.transforms.functional import to_pil_image
 
 import datasets
 from tests.pictures import MEAN, STD, finetune_args, levels, picture, pretrain_args
-from utils.data.transforms import Normalise, pretrain_transform, sample_box
+from utils.data.transforms import (
+    Augmentation,
+    Normalise,
+    eval_transform,
+    pretrain_transform,
+    sample_box,
+    train_transform,
+)
 from utils.errors import UsageError
 from utils.seeding import seed_all
 
@@ -207,3 +217,50 @@ def test_the_policy_of_the_recipes_reaches_no_bits():
     assert op.level_fn(10, op.hparams) == (0,)
     op.prob, op.magnitude, op.magnitude_std = 1.0, 10, 0
     assert op(picture()).getextrema() == ((0, 0),) * 3
+
+
+def test_pixels_without_data_count_for_nothing():
+    """Neither in a crop, where they stay NaN, nor in what is evaluated, where they become the mean."""
+    level, size = 300.0, 48
+    image = torch.full((2, 90, 120), level)
+    holes = torch.rand(90, 120, generator=torch.Generator().manual_seed(0)) < 0.1
+    holes[:40, :40] = True
+    image[:, holes] = torch.nan
+    whole = []
+    for seed in range(8):
+        torch.manual_seed(seed)
+        crop = pretrain_transform(size, 2, 0.3)(image)
+        found = crop[~crop.isnan()]
+        torch.testing.assert_close(found, torch.full_like(found, level))
+        whole.append(crop.isnan().any(0).float().mean().item())
+    assert 0 < np.mean(whole) < 0.25
+    found = eval_transform(size, 2, 1.0, (100.0, 200.0), (50.0, 50.0))(image)
+    assert set(found[0].unique().round().tolist()) == {0, 4}
+    assert set(found[1].unique().round().tolist()) == {0, 2}
+    augmentation = Augmentation(0.3, None, None, "bicubic", 0, "pixel", 1)
+    found = train_transform(size, 2, augmentation, (100.0, 200.0), (50.0, 50.0), eight_bit=False)(image)
+    assert set(found[1].unique().round().tolist()) <= {0, 2}
+
+
+@pytest.mark.parametrize("shape", [(1, 8000), (8000, 1), (3, 2000)])
+def test_thin_images_cost_what_others_cost(shape):
+    image = torch.randint(0, 256, (3, *shape), dtype=torch.uint8)
+    transform, largest = eval_transform(224, 3, 224 / 256, (0.5,) * 3, (0.5,) * 3), []
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            found = func(*args, **kwargs or {})
+            largest.append(found.numel() if isinstance(found, torch.Tensor) else 0)
+            return found
+
+    with Sizes():
+        found = transform(image)
+    assert max(largest) < 3 * 256 * 256 * 10
+    short, middle = min(shape), max(shape) // 2
+    window = slice(middle - 20 * short, middle + 20 * short)
+    cut = image[:, :, window] if shape[0] == short else image[:, window]
+    expected = v2.functional.resize(cut, 256, transforms.InterpolationMode.BICUBIC)
+    expected = v2.functional.center_crop(expected, 224) / 255 * 2 - 1
+    torch.testing.assert_close(found, expected, atol=0.02, rtol=0)
+    small = datasets.build_transform(True, finetune_args(input_size=32, aa="", reprob=0))
+    assert small(to_pil_image(image)).shape == (3, 32, 32)

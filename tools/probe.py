@@ -58,6 +58,7 @@ def add_image_arguments(parser: ArgumentParser) -> None:
     for name in ("--mean", "--std"):
         normalised = "of each channel; where not given: as in training, else ImageNet's"
         parser.add_argument(name, type=float, nargs="+", default=None, help=normalised)
+    parser.add_argument("--nodata", type=float, default=None, help="value of pixels without data; as in training")
 
 
 def fit_linear(

@@ -50,7 +50,7 @@ def load_images(args) -> torch.Tensor:
             paths.append(path)
     for path in paths[: args.max_images]:
         try:
-            image = decode(read_file(path), path, Reading(args.in_chans))
+            image = decode(read_file(path), path, Reading(args.in_chans, nodata=args.nodata))
         except BadImage as error:
             raise UsageError(f"--images {error}") from error
         if image.dtype != torch.uint8 and not args.mean:

@@ -1,6 +1,7 @@
 """The flags of both entry scripts, by groups; how they are parsed and checked is in utils/args.py."""
 
 from .args import ArgumentParser, add_bool, at_least, finite, fraction, not_negative, positive, seed, share
+from .data.images import Reading
 from .weights import MODEL_KEY
 
 CROP_HELP = "evaluation crop; where not given: 224/256, 1 up to 32 px, from 384 px on the whole, warped to a square"
@@ -72,6 +73,11 @@ def add_file_arguments(group) -> None:
         "--max_bad_images", type=fraction, default=0.01,
         help="share of unreadable training images above which the run ends after the epoch; where not given, 4 may be",
     )  # fmt: skip
+    nodata_help = "value of pixels without data, in files that do not say; they become the mean (--nodata=-1e38)"
+    group.add_argument("--nodata", type=finite, default=None, help=nodata_help)
+    group.add_argument(
+        "--max_pixels", type=at_least(1), default=Reading.max_pixels, help="larger images are refused from their header"
+    )
 
 
 def _add_run_arguments(parser: ArgumentParser) -> None:

@@ -13,7 +13,8 @@ log = logging.getLogger("fcmae")
 
 TOLD = {  # what a checkpoint tells of its training, and in which types
     "input_size": int, "crop_pct": (float, int, type(None)), "mean": (list, type(None)), "std": (list, type(None)),
-    "depth": (int, type(None)), "imagenet_default_mean_and_std": bool, "norm_pix_loss": bool,
+    "depth": (int, type(None)), "nodata": (float, int, type(None)), "imagenet_default_mean_and_std": bool,
+    "norm_pix_loss": bool,
 }  # fmt: skip
 NORMALISATION = {"mean", "std", "imagenet_default_mean_and_std"}
 

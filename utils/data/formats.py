@@ -70,7 +70,7 @@ def read_stored(content: bytes, path: str, in_chans: int, nodata: float | None, 
         if content.startswith(TIFFS):
             return _read_tiff(content, in_chans, nodata, max_pixels)
         if isinstance(error, UnidentifiedImageError):
-            raise ValueError("is no image that Pillow knows") from None
+            raise ValueError("not an image file that Pillow knows") from None
         raise
     with image:
         if content.startswith(TIFFS) and not _plain_tiff(image):

@@ -48,7 +48,7 @@ class Augmentation:
 
 
 class Normalise:
-    """uint8 or float32 (..., C, H, W) -> float32: uint8 divided by 255, then (value - mean) / std of each channel."""
+    """uint8 or float32 (..., C, H, W) -> float32: uint8 divided by 255, then (value - mean) / std; NaN stays NaN."""
 
     def __init__(self, mean: tuple[float, ...], std: tuple[float, ...], device: torch.device | str = "cpu"):
         self.mean, self.std = (torch.tensor(values, device=device).view(-1, 1, 1) for values in (mean, std))
@@ -84,16 +84,16 @@ def eval_crop(size: int, crop_pct: float | None = None) -> float | None:
 
 
 def pretrain_transform(size: int, in_chans: int, min_crop: float) -> Callable:
-    """Random resized crop and flip; the tensor is of the image's type, see `utils.data` on normalisation."""
+    """Random resized crop and flip; the tensor is of the image's type, NaN where there is no data; see `utils.data`."""
     crop = partial(random_resized_crop, size=size, min_crop=min_crop)
     return v2.Compose([partial(to_tensor, in_chans=in_chans), crop])
 
 
 def eval_transform(size: int, in_chans: int, crop_pct: float | None, mean, std) -> Callable:
     """The normalised centre of a resized image; crop_pct as from `eval_crop`."""
-    resized = int(size / crop_pct) if crop_pct else (size, size)
-    crop = [v2.Resize(resized, BICUBIC), v2.CenterCrop(size)]
-    return v2.Compose([partial(to_tensor, in_chans=in_chans), *crop, Normalise(mean, std)])
+    resize = partial(resize_data, resize=v2.Resize(int(size / crop_pct) if crop_pct else (size, size), BICUBIC))
+    crop = [middle, resize, v2.CenterCrop(size)] if crop_pct else [resize]
+    return v2.Compose([partial(to_tensor, in_chans=in_chans), *crop, Normalise(mean, std), fill])
 
 
 def train_transform(
@@ -115,13 +115,14 @@ def train_transform(
     if augmentation.auto_augment:
         log.info("--aa %s: is made for 8-bit RGB images, so it is off", augmentation.auto_augment)
     if size <= SMALL_INPUT_SIZE:
-        crop = [v2.Resize(size, BICUBIC), v2.RandomCrop(size, padding=4), v2.RandomHorizontalFlip()]
+        resize = partial(resize_data, resize=v2.Resize(size, BICUBIC))
+        crop = [middle, resize, v2.RandomCrop(size, padding=4), v2.RandomHorizontalFlip()]
     else:
         crop = [partial(random_resized_crop, size=size, min_crop=augmentation.min_crop)]
     erase = RandomErasing(
         augmentation.re_prob, mode=augmentation.re_mode, max_count=augmentation.re_count, device="cpu"
     )
-    return transforms.Compose([partial(to_tensor, in_chans=in_chans), *crop, Normalise(mean, std), erase])
+    return transforms.Compose([partial(to_tensor, in_chans=in_chans), *crop, Normalise(mean, std), fill, erase])
 
 
 def random_resized_crop(image: torch.Tensor, size: int, min_crop: float) -> torch.Tensor:
@@ -129,8 +130,30 @@ def random_resized_crop(image: torch.Tensor, size: int, min_crop: float) -> torc
     top, left, height, width, mirrored = sample_box(image.shape[1], image.shape[2], min_crop)
     image = image[:, top : top + height, left : left + width]  # before resizing: its filter must not see beyond
     if height != size or width != size:
-        image = F.interpolate(image[None], (size, size), mode="bicubic", antialias=True)[0]
+        image = resize_data(image, lambda x: F.interpolate(x[None], (size, size), mode="bicubic", antialias=True)[0])
     return image.flip(-1) if mirrored else image
+
+
+def resize_data(image: torch.Tensor, resize: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """An image (C, H, W) resized: what has no data, NaN, counts for nothing, and is where most of a pixel has none."""
+    if image.dtype == torch.uint8 or not (holes := image.isnan()).any():
+        return resize(image)
+    share = resize((~holes).to(image.dtype))
+    return torch.where(share > 0.5, resize(image.masked_fill(holes, 0)) / share, torch.nan)
+
+
+def fill(image: torch.Tensor) -> torch.Tensor:
+    """The mean, 0, for no data in a normalised image."""
+    return image.nan_to_num_(0.0)
+
+
+def middle(image: torch.Tensor | Image.Image) -> torch.Tensor | Image.Image:
+    """The middle of an image that is longer than 8 times its short side, as enlarging all of it may take gigabytes."""
+    height, width = v2.functional.get_size(image)
+    most = 8 * min(height, width)
+    return (
+        v2.functional.center_crop(image, [min(height, most), min(width, most)]) if max(height, width) > most else image
+    )
 
 
 def sample_box(height: int, width: int, min_crop: float) -> tuple[int, int, int, int, bool]:
@@ -171,7 +194,7 @@ def _timm_transform(size: int, augmentation: Augmentation, mean, std) -> Callabl
     _guard_posterize(transform)
     if size <= SMALL_INPUT_SIZE:
         bicubic = transforms.Resize(size, BICUBIC)  # does nothing to images of that size
-        transform.transforms[0] = transforms.Compose([bicubic, transforms.RandomCrop(size, padding=4)])
+        transform.transforms[0] = transforms.Compose([middle, bicubic, transforms.RandomCrop(size, padding=4)])
     transform.transforms.insert(0, _to_rgb)
     return transform
 
