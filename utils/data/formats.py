@@ -179,12 +179,15 @@ def _read_png16(content: bytes) -> Stored:
 
 def _plain_tiff(image: Image.Image) -> bool:
     """Whether a TIFF is grey, a palette or colour of 8 bits, or grey of 16, in one page: Pillow reads it faster."""
-    tags, channels = image.tag_v2, len(image.getbands())
-    bits, modes = max(tags.get(258, (1,))), ("1", "L", "P", "RGB", "CMYK", "YCbCr")
-    plain = image.mode in modes if bits <= 8 else (image.mode, bits, tags.get(262)) == ("I;16", 16, 1)
-    plain &= set(tags.get(339, (1,))) == {1} and tags.get(277, 1) == channels and GDAL_NODATA not in tags
-    with suppress(Exception):  # pages that Pillow has no mode for
-        return plain and not tags.get(254, 0) & 5 and (channels > 1 or image.n_frames == 1)
+    tag, channels = image.tag_v2.get, len(image.getbands())
+    modes = ("1", "L", "P", "RGB", "CMYK", "YCbCr") if max(tag(258, (1,))) <= 8 else ("I;16",) * (tag(258) == (16,))
+    with suppress(Exception):  # from pages that Pillow has no mode for
+        return (
+            image.mode in modes
+            and (channels > 1 or (image.n_frames == 1 and (image.mode != "I;16" or tag(262) == 1)))
+            and (tag(277, 1), tag(284, 1), set(tag(339, (1,))), tag(254, 0) & 5) == (channels, 1, {1}, 0)
+            and GDAL_NODATA not in image.tag_v2
+        )
     return False
 
 
