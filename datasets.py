@@ -18,7 +18,6 @@ from utils.data.files import ClassFolders, ImageFiles, ImageList, class_names, d
 from utils.data.images import BadImage, Reading, Survey, load_image, survey, to_tensor
 from utils.data.sampling import (
     EvalLoader,
-    EvalSamples,
     StepLoader,
     StepSampler,
     TrainSamples,
@@ -97,8 +96,7 @@ def build_pretrain_dataset(args) -> Dataset:
 def unlabelled_files(args) -> ImageFiles:
     """The training files of --data_set IMNET or image_folder, without labels and a transform."""
     if args.train_list:
-        missing = partial(max_bad, args)
-        return ImageList(args.train_list, "--train_list", args.data_path, None, args.in_chans, max_missing=missing)
+        return ImageList(args.train_list, "--train_list", args.data_path, in_chans=args.in_chans)
     root, flag = _class_root(True, args)
     if args.data_set == "IMNET" and not os.path.isdir(root):
         instead = "for any folder of images give --data_set image_folder"
@@ -148,8 +146,7 @@ def labelled_files(is_train: bool, args, classes: list[str] | None = None) -> Im
             classes = class_names(*_class_root(True, args))
     if file:
         root = args.data_path if is_train else args.eval_data_path or args.data_path
-        missing = partial(max_bad, args) if is_train else None
-        return ImageList(file, flag, root, classes or [], args.in_chans, args.nb_classes, missing)
+        return ImageList(file, flag, root, classes or [], args.in_chans, args.nb_classes)
     root, flag = _class_root(is_train, args)
     if tar_shards(root):
         return open_tar(root, flag, args.in_chans, classes, nb_classes=args.nb_classes)
@@ -336,7 +333,7 @@ def build_eval_loader(dataset: Dataset, args, spread: bool) -> DataLoader:
         return DataLoader(own_shards(dataset, args.data_set, get_rank(), get_world_size()), args.batch_size, **options)
     check_same(len(dataset), "evaluation images")
     indices = range(get_rank(), len(dataset), get_world_size()) if spread else range(len(dataset))
-    return EvalLoader(EvalSamples(dataset), args.batch_size, sampler=indices, collate_fn=collate, **options)
+    return EvalLoader(dataset, batch_size=args.batch_size, sampler=indices, **options)
 
 
 def _loader_options(args, num_workers: int) -> dict:

@@ -146,14 +146,13 @@ def test_quotes_in_lists_without_labels(images):
 
 def test_missing_files_of_a_list_are_told_together(images, logs):
     text = "a/0.png 0\n" * 3 + "".join(f"gone/{i}.jpg 1\n" for i in range(12))
-    listed(images, text, [], max_missing=lambda count: count * 0.8)
+    listed(images, text, [])
     (line,) = logs.text.splitlines()
     assert "line 4: no file" in line
     assert "12 of 15 are not there" in line
     assert [f"gone/{i}.jpg" in line for i in range(12)] == [True] * 10 + [False] * 2
-    with pytest.raises(UsageError, match=r"list\.txt: line 4: no file .*gone/0\.jpg, .*\(12 of 15 are not there\)"):
-        listed(images, text, [], max_missing=lambda count: count * 0.75)
-    listed(images, text, [])  # but not all
+    with pytest.raises(UsageError, match=r"list\.txt: line 1: no file .*gone/0\.jpg, .*\(12 of 12 are not there\)"):
+        listed(images, "".join(text.splitlines(keepends=True)[3:]), [])
 
 
 def test_no_list(tmp_path):

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import datasets
 from utils.args import ArgumentParser, at_least
-from utils.data.sampling import EvalLoader, EvalSamples, collate, random_subset, with_transform
+from utils.data.sampling import EvalLoader, random_subset, with_transform
 from utils.errors import UsageError, run_cli
 from utils.flags import add_file_arguments
 from utils.metrics import Progress
@@ -40,7 +40,7 @@ def mean_std(images: Dataset, num_workers: int = 0, most: int | None = None) -> 
         UsageError: no image can be read, or a channel is the same everywhere.
     """
     sample = random_subset(with_transform(images, moments), most)
-    loader = EvalLoader(EvalSamples(sample), 8, num_workers=num_workers, collate_fn=collate)
+    loader = EvalLoader(sample, batch_size=8, num_workers=num_workers)
     progress = Progress("mean and std", len(loader), torch.device("cpu"), print_freq=max(20, len(loader) // 20))
     total, count, seen = 0, 0, 0
     for step, (found, _) in progress(loader):

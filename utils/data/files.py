@@ -4,7 +4,7 @@ import csv
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median_low
 
@@ -205,16 +205,14 @@ class ImageList(ImageFiles):
         root: the folder that paths are relative to.
         classes: None: labels are neither needed nor read. []: they tell the classes. Else the classes by their number.
         nb_classes: as for `number_labels`.
-        max_missing: how many of so many files may be missing, None: all but one; where the list is short enough, they
-            are looked for.
 
     Raises:
-        UsageError: no such file, or a line, which the message names, that is not understood; files that are missing.
+        UsageError: no such file, or a line, which the message names, that cannot be understood; no file is there.
     """
 
     def __init__(
         self, file: str, flag: str, root: str | None, classes: list[str] | None = None, in_chans: int = 3,
-        nb_classes: int | None = None, max_missing: Callable[[int], float] | None = None,
+        nb_classes: int | None = None,
     ):  # fmt: skip
         source, paths, labels, where = f"{flag} {file}", [], [], []
         for number, line in enumerate(_lines(file, source), 1):
@@ -239,7 +237,7 @@ class ImageList(ImageFiles):
             names = ", ".join(paths[i] for i in missing[:10]) + ", ..." * (len(missing) > 10)
             count = f"{len(missing)} of {len(paths)} are not there"
             found = f"{source}: {where[missing[0]]}: no file {names}; paths are absolute or below --data_path ({count})"
-            if len(missing) > (max_missing(len(paths)) if max_missing else len(paths) - 1):
+            if len(missing) == len(paths):
                 raise UsageError(found)
             log.warning("%s", found)
         targets = [0] * len(paths)

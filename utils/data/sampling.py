@@ -42,7 +42,7 @@ def readable(dataset: Dataset, indices: list[int]) -> Iterator[tuple]:
 
 def random_subset(dataset: Dataset, count: int | None) -> Dataset:
     """At most `count` images, the same ones in every run, so that runs can be compared."""
-    return Subset(dataset, shuffled_indices(dataset)[:count].sort().values.tolist())
+    return Subset(dataset, sorted(shuffled_indices(dataset)[:count].tolist()))
 
 
 def shuffled_indices(samples: Sized) -> torch.Tensor:
@@ -67,11 +67,30 @@ def first_of_each_class(dataset: Dataset, count: int, name: str) -> Subset:
     return Subset(dataset, indices)
 
 
-# ---- samples ---------------------------------------------------------------------------------------------------------
+# ---- samples, and what is wrong with unreadable images, by index -----------------------------------------------------
 
 
-class TrainSamples(Dataset):
-    """A data set read by (epoch, index), each sample under its own seed; what `collate` takes.
+class EvalSamples(Dataset):
+    """A data set by batches for `collate`, without unreadable images."""
+
+    def __init__(self, dataset: Dataset):
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitems__(self, indices: list[int]) -> tuple[list[tuple], dict[int, str]]:
+        samples, bad = [], {}
+        for index in indices:
+            try:
+                samples.append(self.dataset[index])
+            except BadImage as error:
+                bad[index] = str(error)
+        return samples, bad
+
+
+class TrainSamples(EvalSamples):
+    """A data set by batches of (epoch, index), each sample under its own seed.
 
     The place of an unreadable image is taken by one that is drawn by (seed, epoch, index).
 
@@ -82,20 +101,14 @@ class TrainSamples(Dataset):
     RETRIES = 100
 
     def __init__(self, dataset: Dataset, seed: int, sample_mask: Callable[[], torch.Tensor] | None = None):
-        self.dataset, self.seed, self.sample_mask = dataset, seed, sample_mask
-
-    def __len__(self) -> int:
-        return len(self.dataset)
+        super().__init__(dataset)
+        self.seed, self.sample_mask = seed, sample_mask
 
     def __getitem__(self, key: tuple[int, int]) -> tuple:
         return self.__getitems__([key])[0][0]
 
     def __getitems__(self, keys: list[tuple[int, int]]) -> tuple[list[tuple], dict[int, str]]:
-        """The samples of a batch; what is wrong with an unreadable image, by its index.
-
-        Seeds and masks come first, together: one by one, between images, they find the processor's caches cold, and
-        cost several times as much.
-        """
+        # seeds and masks first, together: between images, they find the processor's caches cold and cost a multiple
         words = [seed_words(self.seed, *key) for key in keys]
         masks = [self._mask(seed) for *_, seed in words]
         bad = {}
@@ -120,25 +133,6 @@ class TrainSamples(Dataset):
         raise UsageError(f"{self.RETRIES} unreadable images in a row, the first: {bad[key[1]]}")
 
 
-class EvalSamples(Dataset):
-    """A data set without its unreadable images; what `collate` takes."""
-
-    def __init__(self, dataset: Dataset):
-        self.dataset = dataset
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitems__(self, indices: list[int]) -> tuple[list[tuple], dict[int, str]]:
-        samples, bad = [], {}
-        for index in indices:
-            try:
-                samples.append(self.dataset[index])
-            except BadImage as error:
-                bad[index] = str(error)
-        return samples, bad
-
-
 def collate(found: tuple[list[tuple], dict[int, str]]) -> tuple[list | None, dict[int, str]]:
     """A batch of samples, None where there are none; and the unreadable images as they are."""
     samples, bad = found
@@ -159,11 +153,13 @@ class BadImages(dict):
 
 
 class EvalLoader(DataLoader):
-    """Batches of `EvalSamples`. bad: the images that were left out in the last pass."""
+    """Batches of the readable images of a data set. bad: the others, in the last pass."""
+
+    def __init__(self, dataset: Dataset, **options):
+        super().__init__(EvalSamples(dataset), collate_fn=collate, **options)
+        self.bad = BadImages("not evaluated")
 
     def __iter__(self) -> Iterator[list]:
-        if not hasattr(self, "bad"):
-            self.bad = BadImages("not evaluated")
         self.bad.clear()
         for batch, bad in super().__iter__():
             self.bad.add(bad)

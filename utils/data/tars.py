@@ -192,7 +192,7 @@ def open_tar(
     kept, by_label = list(range(len(names))), any(labels)
     if in_chans == 3 and any(name.lower().endswith(IMAGE_EXTENSIONS) for name in names):
         kept = [i for i in kept if names[i].lower().endswith(IMAGE_EXTENSIONS)]
-        left_out[".npy, .npz"] += len(names) - len(kept)
+        left_out += Counter({".npy, .npz": len(names) - len(kept)})
     if labelled:
         labels = labels if by_label else _class_folders(names, classes or [])
         kept = [i for i in kept if by_label or labels[i]]
