@@ -161,7 +161,10 @@ def read_alike(dataset: ImageFiles, args) -> Survey:
     """
     nodata, max_pixels = getattr(args, "nodata", None), getattr(args, "max_pixels", Reading.max_pixels)
     found = survey(dataset, Reading(args.in_chans, nodata=nodata, max_pixels=max_pixels), dataset.source)
-    dataset.reading = replace(found.reading, depth=getattr(args, "depth", None) or found.reading.depth)
+    depth = getattr(args, "depth", None) or found.reading.depth
+    if (depth == 32) != (found.reading.depth == 32):  # none of its files could be read
+        raise UsageError(f"--depth {depth}: most of {dataset.source} need --depth {found.reading.depth}")
+    dataset.reading = replace(found.reading, depth=depth)
     return found
 
 

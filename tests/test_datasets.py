@@ -21,12 +21,12 @@ from torchvision.datasets import CIFAR10, cifar
 import datasets
 import main_finetune
 import main_pretrain
-from datasets import EvalSamples, TrainSamples
+from datasets import TrainSamples
 from tests.pictures import MEAN, STD, broken_files, finetune_args, levels, picture, pretrain_args, save
 from tests.small_runs import COMMON, load, same
 from tests.test_transforms import POLICIES
 from tools import mean_std
-from utils.data.sampling import first_of_each_class
+from utils.data.sampling import EvalSamples, first_of_each_class
 from utils.data.transforms import random_resized_crop
 from utils.errors import UsageError
 from utils.seeding import seed_all
