@@ -22,14 +22,6 @@ def pytest_addoption(parser):
     parser.addoption("--real_timeout", action="store_true", help="wait for a real SLURM time limit, two minutes")
 
 
-@pytest.fixture(scope="session", autouse=True)
-def cache_home(tmp_path_factory):
-    """Indexes of tars are kept here, not in the home of whoever runs the tests."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
 @pytest.fixture
 def logs(caplog, monkeypatch):
     """The log, whether or not a script run by another test has redirected it."""

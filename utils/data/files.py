@@ -24,18 +24,12 @@ LINE = "a line is the path of an image, then, after a tab, a comma or a space, i
 class ImageFiles(Dataset):
     """Image files with their labels; an image is what `decode` makes of its file, then the transform, once one is set.
 
-    Attributes:
-        paths, targets: a file and a label for each sample.
-        reading: what `decode` is told of all of them.
-        source: what they are called in messages.
-        left_out: how many other files there are, by extension.
+    source: what they are called in messages. left_out: how many other files there are, by extension.
     """
 
-    def __init__(
-        self, paths: Sequence[str], targets: list[int], in_chans: int, source: str, left_out: Counter | None = None
-    ):
-        self.paths, self.targets, self.transform, self.reading = paths, targets, None, Reading(in_chans)
-        self.source, self.left_out = source, left_out or Counter()
+    def __init__(self, paths: Sequence[str], targets: list[int], in_chans: int, source: str, left_out: Counter):
+        self.paths, self.targets, self.transform = paths, targets, None
+        self.reading, self.source = Reading(in_chans), source
         if left_out:
             counts = ", ".join(f"{extension} {count}" for extension, count in left_out.most_common(10))
             log.info("%s: %d files left out: %s", source, sum(left_out.values()), counts)
@@ -53,11 +47,7 @@ class ImageFiles(Dataset):
 
 
 class ImageTree(ImageFiles):
-    """All images below a folder, however nested, each with the label 0.
-
-    Raises:
-        UsageError: no such folder, or no images in it.
-    """
+    """All images below a folder, however nested, each with the label 0. Raises UsageError where there are none."""
 
     def __init__(self, root: str, flag: str, in_chans: int = 3):
         folders, left_out = _image_names(root, flag, in_chans)
@@ -78,16 +68,14 @@ class ClassFolders(ImageFiles):
 
     def __init__(self, root: str, flag: str, classes: list[str] | None = None, in_chans: int = 3):
         folders, left_out = _image_names(root, flag, in_chans)
-        found = sorted(folder for folder in folders if folder and os.sep not in folder)
+        order = sorted((folder.split(os.sep)[0], folder) for folder in folders if folder)
+        found = sorted({name for name, _ in order})
         if not found:
             raise UsageError(_no_class_folders(root, flag))
-        self.classes = found if classes is None else classes
-        numbers = number_classes(found, self.classes, f"{flag} {root}: class folder")
-        paths, targets = [], []
-        for folder in sorted(folders.keys() - {""}, key=lambda folder: (folder.split(os.sep)[0], folder)):
-            paths += [os.path.join(root, folder, name) for name in folders[folder]]
-            targets += [numbers[folder.split(os.sep)[0]]] * len(folders[folder])
-        empty = sorted(set(found) - {self.classes[label] for label in set(targets)})
+        paths = [os.path.join(root, folder, file) for _, folder in order for file in folders[folder]]
+        names = [name for name, folder in order for _ in folders[folder]]
+        self.classes, targets = number_classes(names, classes or found, f"{flag} {root}: class folder")
+        empty = sorted(set(found) - set(names))
         if empty and (classes is None or not paths):
             raise UsageError(f"{flag} {root}: class folder {empty[0]!r} holds no images ({', '.join(EXTENSIONS)})")
         super().__init__(paths, targets, in_chans, f"{flag} {root}", left_out)
@@ -124,7 +112,7 @@ def class_names(folder: str | Path, flag: str) -> list[str]:
     """Sorted names of the class folders in a folder. Raises UsageError where there are none."""
     if not os.path.isdir(folder):
         raise UsageError(f"{flag} {folder}: no such folder")
-    names = sorted(entry.name for entry in os.scandir(folder) if _is_folder(entry) and not hidden(entry.name))
+    names = sorted(entry.name for entry in os.scandir(folder) if is_folder(entry) and not hidden(entry.name))
     if not names:
         raise UsageError(_no_class_folders(folder, flag))
     return names
@@ -170,7 +158,7 @@ def list_files(root: str, extensions: tuple[str, ...], left_out: Counter | None 
             log.warning("%r is left out: %s", path, error.strerror)
             entries = []
         for entry in entries:
-            if _is_folder(entry):
+            if is_folder(entry):
                 waiting.append((os.path.join(folder, entry.name), above | {this}))
             elif entry.name.lower().endswith(extensions) and (entry.is_symlink() or entry.is_file()):  # no pipe
                 names.append(entry.name)
@@ -180,7 +168,7 @@ def list_files(root: str, extensions: tuple[str, ...], left_out: Counter | None 
     return found
 
 
-def _is_folder(entry: os.DirEntry) -> bool:
+def is_folder(entry: os.DirEntry) -> bool:
     return os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()  # which fails on a link to itself
 
 
@@ -189,13 +177,14 @@ def extension(name: str) -> str:
     return os.path.splitext(name)[1].lower() or "without extension"
 
 
-def number_classes(found: list[str], classes: list[str], what: str) -> dict[str, int]:
-    """Number of each class name. Raises UsageError where a name that was found is not among them."""
-    if unknown := sorted(set(found) - set(classes)):
+def number_classes(names: list[str], classes: list[str], what: str) -> tuple[list[str], list[int]]:
+    """The classes, and the number of each name among them. Raises UsageError where it is none of them."""
+    if unknown := sorted(set(names) - set(classes)):
         raise UsageError(
             f"{what} {unknown[0]!r} is not among the {len(classes)} training classes{suggest(unknown[0], classes)}"
         )
-    return {name: i for i, name in enumerate(classes)}
+    numbers = {name: i for i, name in enumerate(classes)}
+    return classes, [numbers[name] for name in names]
 
 
 class ImageList(ImageFiles):
@@ -243,7 +232,7 @@ class ImageList(ImageFiles):
         targets = [0] * len(paths)
         if classes is not None:
             self.classes, targets = number_labels(labels, where, source, classes, nb_classes)
-        super().__init__(paths, targets, in_chans, source)
+        super().__init__(paths, targets, in_chans, source, Counter())
 
 
 def _lines(file: str, source: str) -> list[str]:

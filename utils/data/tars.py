@@ -1,25 +1,18 @@
-"""Images in `.tar` shards, read at random by an index of where each lies, which is made once and kept beside them."""
+"""Images in `.tar` shards, read at random by an index of where each lies, which is made at the start."""
 
 import glob
-import hashlib
-import json
-import logging
 import os
 import tarfile
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import lru_cache, partial
-from pathlib import Path
 
 import numpy as np
 
-from ..distributed import main_process_first
 from ..errors import UsageError
-from .files import ImageFiles, ImageTree, extension, number_classes, number_labels
+from .files import ImageFiles, ImageTree, extension, is_folder, number_classes, number_labels
 from .images import EXTENSIONS, IMAGE_EXTENSIONS, BadImage, hidden
-
-log = logging.getLogger("fcmae")
 
 TARS = (".tar", ".tar.gz", ".tgz")  # compressed ones to be refused by name
 COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")
@@ -32,7 +25,7 @@ def tar_shards(path: str) -> list[str]:
         found = [path] if os.path.isfile(path) else sorted(filter(os.path.isfile, glob.glob(path, recursive=True)))
         return found or [path] * path.endswith(TARS)
     entries = [entry for entry in os.scandir(path) if not hidden(entry.name)]
-    if any(entry.is_dir() or entry.name.lower().endswith(EXTENSIONS) for entry in entries):
+    if any(is_folder(entry) or entry.name.lower().endswith(EXTENSIONS) for entry in entries):
         return []
     return sorted(entry.path for entry in entries if entry.name.endswith(TARS))
 
@@ -73,50 +66,21 @@ class TarFiles(ImageFiles):
         return content
 
 
-def open_index(shards: list[str], flag: str) -> tuple[list[str], list[str], np.ndarray, Counter]:
+def read_index(shards: list[str], flag: str) -> tuple[list[str], list[str], np.ndarray, Counter]:
     """Names of the images of some tars, sorted; their `.cls` labels or ""; their `TarFiles.places`; what is left out.
-
-    This is kept, while no tar changes, beside the first.
 
     Raises:
         UsageError: a file that is no tar, or one that is compressed, cut short or damaged.
     """
-    folder = os.path.dirname(shards[0])
-    names = [os.path.relpath(shard, folder) for shard in shards]
-    try:
-        stamps = [(status.st_ino, status.st_size, status.st_mtime_ns) for status in map(os.stat, shards)]
-    except OSError as error:
-        raise UsageError(f"{flag} {error.filename}: {error.strerror}") from error
     opened.cache_clear()  # of tars that may have been replaced
-    stamp = json.dumps([2, EXTENSIONS, names, stamps])
-    kept = Path(folder, f".fcmae-{hashlib.sha256(os.fsencode(' '.join(names))).hexdigest()[:16]}.npz")
-    try:
-        with np.load(kept) as content:
-            head = json.loads(content["head"].tobytes())
-            if head["stamp"] == stamp:
-                return head["names"], head["labels"], content["places"], Counter(head["left_out"])
-    except Exception:  # none yet, or damaged in any way: it is made anew
-        pass
-    log.info("%s: reading the headers of %d tars, once", flag, len(shards))
     if len(shards) == 1:
         found = [_scan(flag, shards[0])]
     else:
         with ProcessPoolExecutor(min(len(shards), os.cpu_count() or 1)) as pool:
             found = list(pool.map(partial(_scan, flag), shards))
     rows = sorted((name, k, *row) for k, (images, _) in enumerate(found) for name, row in images.items())
-    names, labels = [row[0] for row in rows], [row[-1] for row in rows]
     places = np.array([row[1:4] for row in rows], np.int64).reshape(-1, 3)
-    left_out = sum((counts for _, counts in found), Counter())
-    head = json.dumps({"stamp": stamp, "names": names, "labels": labels, "left_out": left_out})
-    aside = kept.with_suffix(f".{os.getpid()}")
-    try:
-        with open(aside, "wb") as file:
-            np.savez(file, head=np.frombuffer(head.encode(), np.uint8), places=places)
-        os.replace(aside, kept)
-    except OSError as error:
-        aside.unlink(missing_ok=True)
-        log.warning("%s: the index of its tars is made anew at every start, as it cannot be kept (%s)", flag, error)
-    return names, labels, places, left_out
+    return [row[0] for row in rows], [row[4] for row in rows], places, sum((counts for _, counts in found), Counter())
 
 
 def _scan(flag: str, path: str) -> tuple[dict[str, tuple[int, int, str]], Counter]:
@@ -144,7 +108,9 @@ def _scan(flag: str, path: str) -> tuple[dict[str, tuple[int, int, str]], Counte
                     raise ValueError(f"{name} is stored as a sparse file: pack without --sparse")
                 else:
                     places[name] = (member.offset_data, member.size)  # of two, the later, as when unpacked
-    except (OSError, ValueError, tarfile.TarError) as error:
+    except OSError as error:
+        raise UsageError(f"{flag} {path}: {error.strerror}") from error
+    except (ValueError, tarfile.TarError) as error:
         raise UsageError(f"{flag} {path}: not a tar of images ({error})") from error
     return {name: (*place, labels.get(_key(name), "")) for name, place in places.items()}, left_out
 
@@ -185,8 +151,7 @@ def open_tar(
         UsageError: a file that is no tar, no images, no labels, or a class that is not among `classes`.
     """
     source, shards = f"{flag} {path}", [os.path.abspath(shard) for shard in tar_shards(path) or [path]]
-    with main_process_first():
-        names, labels, places, left_out = open_index(shards, flag)
+    names, labels, places, left_out = read_index(shards, flag)
     if not names:
         raise UsageError(f"{source}: not a tar of images (holds no {', '.join(EXTENSIONS)}; unpack tars in it)")
     kept, by_label = list(range(len(names))), any(labels)
@@ -204,10 +169,7 @@ def open_tar(
     if not names:
         raise UsageError(f"{source}: holds no labels; a labelled image is CLASS/NAME.jpg, or NAME.jpg beside NAME.cls")
     if not by_label:
-        found = sorted(set(labels))
-        dataset.classes = found if classes is None else classes
-        numbers = number_classes(found, dataset.classes, f"{source}: class")
-        dataset.targets = [numbers[label] for label in labels]
+        dataset.classes, dataset.targets = number_classes(labels, classes or sorted({*labels}), f"{source}: class")
     elif "" in labels:
         raise UsageError(f"{source}: {dataset.paths[labels.index('')]} has no .cls file, as others have")
     else:
