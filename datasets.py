@@ -228,13 +228,13 @@ def _named_dataset(is_train: bool, args) -> Dataset:
             with main_process_first():
                 return build(_data_path(args), train=is_train, download=True)
         except (OSError, RuntimeError) as error:
-            reason = f"{args.data_set} is not there and cannot be downloaded ({error})"
-            raise UsageError(f"--data_path {args.data_path}: {reason}") from error
-    if args.data_set.startswith(("hfds/", "hfids/")):
-        instead = "write its images to .tar shards, which --data_set image_folder and wds/ read"
-        raise UsageError(f"--data_set {args.data_set}: Hugging Face's data sets are not read; {instead}")
+            missing = f"{args.data_set} is not there and cannot be downloaded"
+            raise UsageError(f"--data_path {args.data_path}: {missing} ({error})") from error
     if not args.data_set.startswith(TIMM_SCHEMES):
         known = f"one of {', '.join(DATA_SETS)}, or a timm name with a scheme ({' '.join(TIMM_SCHEMES)})"
+        known += "; write Hugging Face's to .tar shards, which image_folder and wds/ read" * args.data_set.startswith(
+            "hf"
+        )
         raise UsageError(f"--data_set {args.data_set}: unknown{suggest(args.data_set, DATA_SETS)}; {known}")
     root = None if is_train else getattr(args, "eval_data_path", None)
     root = root or (_data_path(args) if args.data_set.startswith("torch/") else args.data_path)
@@ -263,19 +263,15 @@ def labelled_splits(args) -> tuple[Dataset, Dataset]:
     Raises:
         UsageError: images without labels, one class alone, no test images, or a data set that is only streamed.
     """
-    if args.data_set not in FOLDERS:
-        train = _named_dataset(True, args)
-        if isinstance(train, IterableDataset):
-            raise UsageError(f"--data_set {args.data_set}: is streamed; a data set whose images have indices is needed")
-        train.transform = build_transform(False, args, detect_bit_depth(train, args))
-        return train, build_dataset(False, args)[0]
-    train = labelled_files(True, args)
+    train = labelled_files(True, args) if args.data_set in FOLDERS else _named_dataset(True, args)
+    if isinstance(train, IterableDataset):
+        raise UsageError(f"--data_set {args.data_set}: is streamed; a data set whose images have indices is needed")
     train.transform = build_transform(False, args, detect_bit_depth(train, args))
-    source = args.train_list or args.data_path
-    if len(train.classes) < 2:
-        raise UsageError(f"{source}: has one class folder, {train.classes[0]}; at least two are needed")
-    if args.data_set == "IMNET" or args.eval_data_path or args.eval_list:
-        return train, build_dataset(False, args, train.classes)[0]
+    classes, source = getattr(train, "classes", None), args.train_list or args.data_path
+    if isinstance(train, ImageFiles) and len(classes) < 2:
+        raise UsageError(f"{source}: has one class folder, {classes[0]}; at least two are needed")
+    if args.data_set != "image_folder" or args.eval_data_path or args.eval_list:
+        return train, build_dataset(False, args, classes)[0]
     count, parts = Counter(), ([], [])
     for i, label in enumerate(train.targets):
         count[label] += 1

@@ -76,7 +76,7 @@ def test_image_folder_data_set(folders):
         ({"data_set": "IMNET"}, "IMNET needs --data_path"),
         ({"data_set": "CIFAR"}, "CIFAR needs --data_path"),
         ({"data_set": "torch/image_folder"}, "needs --data_path"),
-        ({"data_set": "hfds/x"}, "--data_set hfds/x: Hugging Face's data sets are not read; .*tar shards, .*wds/ read"),
+        ({"data_set": "hfds/x"}, "--data_set hfds/x: unknown; .*Hugging Face.*tar shards, .*wds/ read"),
         ({"data_set": "shape"}, r"unknown \(did you mean shapes\?\)"),
         ({"data_set": "cifar"}, r"unknown.*one of IMNET, image_folder, CIFAR, CIFAR10, shapes"),
         ({"data_set": "torch/nothing_of_the_kind", "data_path": "{}"}, "timm could not open it.*nothing_of_the_kind"),
@@ -473,10 +473,9 @@ def test_what_the_training_data_hold_is_told_on_a_screen(tmp_path, logs):
     datasets.build_dataset(True, finetune_args(**flags))
     for words in (
         rf"--data_path {tmp_path}: 3 files left out: .txt 2, .doc 1",
-        "30 images, 3 channels, read as bytes; of a sample of 30: 29 ",
-        ", 1 unreadable",
-        "height: 30 to 60 pixels, median 60",
-        "width: 20 to 50 pixels, median 40",
+        "30 images, 3 channels, read as bytes",
+        "in a sample of 30: 29 PNG, uint8 x 3; 1 unreadable",
+        "heights 30 to 60, median 60; widths 20 to 50, median 40; no data in 0 % of the pixels",
         "17 of 30 images are smaller than --input_size 32 and enlarged",
         "images per class: smallest 4 (ant), median 12 (bee), largest 14 (cat)",
         "1 of 3 classes have fewer than 10 images: ant 4",

@@ -82,21 +82,13 @@ class ClassFolders(ImageFiles):
 
 
 def describe(dataset: ImageFiles, found: Survey, input_size: int) -> None:
-    """Log what a data set of files holds, on a screen at most, and warn of what is seldom meant.
-
-    Args:
-        found: of a sample of its files.
-        input_size: side of the training images.
-    """
-    reading, sample = dataset.reading, len(found.sizes) + len(found.bad)
-    counts = f"{len(dataset)} images, {reading.in_chans} channels, read as {DEPTHS[reading.depth]}"
-    kinds = [f"{count} {kind}" for kind, count in found.kinds.most_common(8)]
-    kinds += [f"{len(found.bad)} unreadable"] * bool(found.bad)
-    log.info("%s: %s; of a sample of %d: %s", dataset.source, counts, sample, ", ".join(kinds))
-    for name, sides in zip(("height", "width"), zip(*found.sizes, strict=True), strict=True):
-        log.info("%s: %d to %d pixels, median %d", name, min(sides), max(sides), median_low(sides))
-    if found.no_data:
-        log.info("no data: in %.2g %% of the pixels", 100 * found.no_data)
+    """Log what a data set of files holds, `found` in a sample of them, and warn of what is seldom meant."""
+    depth, sample = DEPTHS[dataset.reading.depth], len(found.sizes) + len(found.bad)
+    kinds = Counter(found.kinds) + Counter(unreadable=len(found.bad))
+    heights, widths = (f"{min(x)} to {max(x)}, median {median_low(x)}" for x in zip(*found.sizes, strict=True))
+    log.info("%s: %d images, %d channels, read as %s", dataset.source, len(dataset), dataset.reading.in_chans, depth)
+    log.info("in a sample of %d: %s", sample, "; ".join(f"{count} {kind}" for kind, count in kinds.most_common(9)))
+    log.info("heights %s; widths %s; no data in %.2g %% of the pixels", heights, widths, 100 * found.no_data)
     if small := sum(min(size) < input_size for size in found.sizes):
         log.warning("%d of %d images are smaller than --input_size %d and enlarged", small, sample, input_size)
     if classes := getattr(dataset, "classes", None):
