@@ -232,9 +232,8 @@ def _named_dataset(is_train: bool, args) -> Dataset:
             raise UsageError(f"--data_path {args.data_path}: {missing} ({error})") from error
     if not args.data_set.startswith(TIMM_SCHEMES):
         known = f"one of {', '.join(DATA_SETS)}, or a timm name with a scheme ({' '.join(TIMM_SCHEMES)})"
-        known += "; write Hugging Face's to .tar shards, which image_folder and wds/ read" * args.data_set.startswith(
-            "hf"
-        )
+        if args.data_set.startswith(("hfds/", "hfids/")):
+            known = "write Hugging Face's data sets to .tar shards, which image_folder and wds/ read"
         raise UsageError(f"--data_set {args.data_set}: unknown{suggest(args.data_set, DATA_SETS)}; {known}")
     root = None if is_train else getattr(args, "eval_data_path", None)
     root = root or (_data_path(args) if args.data_set.startswith("torch/") else args.data_path)
