@@ -15,7 +15,7 @@ from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
 from utils.args import given
 from utils.data import transforms
 from utils.data.files import ClassFolders, ImageFiles, ImageList, class_names, describe
-from utils.data.images import BadImage, Reading, Survey, load_image, survey, to_tensor
+from utils.data.images import Reading, Survey, load_image, survey, to_tensor
 from utils.data.sampling import (
     EvalLoader,
     StepLoader,
@@ -23,6 +23,7 @@ from utils.data.sampling import (
     TrainSamples,
     collate,
     own_shards,
+    readable,
     stream_workers,
     with_transform,
 )
@@ -187,11 +188,14 @@ def detect_bit_depth(dataset: Dataset, args, tell: bool = False) -> bool:
         eight_bit = dataset.reading.depth == 8
         known = eight_bit or found.eight_bit
     else:
+        plain = with_transform(dataset, partial(to_tensor, in_chans=args.in_chans))
         try:
-            image = with_transform(dataset, partial(to_tensor, in_chans=args.in_chans))[0][0]
-        except (BadImage, UsageError) as error:
+            sample = next(readable(plain, range(min(len(dataset), 100))), None)
+        except UsageError as error:
             raise UsageError(f"{source}: {error}") from error
-        eight_bit = known = image.dtype == torch.uint8
+        if sample is None:
+            raise UsageError(f"{source}: its first images are unreadable")
+        eight_bit = known = sample[0].dtype == torch.uint8
     if not known and not args.mean:
         raise UsageError(f"{source}: not of 8 bits, which needs {MEAN_STD_HINT.format(args.in_chans)}")
     if isinstance(dataset, ImageFiles):

@@ -163,6 +163,7 @@ def test_cifar_without_network(tmp_path, monkeypatch):
 
 def test_timm_data_set_end_to_end(spoiled, logs):
     """torch/image_folder of timm.data.create_dataset, down to batches, broken files among the images."""
+    shutil.copy(spoiled / "train/bee/0-text.png", spoiled / "train/ant/0.png")  # the first
     flags = {"data_set": "torch/image_folder", "data_path": spoiled, "input_size": 32, "num_workers": 0}
     args = finetune_args(batch_size=7, **flags)
     dataset, nb_classes = datasets.build_dataset(True, args)
@@ -460,6 +461,9 @@ def test_depth_is_that_of_most_files_and_is_kept(scripts, tmp_path, given):
         last = ("--resume", tmp_path / "out/checkpoint-1.pth", "--eval", "true")
         assert scripts.finetune(*flags[:4], *last).code == 0
     assert taken == [depth] * 3
+    result = scripts.finetune(*flags[:4], "--in_chans", 1, "--depth", 32)
+    assert (result.code, "--depth 32: most of --data_path " in result.err) == (2, True)
+    assert result.err.endswith("need --depth 8\n")
 
 
 def test_what_the_training_data_hold_is_told_on_a_screen(tmp_path, logs):

@@ -97,6 +97,13 @@ def test_what_training_skips_and_how_it_reads(tmp_path, capsys):
     expected = tool(mean_std, capsys, "--data_path", tmp_path / "holes", "--in_chans", 1)
     np.save(tmp_path / "holes/4.npy", np.full((20, 30), np.nan, np.float32))
     assert tool(mean_std, capsys, "--data_path", tmp_path / "holes", "--in_chans", 1) == expected
+    holes[:, :5] = -9
+    for i, array in enumerate(holes):
+        np.save(tmp_path / f"holes/{i}.npy", array)
+    words = tool(mean_std, capsys, "--data_path", tmp_path / "holes", "--in_chans", 1, "--nodata", -9).split()
+    mean, square = (np.mean([x.mean() for x in values[:, 5:]]) for values in (holes, holes**2))
+    assert float(words[1]) == pytest.approx(mean, rel=1e-5)
+    assert float(words[3]) == pytest.approx((square - mean**2) ** 0.5, rel=1e-4)
 
 
 def test_a_list_and_progress(tmp_path, capsys):

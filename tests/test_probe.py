@@ -252,6 +252,7 @@ def test_unreadable_images_of_knn(tmp_path):
     result = scripts.pretrain("--knn_freq", 3, "--eval_data_path", scripts.val)
     assert result.code == 0, result.err
     assert f"unreadable image, not evaluated: {damaged}" in result.out
+    assert "k-NN: 1 unreadable images left out" in result.out
     images = [(torch.ones(2, 3), torch.tensor([0, 1]))]
     assert knn.knn_accuracy(lambda imgs: imgs, 3, images, images, CPU) == 50
     for loaders in ((images, []), ([], images)):

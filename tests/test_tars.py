@@ -203,6 +203,16 @@ def test_tars_without_images(tmp_path):
         open_tar(str(tmp_path / "y/*.tar"), "--data_path", 3)
 
 
+def test_members_that_are_left_out_are_counted(tars, logs):
+    with tarfile.open(tars / "one.tar", "a") as tar:
+        add(tar, "../up.jpg", jpeg(0))
+        add(tar, "/abs/0.jpg", jpeg(1))
+    found = open_tar(str(tars / "one.tar"), "--data_path", 3)
+    assert "abs" in found.classes  # below the root, as tar unpacks it
+    assert "--data_path" in logs.text
+    assert "5 files left out: links and devices 3, .txt 1, names with .. 1" in logs.text
+
+
 def test_a_sparse_member_is_refused(tmp_path):
     """GNU tar stores its data in pieces."""
     with tarfile.open(tmp_path / "x.tar", "w", format=tarfile.PAX_FORMAT) as tar:

@@ -4,6 +4,7 @@ The protocol of instance discrimination (arXiv 1805.01978, section 3.4), which D
 similarity, the k nearest training images vote, each with the weight exp(similarity / temperature).
 """
 
+import logging
 from collections.abc import Callable
 from functools import partial
 
@@ -15,6 +16,8 @@ from torch.utils.data import DataLoader
 from .amp import Amp
 from .distributed import all_gather, all_reduce_sum
 from .errors import UsageError
+
+log = logging.getLogger("fcmae")
 
 SIMILARITIES = 2**26  # computed at once: 256 MiB
 
@@ -74,6 +77,9 @@ def knn_accuracy(encode: Callable, dim: int, train_loader: DataLoader, test_load
     seen = all_reduce_sum(torch.tensor(len(truth), device=amp.device)).item()
     if not len(labels) or not seen:
         raise UsageError("k-NN accuracy: none of the labelled images can be read; see the warnings above")
+    bad = sum(len(getattr(loader, "bad", ())) for loader in (train_loader, test_loader))
+    if bad := all_reduce_sum(torch.tensor(bad, device=amp.device)).item():
+        log.info("k-NN: %d unreadable images left out", bad)
     correct = torch.zeros((), dtype=torch.int64, device=amp.device)
     if len(truth):
         correct += (knn_votes(features, labels, queries, int(labels.max()) + 1).argmax(dim=1) == truth).sum()

@@ -9,7 +9,7 @@ import copy
 import itertools
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Sized
+from collections.abc import Callable, Iterator, Sequence, Sized
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -23,9 +23,6 @@ from .images import BadImage
 log = logging.getLogger("fcmae")
 
 
-# ---- parts of data sets ----------------------------------------------------------------------------------------------
-
-
 def with_transform(dataset: Dataset, transform: Callable) -> Dataset:
     """The same samples under another transform; the data set that is given keeps its own."""
     dataset = copy.copy(dataset)
@@ -33,7 +30,7 @@ def with_transform(dataset: Dataset, transform: Callable) -> Dataset:
     return dataset
 
 
-def readable(dataset: Dataset, indices: list[int]) -> Iterator[tuple]:
+def readable(dataset: Dataset, indices: Sequence[int]) -> Iterator[tuple]:
     """The samples of those images that can be read."""
     for index in indices:
         with contextlib.suppress(BadImage):
@@ -147,9 +144,10 @@ class BadImages(dict):
 
     def add(self, bad: dict[int, str]) -> None:
         self.update(bad)
-        for message in {*bad.values()} - self.told:
-            self.told.add(message)
-            log.warning("unreadable image, %s: %s", self.fate, message)
+        for message in bad.values():
+            if message not in self.told:
+                self.told.add(message)
+                log.warning("unreadable image, %s: %s", self.fate, message)
 
 
 class EvalLoader(DataLoader):
@@ -230,9 +228,9 @@ class StepSampler(Sampler):
 class Batch:
     """One forward pass of an optimizer step.
 
-    data: what the loader collated. loss_weight: factor on the batch's mean loss, such that the gradients averaged over
-    processes and added up over a step's batches are those of the mean over the step's samples; 0 where the samples are
-    another process's and must not be counted. last: in its step.
+    loss_weight: factor on the batch's mean loss, such that the gradients averaged over processes and added up over a
+    step's batches are those of the mean over the step's samples; 0 where the samples are another process's and must not
+    be counted. last: in its step.
     """
 
     data: list
@@ -241,17 +239,10 @@ class Batch:
 
 
 class StepLoader:
-    """A training loader by optimizer steps.
+    """A training loader by optimizer steps; of an iterable data set, which has its own order, each is a full one.
 
-    An iterable data set gives its own order, of which the sampler counts the steps alone: each is a full one.
-
-    Args:
-        batch_transform: makes the model's input (N, C, H, W) of a batch's images, once they are on the device; None:
-            they are it. `utils.data` says which stage normalises where, and why.
-        max_bad: so many images may be unreadable.
-
-    Attributes:
-        bad: of this process, in this epoch.
+    batch_transform: makes the model's input (N, C, H, W) of a batch's images, once they are on the device, see
+    `utils.data`; None: they are it. bad: images of this epoch and process that are unreadable; max_bad: so many may be.
     """
 
     def __init__(
@@ -307,18 +298,18 @@ def stream_workers(dataset: IterableDataset, name: str, num_workers: int, world_
     Raises:
         UsageError: fewer shards than processes.
     """
-    workers = num_workers
     if name.startswith("wds/"):
         shards = len(dataset.reader.split_info.filenames)
         if shards < world_size:
             more = f"start {shards}, or write more"
             raise UsageError(f"--data_set {name}: {shards} shards for {world_size} processes; {more}")
-        if workers * world_size > shards:
-            workers = shards // world_size
-            log.info("--num_workers %d: lowered to %d, for %d shards in all", num_workers, workers, shards)
-    if workers:
-        dataset.set_loader_cfg(workers)
-    return workers
+        if num_workers * world_size > shards:
+            fewer = shards // world_size
+            log.info("--num_workers %d: lowered to %d, for %d shards in all", num_workers, fewer, shards)
+            num_workers = fewer
+    if num_workers:
+        dataset.set_loader_cfg(num_workers)
+    return num_workers
 
 
 def own_shards(dataset: IterableDataset, name: str, rank: int, world_size: int) -> Dataset:

@@ -94,6 +94,8 @@ def _scan(flag: str, path: str) -> tuple[dict[str, tuple[int, int, str]], Counte
             while (member := _next(tar, name)) is not None:
                 tar.members.clear()  # of a million, gigabytes
                 parts = [part for part in member.name.split("/") if part not in ("", ".")]
+                if ".." in parts:  # which an unpacking would put elsewhere
+                    left_out["names with .."] += 1
                 if member.isdir() or any(map(hidden, parts)):
                     continue
                 name = "/".join(parts)
