@@ -168,6 +168,10 @@ def test_arrays_count_where_they_are_asked_for(tmp_path):
     assert [os.path.basename(path) for path in ImageTree(str(tmp_path / "mixed"), "--data_path").paths] == ["x.png"]
     assert len(ImageTree(str(tmp_path / "mixed"), "--data_path", in_chans=4)) == 2
     assert len(ImageTree(str(tmp_path / "arrays"), "--data_path")) == 1
+    save(picture(), tmp_path / "arrays/preview.png")
+    for i in range(2):
+        np.save(tmp_path / f"arrays/{i}.npy", np.zeros((3, 8, 8), np.float32))
+    assert len(ImageTree(str(tmp_path / "arrays"), "--data_path")) == 4  # one file does not decide
 
 
 def test_files_keep_their_order(tmp_path):

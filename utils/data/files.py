@@ -115,16 +115,21 @@ def _no_class_folders(folder: str | Path, flag: str) -> str:
 
 
 def _image_names(root: str, flag: str, in_chans: int) -> tuple[dict[str, list[str]], Counter]:
-    """Every folder below root with its images, and `left_out`; of RGB data, arrays count only where all are arrays."""
+    """Every folder below root with its images; how many other files there are, by extension."""
     if not os.path.isdir(root):
         raise UsageError(f"{flag} {root}: no such folder")
     left_out = Counter()
     folders = list_files(root, EXTENSIONS, left_out)
-    if in_chans == 3 and any(name.lower().endswith(IMAGE_EXTENSIONS) for names in folders.values() for name in names):
+    if arrays_beside([name for names in folders.values() for name in names], in_chans):
         for folder, names in folders.items():
             folders[folder] = [name for name in names if name.lower().endswith(IMAGE_EXTENSIONS)]
             left_out.update(extension(name) for name in set(names) - set(folders[folder]))
     return folders, left_out
+
+
+def arrays_beside(names: list[str], in_chans: int) -> bool:
+    """Whether arrays are something else, beside images: of RGB data, where they are not most of the files."""
+    return in_chans == 3 and 2 * sum(name.lower().endswith(IMAGE_EXTENSIONS) for name in names) >= len(names)
 
 
 def list_files(root: str, extensions: tuple[str, ...], left_out: Counter | None = None) -> dict[str, list[str]]:

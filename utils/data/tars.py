@@ -11,7 +11,7 @@ from functools import lru_cache, partial
 import numpy as np
 
 from ..errors import UsageError
-from .files import ImageFiles, ImageTree, extension, is_folder, number_classes, number_labels
+from .files import ImageFiles, ImageTree, arrays_beside, extension, is_folder, number_classes, number_labels
 from .images import EXTENSIONS, IMAGE_EXTENSIONS, BadImage, hidden
 
 TARS = (".tar", ".tar.gz", ".tgz")  # compressed ones to be refused by name
@@ -157,7 +157,7 @@ def open_tar(
     if not names:
         raise UsageError(f"{source}: not a tar of images (holds no {', '.join(EXTENSIONS)}; unpack tars in it)")
     kept, by_label = list(range(len(names))), any(labels)
-    if in_chans == 3 and any(name.lower().endswith(IMAGE_EXTENSIONS) for name in names):
+    if arrays_beside(names, in_chans):
         kept = [i for i in kept if names[i].lower().endswith(IMAGE_EXTENSIONS)]
         left_out += Counter({".npy, .npz": len(names) - len(kept)})
     if labelled:
