@@ -287,7 +287,7 @@ def test_any_layout_is_drawn(draw, scripts, checkpoint, tmp_path):
         ("", "nothing to draw: give --reconstructions, --features or --diversity"),
         ("--features --checkpoint /nowhere.pth", "/nowhere.pth: no such checkpoint"),
         ("--features --images /nowhere.png", "--images /nowhere.png: no such file or folder"),
-        ("--features --images $text", "--images .*text.png: .*not an image"),
+        ("--features --images $text", "--images .*text.png: .*cannot identify image"),
         ("--features --images $empty", "--images .*empty: holds no images"),
         ("--features --max_images 0", "--max_images 0: must be at least 1"),
         ("--features --input_size 7", "--input_size 7: must be at least the model's total stride 8"),

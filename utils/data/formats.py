@@ -5,7 +5,6 @@ import logging
 import os
 import tempfile
 import warnings
-import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import lru_cache
@@ -16,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 with suppress(ImportError):
     from pillow_heif import register_heif_opener
@@ -24,14 +23,11 @@ with suppress(ImportError):
     register_heif_opener()
 
 ARRAY_EXTENSIONS = (".npy", ".npz")
-IMAGE_EXTENSIONS = tuple(
-    f".{name}"
-    for name in "jpg jpeg jpe jfif png tif tiff webp bmp gif ppm pgm pbm pnm jp2 j2k avif heic heif".split()  # noqa: SIM905
-    if f".{name}" in Image.registered_extensions()
-)
+_NAMES = "jpg jpeg jpe jfif png tif tiff webp bmp gif ppm pgm pbm pnm jp2 j2k avif heic heif"
+IMAGE_EXTENSIONS = tuple(f".{name}" for name in _NAMES.split() if f".{name}" in Image.registered_extensions())
 JPEG, PNG, TIFFS = b"\xff\xd8", b"\x89PNG", (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # how their files begin
-START_OF_FRAME = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
-GREY, RGB, PALETTE, CMYK = (0, 1), 2, 3, 5  # photometric interpretations of a TIFF
+START_OF_FRAME = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # markers of a JPEG
+GREY, RGB, PALETTE, MASK, CMYK = (0, 1), 2, 3, 4, 5  # photometric interpretations of a TIFF
 GDAL_NODATA = 42113  # a tag of a TIFF
 WITHOUT_EXTRA = "is a TIFF beyond Pillow: pip install tifffile imagecodecs"
 
@@ -58,30 +54,22 @@ class Stored(NamedTuple):
 def read_stored(content: bytes, path: str, in_chans: int, nodata: float | None, max_pixels: int) -> Stored:
     """Read a file whose name ends as that of `path`; in_chans: what to make of 8-bit colour, pages and axes.
 
-    Raises whatever decoders run into; ValueError: a file that is no image, or one of more pixels.
+    Raises whatever decoders run into; ValueError: a file of another kind, or of more pixels.
     """
-    suffix = Path(path).suffix.lower()
-    if suffix in ARRAY_EXTENSIONS:
-        pixels = channels_first(_read_array(content, suffix, max_pixels), in_chans)
-        return Stored(pixels, suffix[1:], holes=without_data(pixels, nodata))
+    is_tiff, suffix = content.startswith(TIFFS), Path(path).suffix.lower()
     try:
-        image = Image.open(io.BytesIO(content))
-    except Exception as error:
-        if content.startswith(TIFFS):
-            return _read_tiff(content, in_chans, nodata, max_pixels)
-        if isinstance(error, UnidentifiedImageError):
-            raise ValueError("not an image file that Pillow knows") from None
-        raise
-    with image:
-        if content.startswith(TIFFS) and not _plain_tiff(image):
-            return _read_tiff(content, in_chans, nodata, max_pixels)
-        check_size(*image.size, max_pixels)
-        if image.format == "PPM" and image.mode == "RGB" and image.tile[0].args[-1] in range(256, 65536):
-            stored = _read_ppm16(content, image)
+        if suffix in ARRAY_EXTENSIONS:
+            stored = Stored(_read_array(content, in_chans, max_pixels), suffix[1:])
         else:
-            stored = pillow_pixels(image, in_chans)
-    if content.startswith(PNG) and content[24] == 16 and stored.pixels.dtype == np.uint8:
-        stored = _read_png16(content)
+            with Image.open(io.BytesIO(content)) as image:
+                if is_tiff and not _plain_tiff(image):
+                    return _read_tiff(content, in_chans, nodata, max_pixels)
+                check_size(*image.size, max_pixels)
+                stored = _read_deep(content, image) or pillow_pixels(image, in_chans)
+    except Exception:
+        if not is_tiff:
+            raise
+        return _read_tiff(content, in_chans, nodata, max_pixels)
     return stored._replace(holes=without_data(stored.pixels, nodata))
 
 
@@ -103,40 +91,25 @@ def without_data(pixels: np.ndarray, nodata: float | None) -> np.ndarray | None:
     return holes if holes.any() else None
 
 
-# ---- arrays ----------------------------------------------------------------------------------------------------------
-
-
-def _read_array(content: bytes, suffix: str, max_pixels: int) -> np.ndarray:
-    if suffix == ".npy":
-        return _read_npy(io.BytesIO(content), max_pixels)
-    with zipfile.ZipFile(io.BytesIO(content)) as arrays:
-        names = [name.removesuffix(".npy") for name in arrays.namelist()]
-        if len(names) != 1:
-            raise ValueError(f"holds {len(names)} arrays ({', '.join(names)}); one a file is read")
-        with arrays.open(arrays.namelist()[0]) as file:
-            return _read_npy(file, max_pixels)
-
-
-def _read_npy(file, max_pixels: int) -> np.ndarray:
-    read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-    shape, fortran, dtype = read_header[np.lib.format.read_magic(file)](file)
-    check_size(*(1, *sorted(shape))[-2:], max_pixels)
-    array = np.ndarray(shape, dtype, bytearray(file.read()), order="F" if fortran else "C")
-    return array.astype(dtype.newbyteorder("="), copy=False)
-
-
-def channels_first(array: np.ndarray, in_chans: int) -> np.ndarray:
-    """(H, W), (H, W, C) or (C, H, W) -> (C, H, W): channels are the axis that is in_chans long, else the shorter."""
-    if array.ndim == 2:
-        return array[None]
-    if array.ndim != 3:
-        shape = " x ".join(map(str, array.shape))
+def _read_array(content: bytes, in_chans: int, max_pixels: int) -> np.ndarray:
+    """(C, H, W), the channels being the axis that is in_chans long, else the shorter one of first and last."""
+    array = np.load(io.BytesIO(content), allow_pickle=False)
+    if not isinstance(array, np.ndarray):
+        if len(array.files) != 1:
+            raise ValueError(f"holds {len(array.files)} arrays ({', '.join(array.files)}); one a file is read")
+        check_size(array.zip.infolist()[0].file_size, 1, 8 * max(in_chans, 4) * max_pixels)  # bytes, unpacked
+        array = array[array.files[0]]
+    shape = array.shape
+    if array.ndim not in (2, 3):
+        shape = " x ".join(map(str, shape))
         raise ValueError(f"an array of {shape}; an image has two axes, or three with its channels")
-    first, _, last = array.shape
-    return np.moveaxis(array, -1, 0) if last == in_chans or (first != in_chans and last <= first) else array
-
-
-# ---- Pillow ----------------------------------------------------------------------------------------------------------
+    array = array.astype(array.dtype.newbyteorder("="), copy=False)
+    if array.ndim == 2:
+        array = array[None]
+    elif shape[-1] == in_chans or (shape[0] != in_chans and shape[-1] <= shape[0]):
+        array = np.moveaxis(array, -1, 0)
+    check_size(*array.shape[:0:-1], max_pixels)
+    return array
 
 
 def pillow_pixels(image: Image.Image, in_chans: int) -> Stored:
@@ -144,7 +117,7 @@ def pillow_pixels(image: Image.Image, in_chans: int) -> Stored:
     kind, mode = image.format or "image", image.mode
     if mode[0] in "IF":  # beyond 8 bits
         array = np.array(image)
-        widened = mode == "I" and image.format in ("PNG", "PPM")  # whose 16 bits some Pillows give in 32
+        widened = mode == "I" and kind in ("PNG", "PPM")  # whose 16 bits some Pillows give in 32
         return Stored((array.astype(np.uint16) if widened or array.dtype.kind == "u" else array)[None], kind)
     if in_chans in (1, 3):
         mode = "L" if in_chans == 1 else "RGB"
@@ -156,39 +129,30 @@ def pillow_pixels(image: Image.Image, in_chans: int) -> Stored:
     return Stored(array[None] if array.ndim == 2 else array.transpose(2, 0, 1), kind, mode in ("LA", "RGBA"))
 
 
-def _read_ppm16(content: bytes, image: Image.Image) -> Stored:
-    """A PPM beyond 8 bits, which Pillow keeps in grey alone: as a grey one, its three colours side by side."""
-    (width, height), tile = image.size, image.tile[0]
-    header = f"P{2 if tile.codec_name == 'ppm_plain' else 5} {3 * width} {height} {tile.args[-1]}\n"
-    with Image.open(io.BytesIO(header.encode() + content[tile.offset :])) as grey:
-        return Stored(np.array(grey).astype(np.uint16).reshape(height, width, 3).transpose(2, 0, 1), "PPM")
-
-
-def _read_png16(content: bytes) -> Stored:
-    """A PNG in colour, of which Pillow keeps 8 bits; torchvision crashes on damaged ones, which it has read before."""
+def _read_deep(content: bytes, image: Image.Image) -> Stored | None:
+    """A PNG or PPM in colour beyond 8 bits, of which Pillow keeps 8; None: another file."""
+    if image.format == "PPM" and image.mode == "RGB" and image.tile[0].args[-1] in range(256, 65536):
+        (width, height), tile = image.size, image.tile[0]  # in grey Pillow keeps all: three colours side by side
+        header = f"P{2 if tile.codec_name == 'ppm_plain' else 5} {3 * width} {height} {tile.args[-1]}\n"
+        with Image.open(io.BytesIO(header.encode() + content[tile.offset :])) as grey:
+            return Stored(np.array(grey).astype(np.uint16).reshape(height, width, 3).transpose(2, 0, 1), "PPM")
+    if not content.startswith(PNG) or content[24] != 16 or image.mode[0] == "I":
+        return None
     if not FAST_DECODERS:
         raise ValueError("a PNG in colour of 16 bits, of which Pillow reads 8; pip install torchcodec")
-    if (place := content.find(b"eXIf")) > 0:  # torchcodec would turn it
-        place -= 4
+    image.load()  # damaged ones crash torchvision
+    if (place := content.find(b"eXIf") - 4) > 0:  # torchcodec would turn it
         content = content[:place] + content[place + 12 + int.from_bytes(content[place : place + 4], "big") :]
     return Stored(FAST_DECODERS[PNG](content, "UNCHANGED").numpy(), "PNG", alpha=content[25] in (4, 6))
 
 
-# ---- TIFF ------------------------------------------------------------------------------------------------------------
-
-
 def _plain_tiff(image: Image.Image) -> bool:
     """Whether a TIFF is grey, a palette or colour of 8 bits, or grey of 16, in one page: Pillow reads it faster."""
-    tag, channels = image.tag_v2.get, len(image.getbands())
-    modes = ("1", "L", "P", "RGB", "CMYK", "YCbCr") if max(tag(258, (1,))) <= 8 else ("I;16",) * (tag(258) == (16,))
-    with suppress(Exception):  # from pages that Pillow has no mode for
-        return (
-            image.mode in modes
-            and (channels > 1 or (image.n_frames == 1 and (image.mode != "I;16" or tag(262) == 1)))
-            and (tag(277, 1), tag(284, 1), set(tag(339, (1,))), tag(254, 0) & 5) == (channels, 1, {1}, 0)
-            and GDAL_NODATA not in image.tag_v2
-        )
-    return False
+    tag, channels, bits = image.tag_v2.get, len(image.getbands()), max(image.tag_v2.get(258, (1,)))
+    eight_bit = bits <= 8 and image.mode in ("1", "L", "P", "RGB", "CMYK", "YCbCr")
+    plain = eight_bit or (image.mode, bits, tag(262)) == ("I;16", 16, 1)
+    plain &= (tag(277, channels), tag(284, 1), set(tag(339, (1,))), tag(254, 0) & 5) == (channels, 1, {1}, 0)
+    return plain and GDAL_NODATA not in image.tag_v2 and (channels > 1 or image.n_frames == 1)
 
 
 def _read_tiff(content: bytes, in_chans: int, nodata: float | None, max_pixels: int) -> Stored:
@@ -198,20 +162,23 @@ def _read_tiff(content: bytes, in_chans: int, nodata: float | None, max_pixels: 
     except ImportError as error:
         raise ValueError(WITHOUT_EXTRA) from error
     with tifffile.TiffFile(io.BytesIO(content)) as tiff:
-        images = (page for page in tiff.pages if not (page.subfiletype & 5 or page.photometric == 4))  # overview, mask
+        images = (page for page in tiff.pages if not (page.subfiletype & 5 or page.photometric == MASK))  # 1: overview
         pages = list(islice(images, max(100, in_chans + 1)))
         if not pages:
             raise ValueError("has no page that is an image, but overviews or masks")
         first = pages[0]
-        same = len({(page.shape, page.dtype, page.photometric) for page in pages}) == 1
-        count = len(pages) if same and first.samplesperpixel == 1 and first.photometric in GREY else 1
+        alike = len({(page.shape, page.dtype, page.photometric) for page in pages}) == 1 == first.samplesperpixel
+        count = len(pages) if alike and first.photometric in GREY and first.bitspersample > 1 else 1  # a fax is none
         if count > 1 and in_chans not in (1, 3, count):
             raise ValueError(f"has {count} pages of a channel, not --in_chans {in_chans}; give --in_chans {count}")
         chosen = pages if count == in_chans else pages[:1]
         for page in chosen:
-            check_size(page.imagewidth, page.imagelength, max_pixels)
-            if max(map(add, page.dataoffsets, page.databytecounts), default=0) > len(content):
-                raise ValueError("is cut short")
+            check_size(page.imagewidth * page.imagedepth, page.imagelength, max_pixels)
+            if page.samplesperpixel > max(in_chans, 5):  # the memory of which nothing limits
+                raise ValueError(f"has {page.samplesperpixel} channels, not --in_chans {in_chans}")
+            ends = map(add, page.dataoffsets, page.databytecounts)
+            if page.compression in (6, 7) and max(ends, default=0) > len(content):
+                raise ValueError("is cut short")  # a JPEG in it would be grey there
         pixels, holes = map(np.concatenate, zip(*(_read_page(page, in_chans, nodata) for page in chosen), strict=True))
     return Stored(pixels, "TIFF", first.extrasamples in ((1,), (2,)), holes if holes.any() else None, count)
 
@@ -220,6 +187,9 @@ def _read_page(page, in_chans: int, nodata: float | None) -> tuple[np.ndarray, n
     """Pixels, colours as RGB, and holes of a page, both (C, H, W)."""
     pixels = page.asarray(squeeze=False, maxworkers=1)[:, 0]  # (planes, H, W, samples)
     pixels = np.moveaxis(pixels, -1, 1).reshape(-1, *pixels.shape[1:3])
+    turn = page.tags.valueof(274, 1)  # as Pillow has it
+    pixels = pixels.transpose(0, 2, 1) if turn > 4 else pixels
+    pixels = pixels[:, :: -1 if turn in (3, 4, 7, 8) else 1, :: -1 if turn in (2, 3, 6, 7) else 1]
     pixels = pixels.astype(np.uint8 if pixels.dtype == bool else pixels.dtype.newbyteorder("="), copy=False)
     unsigned, kind, extra = pixels.dtype.kind == "u", page.photometric, page.extrasamples
     with suppress(ValueError):  # none, or no number
@@ -228,8 +198,9 @@ def _read_page(page, in_chans: int, nodata: float | None) -> tuple[np.ndarray, n
     holes = np.zeros(pixels.shape, bool) if holes is None else holes
     if kind == PALETTE:
         colours = page.colormap[:, pixels[0]]
-        return (colours >> (8 if page.colormap.max() > 255 else 0)).astype(np.uint8), holes.repeat(3, axis=0)
-    if kind not in (*GREY, RGB, CMYK) and (kind, page.compression) != (6, 7):  # JPEG's YCbCr comes as RGB
+        return (colours >> (8 if page.colormap.max() > 255 else 0)).astype(np.uint8), holes[:1].repeat(3, axis=0)
+    known = kind in (*GREY, RGB) or (kind, page.compression) == (6, 7)  # JPEG's YCbCr comes as RGB
+    if not (known or (kind == CMYK and pixels.dtype.kind in "uf")):
         raise ValueError(f"holds colours of the kind {kind!r}, which are not read")
     bits = page.bitspersample if isinstance(page.bitspersample, int) else 8
     most = 2**bits - 1 if unsigned else 1
@@ -240,16 +211,14 @@ def _read_page(page, in_chans: int, nodata: float | None) -> tuple[np.ndarray, n
     if extra == (1,):  # colours times alpha
         *colours, alpha = pixels.astype(np.float64)
         colours = np.where(alpha > 0, colours * (most / alpha), colours).clip(max=most)
-        pixels[:-1] = colours.round() if unsigned else colours
-    if kind == CMYK and unsigned and in_chans in (1, 3):
+        pixels = np.concatenate([colours.round() if unsigned else colours, alpha[None]]).astype(pixels.dtype)
+    if kind == CMYK and in_chans in (1, 3):
         ink, black = pixels[:3] / most, pixels[3] / most
-        pixels, holes = ((1 - ink) * (1 - black) * most).round().astype(pixels.dtype), holes[:3]
+        pixels, holes = (1 - ink) * (1 - black) * most, holes[:3]
+        pixels = pixels.round().astype(f"u{page.dtype.itemsize}") if unsigned else pixels
     if kind == RGB and extra in ((), (0,)) and in_chans in (1, 3) and len(pixels) == 4:  # which may well be alpha
         pixels, holes = pixels[:3], holes[:3]
     return pixels, holes
-
-
-# ---- JPEG ------------------------------------------------------------------------------------------------------------
 
 
 def _fast_decoders() -> dict[bytes, Callable[[bytes, str], torch.Tensor]]:
@@ -312,9 +281,6 @@ def fast_jpeg(content: bytes, in_chans: int, max_pixels: int) -> torch.Tensor | 
         check_size(width, height, max_pixels)
         return FAST_DECODERS[JPEG](content, "RGB" if in_chans == 3 else "GRAY")
     return None
-
-
-# ---- what decoders say -----------------------------------------------------------------------------------------------
 
 
 @contextmanager

@@ -237,4 +237,4 @@ def _fit_channels(pixels: np.ndarray, in_chans: int, alpha: bool, opaque: int | 
 
 
 def _words(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    return " ".join(str(error).split(" <_io")[0].split()) or type(error).__name__
