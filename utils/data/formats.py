@@ -171,7 +171,7 @@ def _read_tiff(content: bytes, in_chans: int, nodata: float | None, max_pixels: 
         count = len(pages) if alike and first.photometric in GREY and first.bitspersample > 1 else 1  # a fax is none
         if count > 1 and in_chans not in (1, 3, count):
             raise ValueError(f"has {count} pages of a channel, not --in_chans {in_chans}; give --in_chans {count}")
-        chosen = pages if count == in_chans else pages[:1]
+        chosen = pages[:count] if count == in_chans else pages[:1]
         for page in chosen:
             check_size(page.imagewidth * page.imagedepth, page.imagelength, max_pixels)
             if page.samplesperpixel > max(in_chans, 5):  # the memory of which nothing limits
