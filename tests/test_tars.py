@@ -1,11 +1,13 @@
 """utils/data/tars.py: shards against the same tree on disk, their index, damage."""
 
+import builtins
 import contextlib
 import functools
 import gzip
 import io
 import os
 import pickle
+import shutil
 import sys
 import tarfile
 
@@ -252,14 +254,89 @@ def test_many_shards_are_not_all_kept_open(tars, monkeypatch):
     assert len(os.listdir("/proc/self/fd")) <= before + 2
 
 
-def test_changes_of_tars_are_seen(tars):
-    """Two shards exchanged, while they are open."""
+@pytest.fixture
+def reads(monkeypatch):
+    """The tars whose headers are read, in this process."""
+    seen, scan = [], tars_module._scan
+
+    def counted(flag, path):
+        seen.append(os.path.basename(path))
+        return scan(flag, path)
+
+    monkeypatch.setattr(tars_module, "_scan", counted)
+    monkeypatch.setattr(tars_module, "ProcessPoolExecutor", lambda count: contextlib.nullcontext(builtins))
+    return seen
+
+
+def test_tars_are_indexed_once(tars, reads):
+    for labelled in (True, False, True):
+        open_tar(str(tars / "shards"), "--data_path", 3, labelled=labelled)
+    assert reads == ["0.tar", "1.tar", "2.tar"]
+    (tars / "shards").rename(tars / "moved")
+    assert open_tar(str(tars / "moved"), "--data_path", 3)[0][0].shape == (3, 40, 60)
+    assert len(reads) == 3
+    assert len(list((tars / "moved").iterdir())) == 4
+    open_tar(str(tars / "moved/0.tar"), "--data_path", 3)
+    assert len(reads) == 4
+
+
+TAR_CHANGES = {
+    "a shard more": lambda root: shutil.copy(root / "0.tar", root / "3.tar"),
+    "a shard less": lambda root: (root / "0.tar").unlink(),
+    "a shard renamed": lambda root: (root / "0.tar").rename(root / "9.tar"),
+    "two shards exchanged": lambda root: [(root / f"{a}.tar").rename(root / f"{b}.tar") for a, b in ("0x", "10", "x1")],
+    "a shard rewritten": lambda root: (root / "0.tar").write_bytes((root / "1.tar").read_bytes()),
+    "a shard touched": lambda root: os.utime(root / "0.tar", ns=(1, 1)),
+    "a damaged index": lambda root: next(root.glob(".fcmae*")).write_bytes(b"{damaged"),
+    "an index cut short": lambda root: os.truncate(next(root.glob(".fcmae*")), 900),
+    "an index of another kind": lambda root: next(root.glob(".fcmae*")).write_text("[]"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", TAR_CHANGES)
+def test_changes_of_tars_are_seen(tars, reads, change):
     before = open_tar(str(tars / "shards"), "--data_path", 3)
-    content = {path.partition(".tar/")[2]: before.read(i) for i, path in enumerate(before.paths)}
-    for a, b in ("0x", "10", "x1"):
-        (tars / f"shards/{a}.tar").rename(tars / f"shards/{b}.tar")
+    assert all(before.read(i) for i in range(len(before)))  # the tars are open
+    TAR_CHANGES[change](tars / "shards")
+    del reads[:]
     found = open_tar(str(tars / "shards"), "--data_path", 3)
-    assert {path.partition(".tar/")[2]: found.read(i) for i, path in enumerate(found.paths)} == content
+    assert len(reads) == len(list((tars / "shards").glob("*.tar")))
+    for path in found.paths:
+        shard, _, name = path.partition(".tar/")
+        with tarfile.open(f"{shard}.tar") as tar:
+            members = {os.path.normpath(member.name): member for member in tar}
+            assert found.read(found.paths.index(path)) == tar.extractfile(members[name]).read()
+
+
+def test_where_the_index_of_tars_cannot_be_kept(tars, reads, monkeypatch, logs):
+    """Beside them, or nowhere."""
+    real = open
+
+    def read_only(path, mode="r", **options):
+        if "w" in mode:
+            raise PermissionError(13, "Permission denied")
+        return real(path, mode, **options)
+
+    monkeypatch.setattr(tars_module, "open", read_only, raising=False)
+    for _ in range(2):
+        assert len(open_tar(str(tars / "shards"), "--data_path", 3)) == 24
+    assert len(reads) == 6
+    assert logs.text.count("is made anew at every start") == 2
+
+
+def test_a_full_disk_leaves_no_part_of_an_index(tars, monkeypatch):
+    real = open
+
+    def full(path, mode="r", **options):
+        if "w" not in mode:
+            return real(path, mode, **options)
+        with real(path, mode) as file:
+            file.write("part")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(tars_module, "open", full, raising=False)
+    assert len(open_tar(str(tars / "shards"), "--data_path", 3)) == 24
+    assert not list((tars / "shards").glob(".*"))
 
 
 def test_tars_end_to_end(scripts, tmp_path):
@@ -319,6 +396,24 @@ def test_shards_are_evaluated_by_the_classes_of_training(scripts, tmp_path):
     assert len(datasets.build_pretrain_dataset(pretrain_args(data_set="IMNET", data_path=tmp_path))) == 40
     with pytest.raises(UsageError, match="4 class folders, --data_set IMNET has 1000"):
         datasets.build_dataset(True, args)
+
+
+def test_ranks_make_one_index_of_tars(tmp_path, monkeypatch):
+    """The first process goes first, the others find it."""
+    entered = []
+
+    @contextlib.contextmanager
+    def first():
+        entered.append(not list(tmp_path.glob(".fcmae*")))
+        yield
+        entered.append(bool(list(tmp_path.glob(".fcmae*"))))
+
+    monkeypatch.setattr("utils.data.tars.main_process_first", first)
+    save(picture(8, 8), tmp_path / "x/a/0.png")
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        tar.add(tmp_path / "x", "x")
+    open_tar(str(tmp_path / "x.tar"), "--data_path", 3)
+    assert entered == [True, True]
 
 
 def test_mean_and_deviation_of_shards(scripts, tmp_path, capsys, monkeypatch):

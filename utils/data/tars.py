@@ -1,18 +1,26 @@
-"""Images in `.tar` shards, read at random by an index of where each lies, which is made at the start."""
+"""Images in `.tar` shards, read at random by an index of where each lies, which is made once and kept beside them."""
 
+import contextlib
 import glob
+import hashlib
+import json
+import logging
 import os
 import tarfile
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import lru_cache, partial
+from pathlib import Path
 
 import numpy as np
 
+from ..distributed import main_process_first
 from ..errors import UsageError
 from .files import ImageFiles, ImageTree, arrays_beside, extension, is_folder, number_classes, number_labels
 from .images import EXTENSIONS, IMAGE_EXTENSIONS, BadImage, hidden
+
+log = logging.getLogger("fcmae")
 
 TARS = (".tar", ".tar.gz", ".tgz")  # compressed ones to be refused by name
 COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")
@@ -66,21 +74,43 @@ class TarFiles(ImageFiles):
         return content
 
 
-def read_index(shards: list[str], flag: str) -> tuple[list[str], list[str], np.ndarray, Counter]:
-    """Names of the images of some tars, sorted; their `.cls` labels or ""; their `TarFiles.places`; what is left out.
+def read_index(shards: list[str], flag: str) -> dict:
+    """Of the images of some tars, sorted: names; `.cls` labels or ""; `TarFiles.places`; what is left out.
+
+    It is made once and kept beside the first tar, and made anew when one of them has changed.
 
     Raises:
         UsageError: a file that is no tar, or one that is compressed, cut short or damaged.
     """
     opened.cache_clear()  # of tars that may have been replaced
+    try:
+        stamps = [(status.st_ino, status.st_size, status.st_mtime_ns) for status in map(os.stat, shards)]
+    except OSError as error:
+        raise UsageError(f"{flag} {error.filename}: {error.strerror}") from error
+    names = " ".join(os.path.relpath(shard, os.path.dirname(shards[0])) for shard in shards)
+    stamp = json.dumps([EXTENSIONS, names, stamps])
+    kept = Path(shards[0]).with_name(f".fcmae-{hashlib.sha256(os.fsencode(names)).hexdigest()[:16]}.json")
+    with contextlib.suppress(Exception):  # none yet, or damaged in any way
+        if (index := json.loads(kept.read_bytes()))["stamp"] == stamp:
+            return index
+    log.info("%s: reading the headers of %d tars, once", flag, len(shards))
     if len(shards) == 1:
         found = [_scan(flag, shards[0])]
     else:
         with ProcessPoolExecutor(min(len(shards), os.cpu_count() or 1)) as pool:
             found = list(pool.map(partial(_scan, flag), shards))
     rows = sorted((name, k, *row) for k, (images, _) in enumerate(found) for name, row in images.items())
-    places = np.array([row[1:4] for row in rows], np.int64).reshape(-1, 3)
-    return [row[0] for row in rows], [row[4] for row in rows], places, sum((counts for _, counts in found), Counter())
+    index = {"stamp": stamp, "left_out": sum((counts for _, counts in found), Counter())}
+    index |= {"names": [x[0] for x in rows], "places": [x[1:4] for x in rows], "labels": [x[4] for x in rows]}
+    aside = kept.with_suffix(f".{os.getpid()}")
+    try:
+        with open(aside, "w") as file:
+            file.write(json.dumps(index))
+        os.replace(aside, kept)
+    except OSError as error:
+        aside.unlink(missing_ok=True)
+        log.warning("%s: the index of its tars is made anew at every start, as it cannot be kept (%s)", flag, error)
+    return index
 
 
 def _scan(flag: str, path: str) -> tuple[dict[str, tuple[int, int, str]], Counter]:
@@ -153,7 +183,9 @@ def open_tar(
         UsageError: a file that is no tar, no images, no labels, or a class that is not among `classes`.
     """
     source, shards = f"{flag} {path}", [os.path.abspath(shard) for shard in tar_shards(path) or [path]]
-    names, labels, places, left_out = read_index(shards, flag)
+    with main_process_first():
+        index = read_index(shards, flag)
+    names, labels, left_out = index["names"], index["labels"], Counter(index["left_out"])
     if not names:
         raise UsageError(f"{source}: not a tar of images (holds no {', '.join(EXTENSIONS)}; unpack tars in it)")
     kept, by_label = list(range(len(names))), any(labels)
@@ -165,7 +197,8 @@ def open_tar(
         kept = [i for i in kept if by_label or labels[i]]
         kept.sort(key=lambda i: (labels[i], os.path.dirname(names[i]), i))
     names, labels = [names[i] for i in kept], [labels[i] for i in kept]
-    dataset = TarFiles(shards, names, places[kept], in_chans, source, left_out)
+    places = np.array(index["places"], np.int64).reshape(-1, 3)[kept]
+    dataset = TarFiles(shards, names, places, in_chans, source, left_out)
     if not labelled:
         return dataset
     if not names:
