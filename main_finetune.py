@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 
 import datasets
 from engine_finetune import evaluate, score, train_one_epoch
-from models import convnextv2, fused
+from models import convnextv2, fused, kernels
 from models.convnextv2 import SIZES, ConvNeXtV2, compile_blocks, layer_id, name_of, num_layer_ids
 from models.linear_probe import LinearProbe
 from utils import distributed, errors, flags, weights
@@ -38,8 +38,8 @@ from utils.settings import as_trained
 log = logging.getLogger("fcmae")
 
 TRAINING_ALONE = (
-    "update_freq epochs start_epoch grad_checkpointing lr blr min_lr warmup_epochs warmup_steps weight_decay "
-    "weight_decay_end min_crop log_dir wandb save_ckpt save_ckpt_freq save_ckpt_steps save_ckpt_num "
+    "update_freq epochs start_epoch grad_checkpointing fused kernels lr blr min_lr warmup_epochs warmup_steps "
+    "weight_decay weight_decay_end min_crop log_dir wandb save_ckpt save_ckpt_freq save_ckpt_steps save_ckpt_num "
     "stem_average images_per_class head_init_scale drop_path layer_decay layer_decay_type linear_probe opt opt_eps "
     "opt_betas momentum clip_grad color_jitter aa smoothing train_interpolation reprob remode recount resplit mixup "
     "cutmix cutmix_minmax mixup_prob mixup_switch_prob mixup_mode model_ema model_ema_decay model_ema_force_cpu "
@@ -269,7 +269,7 @@ def train(args, amp: Amp, run: Run) -> None:
     torch.manual_seed(args.seed)
     model = build_model(args, nb_classes)
     if args.fused:
-        fused.enable(model)
+        fused.enable(model, run.triton(kernels.available))
     if args.finetune and not run.resume_from:
         weights.load_checkpoint(
             args.finetune, model, "--finetune", model_key=args.model_key, model_prefix=args.model_prefix,

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 import datasets
 from engine_pretrain import train_one_epoch
-from models import fcmae, fused
+from models import fcmae, fused, kernels
 from models.convnextv2 import SIZES, compile_blocks, total_stride
 from utils import distributed, errors, flags, weights
 from utils.amp import Amp
@@ -176,7 +176,7 @@ def train(args, amp: Amp, run: Run) -> None:
     torch.manual_seed(args.seed)
     model = build_model(args).to(device)
     if args.fused:
-        fused.enable(model)
+        fused.enable(model, run.triton(kernels.available))
     lr = effective_lr(args, distributed.get_world_size())
     optimizer = torch.optim.AdamW(
         param_groups(model.named_parameters(), args.weight_decay), lr=lr, betas=(0.9, 0.95), fused=device.type != "mps"

@@ -18,26 +18,31 @@ from .layers import GRN, grn_scale, spatial_norm, statistics_dtype
 from .visible import VisiblePatches
 
 
-def enable(model: nn.Module) -> int:
+def enable(model: nn.Module, triton: bool = False) -> int:
     """Let every plain `Block` of a model compute fast; how many there are.
+
+    triton: the depthwise convolutions are those of `kernels` where they can run, not the library's.
 
     Parameters, their names, and the results up to rounding stay the same. Subclasses of Block are left alone; what is
     done to a block's layers before or afterwards (hooks, adapters, other modules) takes effect all the same.
     """
     blocks = [module for module in model.modules() if type(module) is Block]
     for block in blocks:
-        block.__class__ = FusedBlock
+        block.__class__, block.triton = FusedBlock, triton
     return len(blocks)
 
 
 class FusedBlock(Block):
     """A Block of which the depthwise convolution, and in training what lies between the linear layers, is fast."""
 
+    triton = False
+
     def forward(self, x: torch.Tensor, visible: VisiblePatches | None = None) -> torch.Tensor:
-        useful = visible is not None or torch.is_grad_enabled()  # on maps the library is slow in its gradients alone
+        # on maps the library is slow in its gradients alone
+        useful = visible is not None or torch.is_grad_enabled() or self.triton
         if not useful or _is_watched(x) or not _is_depthwise(self.dwconv, x):
             return super().forward(x, visible)
-        return self.pointwise(x, depthwise(x, self.dwconv, visible))
+        return self.pointwise(x, depthwise(x, self.dwconv, visible, "kernel" if self.triton else None))
 
     def pointwise(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         if _is_watched(x) or not torch.is_grad_enabled() or not self._is_plain_mlp(x):
@@ -78,8 +83,8 @@ def _is_plain(module: nn.Module, kind: type, x: torch.Tensor) -> bool:
 
 
 def _is_depthwise(conv: nn.Module, x: torch.Tensor) -> bool:
-    """Whether this is a plain depthwise convolution that keeps the map's size, and there is a fast form of it."""
-    if not _is_plain(conv, nn.Conv2d, x) or not (x.device.type == "cpu" or (x.is_cuda and kernels.available(x))):
+    """Whether this is a plain depthwise convolution that keeps the map's size, on a device that has a form."""
+    if not _is_plain(conv, nn.Conv2d, x) or x.device.type not in ("cpu", "cuda"):
         return False
     k, c = conv.kernel_size[0], conv.out_channels
     have = conv.kernel_size, conv.padding, conv.padding_mode, conv.stride, conv.dilation, conv.groups, conv.in_channels
@@ -220,26 +225,21 @@ def depthwise(
     """A depthwise convolution on maps (N, H, W, C) or, with `visible`, visible patches (N, K, s*s, C); shaped as x.
 
     backend: 'map' is the library's convolution, of patches after they are scattered to the map; 'window' convolves each
-    visible patch with its halo; 'kernel' is Triton's. The default is what was measured to be faster: on CPUs by us, on
-    a GPU in its first call.
+    visible patch with its halo; 'kernel' is Triton's, where it can run. The default is the faster one of the first two,
+    on CPUs as we measured it.
     """
     device = x.device.type
     tensors = x, conv.weight, conv.bias
     if torch.is_autocast_enabled(device):
         tensors = [t.to(torch.get_autocast_dtype(device)) for t in tensors]
+    if backend is None or (backend == "kernel" and not kernels.available(x.device, tensors[0].dtype)):
+        backend = _fastest_backend(x, visible)
     with torch.autocast(device, enabled=False):
-        return _Depthwise.apply(*tensors, visible, backend or _fastest_backend(*tensors, visible))
+        return _Depthwise.apply(*tensors, visible, backend)
 
 
-def _fastest_backend(x, weight, bias, visible: VisiblePatches | None) -> str:
-    if x.device.type == "cpu":
-        return "window" if visible is not None and x.shape[2] >= 4 * 4 else "map"
-    candidates = {
-        name: kernels.with_gradients(lambda x, w, b, name=name: _Depthwise.apply(x, w, b, visible, name))
-        for name in ("map", "kernel")
-    }
-    key = ("maps", *x.shape[1:]) if visible is None else ("visible patches", *x.shape[2:])
-    return kernels.choose((*key, x.dtype, x.device), candidates, x, weight, bias)
+def _fastest_backend(x: torch.Tensor, visible: VisiblePatches | None) -> str:
+    return "window" if x.device.type == "cpu" and visible is not None and x.shape[2] >= 4 * 4 else "map"
 
 
 class _Depthwise(torch.autograd.Function):
@@ -315,7 +315,7 @@ def _weight_grad_by_map(x, grad, weight, visible: VisiblePatches | None) -> torc
     x, grad = (t.permute(0, 3, 1, 2) for t in maps)
     return torch.ops.aten.convolution_backward(
         grad, x, weight, None, (1, 1), (halo, halo), (1, 1), False, (0, 0), c, (False, True, False)
-    )[1]
+    )[1].squeeze(1)[:, None]  # the parameter's strides: channels last has others, of which DDP warns
 
 
 def _weight_grad_by_window(x, grad, weight, visible: VisiblePatches) -> torch.Tensor:

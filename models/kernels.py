@@ -15,9 +15,6 @@ The module imports without Triton; ask `available`.
 from __future__ import annotations
 
 import contextlib
-import logging
-import time
-from collections.abc import Callable, Hashable
 
 import torch
 
@@ -27,20 +24,20 @@ try:
 except ImportError:  # macOS, Windows, CPU-only wheels
     triton = tl = None
 
-log = logging.getLogger("fcmae")
 _jit = triton.jit if triton is not None else lambda function: function
 
 
-def available(x: torch.Tensor) -> bool:
-    """Whether the kernels can run on x: its device and dtype, and a Triton that can compile them.
+def available(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the kernels can run on a device in this precision, by a Triton that can compile them.
 
     With TRITON_INTERPRET=1, which must be set before Triton is first imported, they also run on the CPU, slowly.
     """
-    if triton is None or not hasattr(tl, "tuple") or x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    if triton is None or not hasattr(tl, "tuple") or dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return False
     if not isinstance(_place, triton.JITFunction):  # the interpreter
-        return x.device.type == "cpu"
-    return x.is_cuda and torch.cuda.get_device_capability(x.device) >= ((8, 0) if x.dtype == torch.bfloat16 else (7, 0))
+        return device.type == "cpu"
+    least = (8, 0) if dtype == torch.bfloat16 else (7, 0)
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= least
 
 
 def convolve(
@@ -104,87 +101,6 @@ def weight_grad(
         )  # fmt: skip
     total = partial.sum(dim=0)
     return total[:-1].t().reshape(c, 1, k, k), total[-1]
-
-
-def choose(
-    key: Hashable,
-    candidates: dict[str, Callable[..., torch.Tensor | tuple[torch.Tensor, ...]]],
-    *inputs: torch.Tensor | None,
-    clock: Callable[[], float] = time.perf_counter,
-) -> str:
-    """Name of the fastest of several functions that compute the same tensors, found on a key's first call and kept.
-
-    The first candidate is the reference. Another one counts only if it runs and agrees with the reference on random
-    tensors shaped and typed as `inputs` (None stays None); otherwise a warning says, once for each name, why it is left
-    out. Takes some 30 calls of each candidate. Draws from a generator of its own: no other random number changes.
-    """
-    if key in _chosen:
-        return _chosen[key]
-    device = next(x.device for x in inputs if x is not None)
-    generator = torch.Generator(device).manual_seed(0)
-    inputs = [x if x is None else torch.empty_like(x).normal_(generator=generator) for x in inputs]
-    seconds: dict[str, float] = {}
-    with torch.no_grad():
-        for name, function in candidates.items():
-            fault = None
-            try:
-                result = function(*inputs)
-            except Exception as error:
-                if not seconds:
-                    raise
-                fault = f"it fails with {type(error).__name__}: {' '.join(str(error).split())[:300]}"
-            if not seconds:
-                expected = result
-            elif fault is None and not _agree(result, expected):
-                fault = f"it disagrees with {next(iter(candidates))!r}"
-            if fault is None:
-                seconds[name] = _time(function, inputs, device, clock)
-            elif name not in _left_out:
-                _left_out.add(name)
-                log.warning("%r is left out for %s: %s", name, key, fault)
-    _chosen[key] = min(seconds, key=seconds.get)
-    log.debug("%s: %s", key, {name: f"{1e6 * value:.0f} us" for name, value in seconds.items()})
-    return _chosen[key]
-
-
-_chosen: dict[Hashable, str] = {}
-_left_out: set[str] = set()
-
-
-def with_gradients(function: Callable[..., torch.Tensor]) -> Callable[..., tuple[torch.Tensor, ...]]:
-    """The function with its gradients, for `choose`: what it returns, and the gradient of each input, for ones."""
-
-    def both(*inputs):
-        with torch.enable_grad():
-            inputs = [x.detach().requires_grad_() for x in inputs]
-            y = function(*inputs)
-            return y.detach(), *torch.autograd.grad(y, inputs, torch.ones_like(y))
-
-    return both
-
-
-def _agree(result, expected) -> bool:
-    """Equal up to rounding, element by element: one wrong patch among thousands shows. NaN never agrees."""
-    if isinstance(expected, tuple):
-        return all(map(_agree, result, expected))
-    tolerance = 3e-2 if expected.dtype in (torch.bfloat16, torch.float16) else 1e-2  # the reference may use TF32
-    result, expected = result.float(), expected.float()
-    return bool(((result - expected).abs() <= tolerance * (expected.abs() + expected.square().mean().sqrt())).all())
-
-
-def _time(function, inputs, device, clock, calls: int = 10) -> float:
-    """Seconds per call: the best of three rounds."""
-    rounds = []
-    for _ in range(3):
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        start = clock()
-        for _ in range(calls):
-            function(*inputs)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        rounds.append((clock() - start) / calls)
-    return min(rounds)
 
 
 _WARPS = 4

@@ -386,6 +386,7 @@ BOTH = [  # the flag that does nothing, what makes it so, and what gives it an e
     ("--save_ckpt_steps 2", "--save_ckpt false --output_dir x", "--output_dir x"),
     ("--auto_resume false", "", "--output_dir x"),
     ("--data_path $dir", "--data_set shapes", "--data_set image_folder"),
+    ("--kernels library", "--fused false", ""),
     ("--eval_data_path $dir", "--data_set CIFAR10", None),
 ]
 PRETRAIN = [
@@ -428,6 +429,7 @@ FINETUNE = [
     ("--crop_pct 0.9", "--disable_eval true", ""),
     ("--model_ema_eval true", "--model_ema true --disable_eval true", "--model_ema true"),
     ("--lr 0.1", "--eval true", ""),
+    ("--fused false", "--eval true", ""),
     ("--smoothing 0.2", "--eval true", "--mixup 0.8"),
     ("--output_dir x", "--eval true --resume $file", "--eval true"),
 ]

@@ -10,6 +10,7 @@ import pytest
 import torch
 from timm.utils import ModelEmaV3
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils import parametrizations, prune
 
 from models import convnextv2, fused
@@ -215,6 +216,15 @@ def test_depthwise_and_its_gradients(backend, side):
         assert_close(a, b, name)
     for by in (fused._weight_grad_by_map, fused._weight_grad_by_window):  # the first is for accelerators
         assert_close(by(x.detach(), weight, conv.weight.detach(), patches), expected[2], by.__name__)
+
+
+def test_the_depthwise_gradient_on_cuda_has_the_strides_of_its_parameter():
+    """DistributedDataParallel warns, and copies, where they differ. FakeTensorMode needs no GPU."""
+    with FakeTensorMode():
+        x, weight = torch.empty(2, 9, 9, 8, device="cuda"), torch.empty(8, 1, 7, 7, device="cuda")
+        grad = fused._weight_grad(x, x, weight, None)
+    assert grad.device.type == "cuda"
+    assert grad.stride() == weight.stride() == (49, 49, 7, 1)
 
 
 # ---- blocks and models: equal to the plain ones ------------------------------------------------------------------

@@ -3,6 +3,7 @@
 Small integers in float32 make every sum exact, so results must be equal, whatever the order of summation.
 """
 
+import copy
 import os
 import subprocess
 import sys
@@ -14,13 +15,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from models import fused, kernels
+from models.convnextv2 import Block, Stage
 from models.visible import VisiblePatches
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
 has_triton = pytest.mark.skipif(not hasattr(kernels.tl, "tuple"), reason="needs Triton 3.3")
 runs = pytest.mark.skipif(
-    not kernels.available(torch.empty(0, device=DEVICE if INTERPRETED or torch.cuda.is_available() else "cpu")),
+    not (INTERPRETED or torch.cuda.is_available()) or not kernels.available(torch.device(DEVICE), torch.float32),
     reason="needs a GPU; without one test_in_the_interpreter runs it",
 )
 
@@ -268,10 +270,11 @@ def test_compiles(kernel, rows, monkeypatch, tmp_path):
 
 
 def test_available(monkeypatch):
-    assert not kernels.available(torch.zeros(1, dtype=torch.float64))
-    assert kernels.available(torch.zeros(1)) == (INTERPRETED and hasattr(kernels.tl, "tuple"))
+    device = torch.device("cpu")
+    assert not kernels.available(device, torch.float64)
+    assert kernels.available(device, torch.float32) == (INTERPRETED and hasattr(kernels.tl, "tuple"))
     monkeypatch.setattr(kernels, "triton", None)
-    assert not kernels.available(torch.zeros(1))
+    assert not kernels.available(device, torch.float32)
 
 
 @has_triton
@@ -282,75 +285,14 @@ def test_a_table_that_does_not_fit():
             kernels.convolve(x, weight, None, patch_index, side=2)
 
 
-class FakeTime:
-    """A clock, and functions that double their input and take so many seconds by it."""
-
-    def __init__(self, monkeypatch):
-        self.now, self.calls = 0.0, 0
-        monkeypatch.setattr(kernels, "_chosen", {})
-        monkeypatch.setattr(kernels, "_left_out", set())
-
-    def clock(self):
-        return self.now
-
-    def takes(self, seconds, wrong=0.0):
-        def function(x, bias):
-            assert bias is None
-            self.now += seconds
-            self.calls += 1
-            y = 2 * x
-            y[0] += wrong
-            return y
-
-        return function
-
-
-def test_the_fastest_is_chosen_once(monkeypatch):
-    time, x = FakeTime(monkeypatch), torch.zeros(1000, dtype=torch.bfloat16)
-    candidates = {"slow": time.takes(3), "fast": time.takes(1), "middle": time.takes(2)}
-    state = torch.get_rng_state()
-    assert kernels.choose("key", candidates, x, None, clock=time.clock) == "fast"
-    assert torch.equal(torch.get_rng_state(), state)
-    assert not x.any()
-    calls = time.calls
-    assert kernels.choose("key", candidates, x, None, clock=time.clock) == "fast"
-    assert time.calls == calls
-    candidates["slow"] = time.takes(0.5)
-    assert kernels.choose("another key", candidates, x, None, clock=time.clock) == "slow"
-
-
-@pytest.mark.parametrize("wrong", [0.2, torch.nan])
-def test_what_is_wrong_or_fails_is_left_out_with_one_warning(monkeypatch, caplog, wrong):
-    time, x = FakeTime(monkeypatch), torch.zeros(10000)
-
-    def fails(x, bias):
-        raise RuntimeError("no compiler\nhere")
-
-    candidates = {"right": time.takes(3), "wrong": time.takes(1, wrong), "broken": fails}
-    for key in ("first", "second"):
-        assert kernels.choose(key, candidates, x, None, clock=time.clock) == "right"
-    first, second = (record.getMessage() for record in caplog.records)
-    assert first == "'wrong' is left out for first: it disagrees with 'right'"
-    assert second == "'broken' is left out for first: it fails with RuntimeError: no compiler here"
-
-
-def test_a_reference_that_fails_is_an_error(monkeypatch):
-    time = FakeTime(monkeypatch)
-
-    def fails(x, bias):
-        raise RuntimeError("no memory")
-
-    with pytest.raises(RuntimeError, match="no memory"):
-        kernels.choose("key", {"reference": fails, "other": time.takes(1)}, torch.zeros(1), None, clock=time.clock)
-
-
 # ---- where the model calls them -------------------------------------------------------------------------------------
 
 
 @runs
 @pytest.mark.parametrize("side", [8, 2, None])
-def test_equals_the_library_through_autograd(side):
+def test_equals_the_library_through_autograd(side, monkeypatch):
     """As a block calls them: on visible patches, and on maps."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     visible = None
     if side:
         mask = torch.tensor([[0, 1, 1, 0, 0, 1], [1, 0, 1, 1, 0, 0]])
@@ -367,29 +309,24 @@ def test_equals_the_library_through_autograd(side):
         torch.testing.assert_close(kernel, library, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.skipif(DEVICE != "cuda" or not torch.cuda.is_available(), reason="the choice is made on a GPU")
-def test_the_first_call_on_a_gpu_chooses():
-    conv = nn.Conv2d(64, 64, 7, padding=3, groups=64).cuda()
-    fused.depthwise(torch.randn(2, 14, 14, 64, device="cuda"), conv)
-    visible = VisiblePatches(torch.zeros(2, 4), (2, 2), device="cuda")
-    fused.depthwise(torch.randn(2, 4, 16, 64, device="cuda"), conv, visible)
-    assert {key[0] for key in kernels._chosen} >= {"maps", "visible patches"}
-
-
-def test_gradients_are_compared_and_timed_too():
-    """`choose` on functions with gradients: a wrong gradient, with a right output, is left out."""
-
-    class Wrong(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x):
-            return 2 * x
-
-        @staticmethod
-        def backward(ctx, grad):
-            return 3 * grad
-
-    forms = {"right": kernels.with_gradients(lambda x: 2 * x), "wrong": kernels.with_gradients(Wrong.apply)}
-    ticks = iter(range(10**6))  # ever shorter ones: whatever comes last would be the fastest
-    assert kernels.choose("gradients", forms, torch.ones(8), clock=lambda: next(ticks) ** 0.5) == "right"
-    forms["wrong"] = forms["right"]
-    assert kernels.choose("both right", forms, torch.ones(8), clock=lambda: next(ticks) ** 0.5) == "wrong"
+@runs
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("way", ["trained", "checkpointed", "evaluated"])
+def test_a_block_takes_them_from_its_first_call_on(way, masked, monkeypatch):
+    """Under whatever mode that call comes: nothing is tried out or timed in it."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    calls, convolve = [], kernels.convolve
+    monkeypatch.setattr(kernels, "convolve", lambda *args: (calls.append(args), convolve(*args))[1])
+    plain = Stage(Block(8)).to(DEVICE)
+    quick = copy.deepcopy(plain)
+    fused.enable(quick, triton=True)
+    quick.grad_checkpointing = way == "checkpointed"
+    visible = VisiblePatches(torch.tensor([[0, 1, 1, 0], [1, 0, 0, 1]]), (2, 2), device=DEVICE) if masked else None
+    results, x = [], integers(2, 2, 4, 8, seed=0).to(DEVICE).requires_grad_()
+    for stage in (plain, quick):
+        with torch.inference_mode(way == "evaluated"):
+            y = stage(x, visible)
+        results.append([y] if way == "evaluated" else [y, *torch.autograd.grad(y.square().sum(), stage.parameters())])
+    assert len(calls) == {"trained": 2, "checkpointed": 3, "evaluated": 1}[way]
+    for library, kernel in zip(*results, strict=True):
+        torch.testing.assert_close(kernel, library, rtol=1e-4, atol=1e-4)

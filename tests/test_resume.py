@@ -15,8 +15,10 @@ import engine_finetune
 import main_finetune
 from models.convnextv2 import ConvNeXtV2
 from tests.small_runs import STEPS, TINY, killed_after, load, records, same, snapshot
+from utils import record
 from utils.amp import Amp
 from utils.interrupts import EXIT_CODE
+from utils.run import Run
 
 FLAGS = {
     "pretrain": ("--vis_freq", 0),
@@ -198,6 +200,31 @@ def test_a_finished_run_has_nothing_to_do(stage, scripts, whole):
     assert snapshot(whole[stage]) == before
 
 
+@pytest.mark.parametrize(("flag", "before", "can", "chosen"), [
+    ("auto", None, True, "library"), ("auto", "library", True, "library"), ("auto", "triton", True, "triton"),
+    ("auto", "triton", False, "library"), ("library", "triton", True, "library"), ("triton", "library", True, "triton"),
+])  # fmt: skip
+def test_one_choice_of_kernels_for_all_processes_and_resumes(flag, before, can, chosen, tmp_path):
+    if before:
+        torch.save({"args": {"kernels": before}, "epoch": 0}, tmp_path / "checkpoint-0.pth")
+    args = main_finetune.get_args_parser().parse_args(["--kernels", flag, "--output_dir", str(tmp_path)])
+    run = Run(vars(args), Amp(torch.device("cpu"), True, torch.bfloat16))
+    asked = []
+    assert run.triton(lambda *of: asked.append(of) or can) == (chosen == "triton")
+    assert asked == [(torch.device("cpu"), torch.bfloat16)]
+    assert args.kernels == chosen  # which checkpoints and run.json hold
+
+
+def test_kernels_are_recorded_and_refused_where_they_cannot_run(scripts, tmp_path):
+    assert scripts.finetune("--output_dir", tmp_path, "--epochs", 2).code == 0
+    start = record.read(tmp_path)[-1]
+    assert start["args"]["kernels"] == load(tmp_path / "checkpoint-1.pth")["args"]["kernels"] == "library"
+    assert record.same_command(start, start["args"] | {"kernels": "auto"})
+    result = scripts.finetune("--kernels", "triton")
+    assert result.code == 2
+    assert result.err.startswith("error: --kernels triton: needs a GPU")
+
+
 def test_a_longer_run_goes_on_where_a_finished_one_ended(scripts, tmp_path):
     scripts.pretrain("--output_dir", tmp_path, "--epochs", 2)
     result = scripts.pretrain("--output_dir", tmp_path, "--epochs", 4)
@@ -330,14 +357,14 @@ def test_a_launcher_that_starts_something_else_again_starts_over(scripts, tmp_pa
 
 def test_a_folder_of_older_checkpoints_goes_on(scripts, whole, tmp_path):
     """From before runs had ids: with the run.json of then, or none."""
-    for name, record in (("a", {"starts": [{"args": {}, "started": "then"}]}), ("b", None)):
+    for name, told in (("a", {"starts": [{"args": {}, "started": "then"}]}), ("b", None)):
         folder = tmp_path / name
         folder.mkdir()
         for epoch in (0, 1):
             state = load(whole["pretrain"] / f"checkpoint-{epoch}.pth")
             torch.save({k: v for k, v in state.items() if k != "run"}, folder / f"checkpoint-{epoch}.pth")
-        if record:
-            (folder / "run.json").write_text(json.dumps(record))
+        if told:
+            (folder / "run.json").write_text(json.dumps(told))
         result = scripts.pretrain("--output_dir", folder, *FLAGS["pretrain"])
         assert f"resumed from {folder}/checkpoint-1.pth" in result.out
         assert same(content(folder / LAST), content(whole["pretrain"] / LAST))

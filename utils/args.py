@@ -163,6 +163,7 @@ def tell_without_effect(args: argparse.Namespace, use_amp: bool, rows: list[tupl
         (f"save_ckpt auto_resume {saving}", not args.output_dir, "without --output_dir"),
         (saving, not args.save_ckpt, "with --save_ckpt false"),
         ("amp_dtype", not use_amp, "without mixed precision"),
+        ("kernels", not args.fused, "with --fused false"),
         ("data_path", args.data_set == "shapes", data),
         ("eval_data_path", args.data_set.startswith(("shapes", "CIFAR")), data),
     ]:

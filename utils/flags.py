@@ -28,6 +28,8 @@ def add_shared_arguments(
     group.add_argument("--stem_stride", type=int, default=4, choices=(4, 2, 1), help=stem_help)
     add_bool(group, "--grad_checkpointing", False, "recompute activations in backward: less memory, more time")
     add_bool(group, "--fused", True, "gradients written by hand where a block's layers are the plain ones: faster")
+    kernels_help = "the depthwise convolution's on a GPU; auto: the checkpoint's that is resumed, else the library's"
+    group.add_argument("--kernels", default="auto", choices=("auto", "library", "triton"), help=kernels_help)
     add_bool(group, "--compile", False, "compile the model's blocks with torch.compile")
 
     group = parser.add_argument_group("learning rate and weight decay")

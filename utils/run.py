@@ -5,7 +5,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -117,6 +117,24 @@ class Run:
         self._content = found[1]
         depth = self._content.get("args", {}).get("depth")
         return run_id, new, str(found[0]), (self._content.get("epoch"), self._content.get("step")), depth
+
+    def triton(self, available: Callable[[torch.device, torch.dtype], bool]) -> bool:
+        """Whether Triton's kernels are to compute: the first process's choice for all, which the run's records tell.
+
+        Raises:
+            UsageError: --kernels asks for them, and they are not `available`.
+        """
+
+        def choose() -> str:
+            can = available(self.amp.device, self.amp.dtype if self.amp.enabled else torch.float32)
+            if self.flags["kernels"] == "triton" and not can:
+                raise UsageError("--kernels triton: needs a GPU, for bfloat16 of 2020 or newer, and Triton 3.3")
+            if self.flags["kernels"] != "auto":
+                return self.flags["kernels"]
+            return "triton" if can and (self._content or {}).get("args", {}).get("kernels") == "triton" else "library"
+
+        self.flags["kernels"] = from_main_process(choose)
+        return self.flags["kernels"] == "triton"
 
     def begin(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, loader, *, ema: ModelEmaV3 | None = None,
