@@ -67,8 +67,8 @@ def build_transform(is_train: bool, args, eight_bit: bool = True) -> Callable:
     if not is_train:
         return transforms.eval_transform(args.input_size, args.in_chans, eval_crop(args), mean, std)
     augmentation = Augmentation(
-        min_crop=args.min_crop,
-        auto_augment=args.aa,
+        scale=(args.min_crop, 1.0),
+        auto_augment=args.aa or None,
         color_jitter=args.color_jitter,
         interpolation=args.train_interpolation,
         re_prob=args.reprob / 2 if args.resplit else args.reprob,  # of images, a half drawn anew each epoch is clean

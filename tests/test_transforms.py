@@ -237,7 +237,7 @@ def test_pixels_without_data_count_for_nothing():
     found = eval_transform(size, 2, 1.0, (100.0, 200.0), (50.0, 50.0))(image)
     assert set(found[0].unique().round().tolist()) == {0, 4}
     assert set(found[1].unique().round().tolist()) == {0, 2}
-    augmentation = Augmentation(0.3, None, None, "bicubic", 0, "pixel", 1)
+    augmentation = Augmentation((0.3, 1.0), None, None, "bicubic", 0, "pixel", 1)
     found = train_transform(size, 2, augmentation, (100.0, 200.0), (50.0, 50.0), eight_bit=False)(image)
     assert set(found[1].unique().round().tolist()) <= {0, 2}
 

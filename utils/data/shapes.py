@@ -29,18 +29,6 @@ def _box(x, y, width=0.72, height=0.72):
     return np.maximum(np.abs(x) - width, np.abs(y) - height)
 
 
-def _ring(x, y):
-    return np.abs(_disc(x, y, 0.72)) - 0.2
-
-
-def _triangle(x, y):
-    return np.maximum(-y, math.sqrt(0.75) * np.abs(x) + 0.5 * y) - 0.52
-
-
-def _cross(x, y):
-    return np.minimum(_box(x, y, 0.95, 0.28), _box(x, y, 0.28, 0.95))
-
-
 def _star(x, y, inner=0.45):
     c, s = math.cos(math.pi / 5), math.sin(math.pi / 5)
     for _ in range(2):  # mirror all five points onto the upper one, of which a single edge is then enough
@@ -49,10 +37,6 @@ def _star(x, y, inner=0.45):
         x, y = x - c * beyond, y + s * beyond
     a, b = 1 - inner * c, inner * s
     return (a * np.abs(x) + b * (y - 1)) / math.hypot(a, b)
-
-
-def _crescent(x, y):
-    return np.maximum(_disc(x, y, 0.95), -_disc(x, y - 0.42, 0.78))
 
 
 def _heart(x, y):
@@ -65,14 +49,18 @@ def _arrow(x, y):
     return np.minimum(head, _box(x, y + 0.4, 0.22, 0.55))
 
 
-def _bowtie(x, y):
-    return np.maximum(np.abs(x) - 0.85, 0.78 * (np.abs(y) - 0.8 * np.abs(x) - 0.06))
-
-
 _DISTANCES = {
-    "disc": _disc, "ring": _ring, "triangle": _triangle, "square": _box, "cross": _cross,
-    "star": _star, "crescent": _crescent, "heart": _heart, "arrow": _arrow, "bowtie": _bowtie,
-}  # fmt: skip
+    "disc": _disc,
+    "ring": lambda x, y: np.abs(_disc(x, y, 0.72)) - 0.2,
+    "triangle": lambda x, y: np.maximum(-y, math.sqrt(0.75) * np.abs(x) + 0.5 * y) - 0.52,
+    "square": _box,
+    "cross": lambda x, y: np.minimum(_box(x, y, 0.95, 0.28), _box(x, y, 0.28, 0.95)),
+    "star": _star,
+    "crescent": lambda x, y: np.maximum(_disc(x, y, 0.95), -_disc(x, y - 0.42, 0.78)),
+    "heart": _heart,
+    "arrow": _arrow,
+    "bowtie": lambda x, y: np.maximum(np.abs(x) - 0.85, 0.78 * (np.abs(y) - 0.8 * np.abs(x) - 0.06)),
+}
 CLASSES = tuple(_DISTANCES)
 
 

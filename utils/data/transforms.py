@@ -11,12 +11,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from timm.data import auto_augment
-from timm.data.constants import (
-    IMAGENET_DEFAULT_MEAN,
-    IMAGENET_DEFAULT_STD,
-    IMAGENET_INCEPTION_MEAN,
-    IMAGENET_INCEPTION_STD,
-)
 from timm.data.random_erasing import RandomErasing
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode, v2
@@ -36,9 +30,9 @@ SMALL_INPUT_SIZE = 32  # up to here, a random resized crop of fine-tuning would 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """How fine-tuning augments; all but min_crop, the smallest share of an image that is cropped, as timm calls it."""
+    """How fine-tuning augments, as timm calls it; scale: least and largest share of an image that is cropped."""
 
-    min_crop: float
+    scale: tuple[float, float]
     auto_augment: str | None
     color_jitter: float | None
     interpolation: str
@@ -71,8 +65,8 @@ def mean_std(
         return tuple(mean), tuple(std)
     if in_chans not in (1, 3):
         raise UsageError(f"--in_chans {in_chans}: needs {MEAN_STD_HINT.format(in_chans)}")
-    means = IMAGENET_DEFAULT_MEAN if of_imagenet else IMAGENET_INCEPTION_MEAN
-    stds = IMAGENET_DEFAULT_STD if of_imagenet else IMAGENET_INCEPTION_STD
+    name = "IMAGENET_DEFAULT" if of_imagenet else "IMAGENET_INCEPTION"
+    means, stds = getattr(timm.data, f"{name}_MEAN"), getattr(timm.data, f"{name}_STD")
     return (means, stds) if in_chans == 3 else ((sum(means) / 3,), (sum(stds) / 3,))
 
 
@@ -106,10 +100,8 @@ def train_transform(
     """
     if in_chans == 3 and eight_bit:
         return _timm_transform(size, augmentation, mean, std)
-    for flag, value in (
-        ("aa", augmentation.auto_augment), ("color_jitter", augmentation.color_jitter),
-        ("train_interpolation", augmentation.interpolation),
-    ):  # fmt: skip
+    flags = {"aa": augmentation.auto_augment, "color_jitter": augmentation.color_jitter}
+    for flag, value in (flags | {"train_interpolation": augmentation.interpolation}).items():
         if value and value not in (AUTO_AUGMENT, "bicubic"):
             raise UsageError(f"--{flag} {value}: is for 8-bit RGB images, which these are not; leave it out")
     if augmentation.auto_augment:
@@ -118,7 +110,7 @@ def train_transform(
         resize = partial(resize_data, resize=v2.Resize(size, BICUBIC))
         crop = [middle, resize, v2.RandomCrop(size, padding=4), v2.RandomHorizontalFlip()]
     else:
-        crop = [partial(random_resized_crop, size=size, min_crop=augmentation.min_crop)]
+        crop = [partial(random_resized_crop, size=size, min_crop=augmentation.scale[0])]
     erase = RandomErasing(
         augmentation.re_prob, mode=augmentation.re_mode, max_count=augmentation.re_count, device="cpu"
     )
@@ -151,9 +143,8 @@ def middle(image: torch.Tensor | Image.Image) -> torch.Tensor | Image.Image:
     """The middle of an image that is longer than 8 times its short side, as enlarging all of it may take gigabytes."""
     height, width = v2.functional.get_size(image)
     most = 8 * min(height, width)
-    return (
-        v2.functional.center_crop(image, [min(height, most), min(width, most)]) if max(height, width) > most else image
-    )
+    thin = max(height, width) > most
+    return v2.functional.center_crop(image, [min(height, most), min(width, most)]) if thin else image
 
 
 def sample_box(height: int, width: int, min_crop: float) -> tuple[int, int, int, int, bool]:
@@ -176,22 +167,9 @@ def sample_box(height: int, width: int, min_crop: float) -> tuple[int, int, int,
 
 def _timm_transform(size: int, augmentation: Augmentation, mean, std) -> Callable:
     try:
-        transform = timm.data.create_transform(
-            input_size=size,
-            is_training=True,
-            color_jitter=augmentation.color_jitter,
-            auto_augment=augmentation.auto_augment or None,
-            interpolation=augmentation.interpolation,
-            re_prob=augmentation.re_prob,
-            re_mode=augmentation.re_mode,
-            re_count=augmentation.re_count,
-            scale=(augmentation.min_crop, 1.0),
-            mean=mean,
-            std=std,
-        )
+        transform = timm.data.create_transform(size, is_training=True, mean=mean, std=std, **vars(augmentation))
     except (AssertionError, KeyError, ValueError) as error:
         raise UsageError(f"--aa {augmentation.auto_augment}: no policy of timm's; one is {AUTO_AUGMENT}") from error
-    _guard_posterize(transform)
     if size <= SMALL_INPUT_SIZE:
         bicubic = transforms.Resize(size, BICUBIC)  # does nothing to images of that size
         transform.transforms[0] = transforms.Compose([middle, bicubic, transforms.RandomCrop(size, padding=4)])
@@ -201,19 +179,15 @@ def _timm_transform(size: int, augmentation: Augmentation, mean, std) -> Callabl
 
 def _to_rgb(image: Image.Image | torch.Tensor) -> Image.Image:
     """Tensors are uint8 RGB; some of torchvision's data sets are gray."""
-    if isinstance(image, torch.Tensor):
-        return to_pil_image(image)
+    image = to_pil_image(image) if isinstance(image, torch.Tensor) else image
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _posterize(image: Image.Image, bits: int, **kwargs) -> Image.Image:
+    """Also to 0 bits, for which timm's policies ask now and then, and which Pillow 13 refuses: a black image."""
     return auto_augment.posterize(image, bits, **kwargs) if bits > 0 else Image.new(image.mode, image.size)
 
 
-def _guard_posterize(transform: Callable) -> None:
-    """Let auto-augment policies ask for 0 bits, as timm's do now and then and Pillow 13 refuses: a black image."""
-    for stage in transform.transforms:
-        policies = [getattr(stage, "ops", []), *getattr(stage, "policy", [])]  # RandAugment, AutoAugment
-        for op in (op for policy in policies for op in policy):
-            if op.aug_fn is auto_augment.posterize:
-                op.aug_fn = _posterize
+for _name, _operation in auto_augment.NAME_TO_OP.items():
+    if _operation is auto_augment.posterize:
+        auto_augment.NAME_TO_OP[_name] = _posterize
