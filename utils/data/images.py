@@ -13,18 +13,8 @@ import torch
 from PIL import Image
 
 from ..errors import UsageError
-from .formats import (
-    ARRAY_EXTENSIONS,
-    IMAGE_EXTENSIONS,
-    WITHOUT_EXTRA,
-    Stored,
-    check_size,
-    fast_jpeg,
-    pillow_pixels,
-    read_stored,
-    stderr_kept,
-    without_data,
-)
+from . import formats
+from .formats import ARRAY_EXTENSIONS, IMAGE_EXTENSIONS, Stored, check_size, without_data
 
 log = logging.getLogger("fcmae")
 
@@ -123,10 +113,10 @@ def _decode(content: bytes, path: str, reading: Reading) -> tuple[torch.Tensor, 
     """`decode`, and what it is made of."""
     said: list[str] = []
     try:
-        with stderr_kept(said):
-            pixels = fast_jpeg(content, reading.in_chans, reading.max_pixels)
+        with formats.stderr_kept(said):
+            pixels = formats.fast_jpeg(content, reading.in_chans, reading.max_pixels)
             if pixels is None:
-                stored = read_stored(content, path, reading.in_chans, reading.nodata, reading.max_pixels)
+                stored = formats.read_stored(content, path, reading.in_chans, reading.nodata, reading.max_pixels)
         if said and any("Corrupt JPEG" in line and "extraneous" not in line for line in said):
             raise ValueError("is damaged:")
         if pixels is not None:
@@ -163,8 +153,8 @@ def survey(dataset, reading: Reading, source: str) -> Survey:
         alphas += stored.alpha and channels == reading.in_chans
         pixels, without = pixels + image[0].numel(), without + int(image.isnan().all(dim=0).sum())
     count = len(sizes) + len(bad)
-    if extra := sum(error.reason == WITHOUT_EXTRA for error in bad):
-        log.warning("%s: %d of a sample of %d files: %s", source, extra, count, WITHOUT_EXTRA)
+    if extra := sum(error.reason == formats.WITHOUT_EXTRA for error in bad):
+        log.warning("%s: %d of a sample of %d files: %s", source, extra, count, formats.WITHOUT_EXTRA)
     if len(bad) > 2 * len(sizes):
         raise UsageError(f"{source}: of a sample of {count} files {len(bad)} are unreadable: {bad[0]}")
     (most, times), *_ = pages.most_common(1)
@@ -181,7 +171,7 @@ def to_tensor(image: Image.Image | torch.Tensor, in_chans: int = 3) -> torch.Ten
     if isinstance(image, torch.Tensor):
         return image
     try:
-        return _to_tensor(pillow_pixels(image, in_chans), Reading(in_chans))
+        return _to_tensor(formats.pillow_pixels(image, in_chans), Reading(in_chans))
     except ValueError as error:
         raise UsageError(str(error)) from error
 
@@ -206,9 +196,9 @@ def _to_tensor(stored: Stored, reading: Reading) -> torch.Tensor:
     if depth == 8 and pixels.dtype != np.uint8:
         pixels = pixels * np.float32(255 / scale)
         if holes is not None:
-            pixels = np.where(np.isnan(pixels), np.nanmean(pixels, axis=(1, 2), keepdims=True), pixels)
-            if np.isnan(pixels).any():
+            if np.isnan(pixels).all(axis=(1, 2)).any():
                 raise ValueError("holds no data")
+            pixels = np.where(np.isnan(pixels), np.nanmean(pixels, axis=(1, 2), keepdims=True), pixels)
         pixels = pixels.round().astype(np.uint8)
     if pixels.dtype == np.uint8 and depth != 16:
         return torch.from_numpy(pixels)
@@ -232,8 +222,8 @@ def _fit_channels(pixels: np.ndarray, in_chans: int, alpha: bool, opaque: int | 
         return grey if pixels.dtype.kind == "f" else grey.round().astype(pixels.dtype)
     if len(pixels) == in_chans:
         return pixels
-    channels = f"{found} channel{'s' * (found > 1)} ({found} x {pixels.shape[1]} x {pixels.shape[2]})"
-    raise ValueError(f"has {channels}, not --in_chans {in_chans}; give --in_chans {found}")
+    shape, s = " x ".join(map(str, (found, *pixels.shape[1:]))), "s" * (found > 1)
+    raise ValueError(f"has {found} channel{s} ({shape}), not --in_chans {in_chans}; give --in_chans {found}")
 
 
 def _words(error: Exception) -> str:
