@@ -13,20 +13,10 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
 
 from utils.args import given
-from utils.data import transforms
+from utils.data import sampling, transforms
 from utils.data.files import ClassFolders, ImageFiles, ImageList, class_names, describe
 from utils.data.images import Reading, Survey, load_image, survey, to_tensor
-from utils.data.sampling import (
-    EvalLoader,
-    StepLoader,
-    StepSampler,
-    TrainSamples,
-    collate,
-    own_shards,
-    readable,
-    stream_workers,
-    with_transform,
-)
+from utils.data.sampling import StepLoader, StepSampler, TrainSamples
 from utils.data.shapes import Shapes
 from utils.data.tars import open_tar, open_unlabelled, tar_shards
 from utils.data.transforms import MEAN_STD_HINT, Augmentation, Normalise
@@ -45,9 +35,6 @@ DATA_SETS_HELP = (
     "CIFAR10, shapes (drawn, nothing to download), or a name with a scheme that timm's create_dataset knows: torch/, "
     "or a stream, whose order depends on --num_workers and is not kept in a resume inside an epoch: wds/, tfds/"
 )
-
-
-# ---- transforms ------------------------------------------------------------------------------------------------------
 
 
 def picture_mean_std(args) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -83,9 +70,6 @@ def build_batch_transform(args, device: torch.device) -> Normalise:
     return Normalise(*mean_std(args), device)
 
 
-# ---- data sets by name -----------------------------------------------------------------------------------------------
-
-
 def build_pretrain_dataset(args) -> Dataset:
     """The images of --data_set and --data_path for pre-training; folders are read with or without class folders."""
     dataset = unlabelled_files(args) if args.data_set in FOLDERS else _named_dataset(True, args)
@@ -108,12 +92,8 @@ def unlabelled_files(args) -> ImageFiles:
 def build_dataset(is_train: bool, args, classes: list[str] | None = None) -> tuple[Dataset, int]:
     """The labelled data set of --data_set with its transform, and its number of classes.
 
-    Args:
-        classes: class names in the order of their labels, where known (from training, or from a checkpoint): those of
-            validation files are numbered by them.
-
-    Raises:
-        UsageError: data that is missing, or that contradicts --nb_classes.
+    classes: names in the order of their labels, where known (from training, or from a checkpoint). Raises UsageError
+    for data that are missing, or that contradict --nb_classes.
     """
     if args.data_set in FOLDERS:
         dataset = labelled_files(is_train, args, classes)
@@ -157,8 +137,7 @@ def labelled_files(is_train: bool, args, classes: list[str] | None = None) -> Im
 def read_alike(dataset: ImageFiles, args) -> Survey:
     """What a sample of the files holds; all are then read at --depth, or, where not given, at that of most of these.
 
-    Raises:
-        UsageError: most files of the sample cannot be read, or do not fit --in_chans.
+    Raises UsageError where most files of the sample cannot be read, or do not fit --in_chans.
     """
     nodata, max_pixels = getattr(args, "nodata", None), getattr(args, "max_pixels", Reading.max_pixels)
     found = survey(dataset, Reading(args.in_chans, nodata=nodata, max_pixels=max_pixels), dataset.source)
@@ -172,11 +151,8 @@ def read_alike(dataset: ImageFiles, args) -> Survey:
 def detect_bit_depth(dataset: Dataset, args, tell: bool = False) -> bool:
     """Whether a data set's images are 8-bit; for what is read after it, and for checkpoints, args.depth keeps that.
 
-    Args:
-        tell: log what the data set holds.
-
-    Raises:
-        UsageError: images that do not fit --in_chans; images that are not 8-bit without --mean and --std.
+    tell: log what the data set holds. Raises UsageError for images that do not fit --in_chans, or that are not 8-bit
+    without --mean and --std.
     """
     if isinstance(dataset, IterableDataset):
         return True  # what cannot be read twice comes as Pillow images of 8 bits
@@ -188,9 +164,9 @@ def detect_bit_depth(dataset: Dataset, args, tell: bool = False) -> bool:
         eight_bit = dataset.reading.depth == 8
         known = eight_bit or found.eight_bit
     else:
-        plain = with_transform(dataset, partial(to_tensor, in_chans=args.in_chans))
+        plain = sampling.with_transform(dataset, partial(to_tensor, in_chans=args.in_chans))
         try:
-            sample = next(readable(plain, range(min(len(dataset), 100))), None)
+            sample = next(sampling.readable(plain, range(min(len(dataset), 100))), None)
         except UsageError as error:
             raise UsageError(f"{source}: {error}") from error
         if sample is None:
@@ -301,7 +277,7 @@ def build_train_loader(
     num_samples = dataset.reader.num_samples if streamed else len(dataset)
     rank, world_size, num_workers = get_rank(), get_world_size(), args.num_workers
     if streamed:
-        num_workers = stream_workers(dataset, args.data_set, num_workers, world_size)
+        num_workers = sampling.stream_workers(dataset, args.data_set, num_workers, world_size)
     check_same(num_samples, "training images")
     sampler = StepSampler(num_samples, args.batch_size, args.update_freq, rank, world_size, args.seed, batch_divisor)
     if num_samples < sampler.global_batch:
@@ -314,14 +290,11 @@ def build_train_loader(
         loader = DataLoader(dataset, args.batch_size, drop_last=True, **common)
     else:
         samples = TrainSamples(dataset, args.seed, sample_mask)
-        loader = DataLoader(samples, batch_sampler=sampler, collate_fn=collate, **common)
-    return StepLoader(loader, sampler, batch_transform, max_bad(args, num_samples))
-
-
-def max_bad(args, count: int) -> float:
-    """How many of so many training images may be unreadable; of a small folder, a few are more than 1 %."""
-    allowed = getattr(args, "max_bad_images", 0.01) * count
-    return allowed if "max_bad_images" in given(args) else max(allowed, 4)
+        loader = DataLoader(samples, batch_sampler=sampler, collate_fn=sampling.collate, **common)
+    max_bad = getattr(args, "max_bad_images", 0.01) * num_samples
+    if "max_bad_images" not in given(args):  # of a small folder, a few are more than 1 %
+        max_bad = max(max_bad, 4)
+    return StepLoader(loader, sampler, batch_transform, max_bad)
 
 
 def build_eval_loader(dataset: Dataset, args, spread: bool) -> DataLoader:
@@ -332,10 +305,11 @@ def build_eval_loader(dataset: Dataset, args, spread: bool) -> DataLoader:
     """
     options = _loader_options(args, args.num_workers)
     if isinstance(dataset, IterableDataset):
-        return DataLoader(own_shards(dataset, args.data_set, get_rank(), get_world_size()), args.batch_size, **options)
+        mine = sampling.own_shards(dataset, args.data_set, get_rank(), get_world_size())
+        return DataLoader(mine, args.batch_size, **options)
     check_same(len(dataset), "evaluation images")
     indices = range(get_rank(), len(dataset), get_world_size()) if spread else range(len(dataset))
-    return EvalLoader(dataset, batch_size=args.batch_size, sampler=indices, **options)
+    return sampling.EvalLoader(dataset, batch_size=args.batch_size, sampler=indices, **options)
 
 
 def _loader_options(args, num_workers: int) -> dict:

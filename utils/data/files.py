@@ -58,12 +58,9 @@ class ImageTree(ImageFiles):
 
 
 class ClassFolders(ImageFiles):
-    """Images in one folder per class, however nested in there.
+    """Images in one folder per class, however nested in there; labels follow the sorted names, or `classes`.
 
-    Labels follow the sorted folder names, or `classes` where given.
-
-    Raises:
-        UsageError: no such folder, no class folders, a class that has no images or is not among `classes`.
+    Raises UsageError where there are no class folders, or one that has no images or is not among `classes`.
     """
 
     def __init__(self, root: str, flag: str, classes: list[str] | None = None, in_chans: int = 3):
@@ -136,10 +133,7 @@ def list_files(root: str, extensions: tuple[str, ...], left_out: Counter | None 
     """Every folder below `root`, by its path from there ("" for itself), with the sorted names of its files.
 
     Only files with one of the extensions, in any case, count, and nothing hidden; links are followed, except back to
-    where they are. What cannot be listed is reported.
-
-    Args:
-        left_out: is told how many other files there are, by extension.
+    where they are. What cannot be listed is reported; left_out is told of other files, by extension.
     """
     found, waiting = {}, [("", frozenset())]
     while waiting:
@@ -187,13 +181,8 @@ def number_classes(names: list[str], classes: list[str], what: str) -> tuple[lis
 class ImageList(ImageFiles):
     """The images that a file in UTF-8 or UTF-16 lists, see `split_line`; labels are as `number_labels` has them.
 
-    Args:
-        root: the folder that paths are relative to.
-        classes: None: labels are neither needed nor read. []: they tell the classes. Else the classes by their number.
-        nb_classes: as for `number_labels`.
-
-    Raises:
-        UsageError: no such file, or a line, which the message names, that cannot be understood; no file is there.
+    root: the folder that paths are relative to. classes: None: labels are neither needed nor read. Raises UsageError,
+    which names the line, for one that cannot be understood, and where none of the files is there.
     """
 
     def __init__(
@@ -275,14 +264,8 @@ def number_labels(
     """Classes and, for each label, its class's number.
 
     All labels are names of the classes; or all are positions among them, from 0, where no class is named by a number.
-
-    Args:
-        where: what each label is called in messages, after the source.
-        classes: []: the labels tell them, 0 up to the largest where all are numbers.
-        nb_classes: the number of classes, where labels are numbers, and the last may be missing.
-
-    Raises:
-        UsageError: a label that is none of these, or numbers that leave nearly all classes without an image.
+    where: what each label is called in messages. classes: []: the labels tell them, 0 up to the largest, or nb_classes,
+    where all are numbers. Raises UsageError for other labels, and for numbers that leave most classes without an image.
     """
     known, all_numbers = classes, all(label.isdecimal() for label in labels)
     if not classes and all_numbers:

@@ -50,14 +50,12 @@ def shuffled_indices(samples: Sized) -> torch.Tensor:
 def first_of_each_class(dataset: Dataset, count: int, name: str) -> Subset:
     """At most `count` images of each class, the first in the data set's order: the same ones under every seed.
 
-    Raises:
-        UsageError: a data set, called `name`, that does not list its labels.
+    Raises UsageError for a data set, called `name`, that does not list its labels.
     """
-    targets = getattr(dataset, "targets", None)
-    if targets is None:
+    if not hasattr(dataset, "targets"):
         raise UsageError(f"--images_per_class {count}: {name} does not list its labels; leave it out")
     seen, indices = Counter(), []
-    for index, label in enumerate(targets):
+    for index, label in enumerate(dataset.targets):
         seen[label] += 1
         if seen[label] <= count:
             indices.append(index)
@@ -89,10 +87,8 @@ class EvalSamples(Dataset):
 class TrainSamples(EvalSamples):
     """A data set by batches of (epoch, index), each sample under its own seed.
 
-    The place of an unreadable image is taken by one that is drawn by (seed, epoch, index).
-
-    Args:
-        sample_mask: called under a seed of the sample's own; the mask that it returns is appended to the sample.
+    The place of an unreadable image is taken by one that is drawn by (seed, epoch, index). sample_mask: called under
+    the sample's seed; the mask that it returns is appended to the sample.
     """
 
     RETRIES = 100
@@ -173,10 +169,8 @@ class StepSampler(Sampler):
 
     Every optimizer step takes the next batch_size * update_freq * world_size samples of the epoch's permutation, the
     global batch; its batches, and within each batch the processes, take even shares of them. The rest at the end is a
-    smaller step if it is at least a quarter of the global batch, else it is left out of this epoch.
-
-    Args:
-        batch_divisor: divides every batch's size (2 for Mixup): the last step leaves up to batch_divisor - 1 out.
+    smaller step if it is at least a quarter of the global batch, else it is left out of this epoch. batch_divisor
+    divides every batch's size (2 for Mixup): the last step leaves up to batch_divisor - 1 out.
     """
 
     def __init__(self, num_samples, batch_size, update_freq=1, rank=0, world_size=1, seed=0, batch_divisor=1):
@@ -295,8 +289,7 @@ class StepLoader:
 def stream_workers(dataset: IterableDataset, name: str, num_workers: int, world_size: int) -> int:
     """num_workers, or fewer, so that each gets a shard of wds/; timm's streams estimate their length by it.
 
-    Raises:
-        UsageError: fewer shards than processes.
+    Raises UsageError where there are fewer shards than processes.
     """
     if name.startswith("wds/"):
         shards = len(dataset.reader.split_info.filenames)
@@ -314,9 +307,10 @@ def stream_workers(dataset: IterableDataset, name: str, num_workers: int, world_
 
 def own_shards(dataset: IterableDataset, name: str, rank: int, world_size: int) -> Dataset:
     """A stream for evaluation, each process with shards of its own: timm would cut or repeat them to one length."""
-    if world_size == 1 or not name.startswith("wds/"):
-        if world_size > 1:
-            log.info("--data_set %s: on several processes, images may count twice or not at all", name)
+    if world_size == 1:
+        return dataset
+    if not name.startswith("wds/"):
+        log.info("--data_set %s: on several processes, images may count twice or not at all", name)
         return dataset
     reader, mine = dataset.reader, slice(rank, None, world_size)
     files, lengths = reader.split_info.filenames[mine], reader.split_info.shard_lengths[mine]

@@ -77,10 +77,8 @@ class TarFiles(ImageFiles):
 def read_index(shards: list[str], flag: str) -> dict:
     """Of the images of some tars, sorted: names; `.cls` labels or ""; `TarFiles.places`; what is left out.
 
-    It is made once and kept beside the first tar, and made anew when one of them has changed.
-
-    Raises:
-        UsageError: a file that is no tar, or one that is compressed, cut short or damaged.
+    It is made once and kept beside the first tar, and made anew when one of them has changed. Raises UsageError for a
+    file that is no tar, or one that is compressed, cut short or damaged.
     """
     opened.cache_clear()  # of tars that may have been replaced
     try:
@@ -174,13 +172,9 @@ def open_tar(
 ) -> TarFiles:  # fmt: skip
     """The images of a tar, or of all tars of a folder or glob, in the order of the same tree on disk.
 
-    Args:
-        classes, nb_classes: as for `ClassFolders`, and `number_labels`.
-        labelled: classes are the folders below the root, which is the folder that holds all others, if there is one;
-            or what the `.cls` files of a WebDataset say, as `number_labels` has it. Else all labels are 0.
-
-    Raises:
-        UsageError: a file that is no tar, no images, no labels, or a class that is not among `classes`.
+    Classes are the folders below the root, which is the folder that holds all others, if there is one; or what the
+    `.cls` files of a WebDataset say, as `number_labels` has it; not labelled: all labels are 0. Raises UsageError for a
+    file that is no tar, no images, no labels, or a class that is not among `classes`.
     """
     source, shards = f"{flag} {path}", [os.path.abspath(shard) for shard in tar_shards(path) or [path]]
     with main_process_first():
