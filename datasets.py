@@ -14,7 +14,7 @@ from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
 
 from utils.args import given
 from utils.data import sampling, transforms
-from utils.data.files import ClassFolders, ImageFiles, ImageList, class_names, describe
+from utils.data.files import ClassFolders, ImageFiles, ImageList, describe
 from utils.data.images import Reading, Survey, load_image, survey, to_tensor
 from utils.data.sampling import StepLoader, StepSampler, TrainSamples
 from utils.data.shapes import Shapes
@@ -104,8 +104,7 @@ def build_dataset(is_train: bool, args, classes: list[str] | None = None) -> tup
             raise UsageError(f"{path}: {nb_classes} class folders, --data_set IMNET has 1000; {instead}")
     else:
         dataset = _named_dataset(is_train, args)
-        names = getattr(dataset, "classes", None) or getattr(getattr(dataset, "reader", None), "class_to_idx", None)
-        nb_classes = len(names) if names else args.nb_classes
+        nb_classes = _count_classes(dataset) or args.nb_classes
         if nb_classes is None:
             raise UsageError(f"--data_set {args.data_set}: does not tell its number of classes; give --nb_classes")
         if classes is not None and len(classes) != nb_classes:  # its labels would then mean something else
@@ -121,10 +120,9 @@ def labelled_files(is_train: bool, args, classes: list[str] | None = None) -> Im
     """The files of --data_set IMNET or image_folder, without a transform; `classes` as for `build_dataset`."""
     file, flag = (args.train_list, "--train_list") if is_train else (args.eval_list, "--eval_list")
     if not is_train and classes is None and args.data_path:
-        if args.train_list or tar_shards(_class_root(True, args)[0]):
+        root, _ = _class_root(True, args)
+        if args.train_list or os.path.isdir(root) or tar_shards(root):
             classes = labelled_files(True, args).classes
-        elif os.path.isdir(_class_root(True, args)[0]):
-            classes = class_names(*_class_root(True, args))
     if file:
         root = args.data_path if is_train else args.eval_data_path or args.data_path
         return ImageList(file, flag, root, classes or [], args.in_chans, args.nb_classes)
@@ -232,6 +230,11 @@ def _named_dataset(is_train: bool, args) -> Dataset:
     if isinstance(dataset, ImageFolder):
         dataset.loader = load_image
     return dataset
+
+
+def _count_classes(dataset: Dataset) -> int:
+    reader = getattr(dataset, "reader", None)
+    return len(getattr(dataset, "classes", None) or getattr(reader, "class_to_idx", None) or ())
 
 
 def labelled_splits(args) -> tuple[Dataset, Dataset]:

@@ -487,5 +487,5 @@ def test_what_the_training_data_hold_is_told_on_a_screen(tmp_path, logs):
         assert words in logs.text, words
     assert len(logs.text.splitlines()) < 10
     logs.clear()
-    datasets.build_dataset(False, finetune_args(eval_data_path=tmp_path, **flags))
+    datasets.build_dataset(False, finetune_args(eval_data_path=tmp_path, **flags), ["ant", "bee", "cat"])
     assert logs.text.count("\n") == 1  # what is left out

@@ -68,7 +68,8 @@ class ClassFolders(ImageFiles):
         order = sorted((folder.split(os.sep)[0], folder) for folder in folders if folder)
         found = sorted({name for name, _ in order})
         if not found:
-            raise UsageError(_no_class_folders(root, flag))
+            where = f"labelled images go to {root}/CLASS/IMAGE"
+            raise UsageError(f"{flag} {root}: holds no class folders; {where}")
         paths = [os.path.join(root, folder, file) for _, folder in order for file in folders[folder]]
         names = [name for name, folder in order for _ in folders[folder]]
         self.classes, targets = number_classes(names, classes or found, f"{flag} {root}: class folder")
@@ -95,20 +96,6 @@ def describe(dataset: ImageFiles, found: Survey, input_size: int) -> None:
         log.info("images per class: smallest %s, median %s, largest %s", *told)
         if few := [f"{name} {count}" for count, name in ranked if count < 10]:
             log.warning("%d of %d classes have fewer than 10 images: %s", len(few), len(classes), ", ".join(few[:10]))
-
-
-def class_names(folder: str | Path, flag: str) -> list[str]:
-    """Sorted names of the class folders in a folder. Raises UsageError where there are none."""
-    if not os.path.isdir(folder):
-        raise UsageError(f"{flag} {folder}: no such folder")
-    names = sorted(entry.name for entry in os.scandir(folder) if is_folder(entry) and not hidden(entry.name))
-    if not names:
-        raise UsageError(_no_class_folders(folder, flag))
-    return names
-
-
-def _no_class_folders(folder: str | Path, flag: str) -> str:
-    return f"{flag} {folder}: holds no class folders; labelled images go to {folder}/CLASS/IMAGE"
 
 
 def _image_names(root: str, flag: str, in_chans: int) -> tuple[dict[str, list[str]], Counter]:
