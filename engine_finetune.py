@@ -29,7 +29,7 @@ def train_one_epoch(
     where a line is due.
 
     Returns:
-        loss over all processes, class_acc (percent) where labels are not mixed, lr of the last step, images_per_second.
+        loss over all processes, class_acc (percent) where labels are not mixed, lr of the last step.
 
     Raises:
         NonFiniteLoss: at the first console line after the loss became NaN or infinite.
@@ -38,7 +38,7 @@ def train_one_epoch(
     model.train()
     amp = run.amp
     names = ("loss",) if mixup else ("loss", "class_acc")
-    tracker = run.tracker(names, epoch, len(loader), amp.device)
+    tracker = run.tracker(names, epoch, len(loader))
     lr = schedule.apply(optimizer, epoch + max(tracker.start_step - 1, 0) / len(loader))  # if no step is left to do
     for step, batches in tracker(loader.steps(epoch, tracker.start_step)):
         lr = schedule.apply(optimizer, epoch + step / len(loader))
@@ -61,7 +61,7 @@ def train_one_epoch(
         tracker.report(step, lr, grad_norm)
         run.step_done(tracker, step)
     share_buffers(model)
-    return tracker.summary() | {"lr": lr}
+    return tracker.averages.epoch() | {"lr": lr}
 
 
 def share_buffers(model: torch.nn.Module) -> None:
@@ -97,7 +97,7 @@ def evaluate(model: torch.nn.Module, loader, amp: Amp, header: str = "eval") -> 
         logits = model.head(features.float())  # bfloat16's would tie, and ties go by the order of classes
         acc1, acc5 = (top_k(logits, labels, k) for k in (1, 5))
         averages.update(len(imgs), loss=F.cross_entropy(logits, labels), acc1=acc1, acc5=acc5)
-        progress.count(len(imgs))
+        progress.samples += len(imgs)
         seen += len(imgs)
         if progress.due(step) and step > 0:
             progress.line(step)

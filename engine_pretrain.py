@@ -16,7 +16,7 @@ def train_one_epoch(
     The device is read only where a console line is due.
 
     Returns:
-        loss over all processes, lr of the last step, images_per_second.
+        loss over all processes, lr of the last step.
 
     Raises:
         NonFiniteLoss: at the first console line after the loss became NaN or infinite.
@@ -24,7 +24,7 @@ def train_one_epoch(
     """
     model.train()
     amp = run.amp
-    tracker = run.tracker(("loss",), epoch, len(loader), amp.device)
+    tracker = run.tracker(("loss",), epoch, len(loader))
     lr = schedule.apply(optimizer, epoch + max(tracker.start_step - 1, 0) / len(loader))  # if no step is left to do
     for step, batches in tracker(loader.steps(epoch, tracker.start_step)):
         lr = schedule.apply(optimizer, epoch + step / len(loader))
@@ -40,4 +40,4 @@ def train_one_epoch(
         grad_norm = amp.step(optimizer, with_norm=tracker.due(step))
         tracker.report(step, lr, grad_norm)
         run.step_done(tracker, step)
-    return tracker.summary() | {"lr": lr}
+    return tracker.averages.epoch() | {"lr": lr}

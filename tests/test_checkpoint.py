@@ -3,7 +3,6 @@
 import errno
 import io
 import logging
-import math
 import os
 import pickle
 import random
@@ -289,6 +288,11 @@ def test_newest_good_one(tmp_path, logs):
     assert (tmp_path / "checkpoint-11.pth").exists()
 
 
+def training_state(model, optimizer, scaler, epoch, **more):
+    parts = {"model": model, "optimizer": optimizer, "scaler": scaler}
+    return {name: part.state_dict() for name, part in parts.items()} | {"epoch": epoch, "args": {}} | more
+
+
 def files(folder):
     return sorted(path.name for path in folder.iterdir())
 
@@ -297,11 +301,11 @@ def test_prune_keeps_the_last_by_number(tmp_path):
     for name in ("8", "9", "10", "11", "100", "best", "best-ema", "9-copy"):
         (tmp_path / f"checkpoint-{name}.pth").touch()
     kept = ["checkpoint-9-copy.pth", "checkpoint-best-ema.pth", "checkpoint-best.pth"]
-    checkpoint.prune(tmp_path, 3)
+    checkpoint.prune(tmp_path / "checkpoint-100.pth", 3)
     assert files(tmp_path) == sorted([*kept, "checkpoint-10.pth", "checkpoint-100.pth", "checkpoint-11.pth"])
-    checkpoint.prune(tmp_path, 3)
+    checkpoint.prune(tmp_path / "checkpoint-100.pth", 3)
     assert len(files(tmp_path)) == 6
-    checkpoint.prune(tmp_path, 0)  # never the newest
+    checkpoint.prune(tmp_path / "checkpoint-100.pth", 0)  # never the newest
     assert files(tmp_path) == sorted([*kept, "checkpoint-100.pth"])
 
 
@@ -310,8 +314,7 @@ def test_a_run_prunes_its_own(tmp_path):
     for epoch in (20, 21, 22):
         (tmp_path / f"checkpoint-{epoch}.pth").touch()
     for epoch in range(6):
-        checkpoint.save_numbered(state_of(epoch), tmp_path)
-        checkpoint.prune(tmp_path, 2, epoch)
+        checkpoint.prune(checkpoint.save_numbered(state_of(epoch), tmp_path), 2)
         assert (tmp_path / f"checkpoint-{epoch}.pth").exists()
     assert [epoch for epoch, *_ in checkpoint.numbered(tmp_path)] == [22, 21, 20, 5, 4]
 
@@ -332,7 +335,7 @@ def test_checkpoints_of_another_run_are_neither_taken_nor_touched(tmp_path, logs
     for epoch in (2, 3, 4):
         path = checkpoint.save_numbered(state_of(epoch) | {"run": "mine"}, tmp_path)
         assert path == tmp_path / f"checkpoint-{epoch}.pth"
-        checkpoint.prune(tmp_path, 1, epoch, run="mine")
+        checkpoint.prune(path, 1, "mine")
     assert files(tmp_path) == sorted(
         ["checkpoint-2.other.pth", "checkpoint-3.earlier.pth", "checkpoint-4.pth", "checkpoint-9.pth"]
     )
@@ -376,50 +379,30 @@ def scaler(enabled=True):
     return torch.amp.GradScaler("cpu", enabled=enabled, init_scale=1024.0)
 
 
-def test_training_state_is_plain(tmp_path):
-    flags = {
-        "output_dir": tmp_path, "opt_betas": [0.9, 0.95], "pair": (1, 2), "lr": None, "seed": 3, "blr": 0.5,
-        "eval": True, "name": "x",
-    }  # fmt: skip
-    model, optimizer = trained()
-    best = {"acc1": 12.5, "epoch": 2}
-    state = checkpoint.training_state(model, optimizer, scaler(), 7, flags, best=best, classes=["a", "b"])
-    torch.save(state, tmp_path / "x.pth")
-    read = torch.load(tmp_path / "x.pth", weights_only=True)  # without any class being allowed
-    assert read["args"] == {
-        "output_dir": str(tmp_path), "opt_betas": [0.9, 0.95], "pair": "(1, 2)", "lr": None, "seed": 3, "blr": 0.5,
-        "eval": True, "name": "x",
-    }  # fmt: skip
-    assert {type(value) for value in read["args"].values()} == {str, list, type(None), int, float, bool}
-    assert (read["epoch"], read["best"], read["classes"]) == (7, best, ["a", "b"])
-    assert same(read["model"], dict(model.state_dict()))
-    assert read.keys() == {"model", "optimizer", "scaler", "epoch", "args", "best", "classes"}
-
-
 def test_training_goes_on_where_it_was(tmp_path):
     model, optimizer = trained()
     amp_scaler = scaler()
     amp_scaler.scale(torch.ones(1))
     amp_scaler.update(256.0)
-    checkpoint.save_numbered(checkpoint.training_state(model, optimizer, amp_scaler, 7, {}), tmp_path)
+    checkpoint.save_numbered(training_state(model, optimizer, amp_scaler, 7), tmp_path)
     other, other_optimizer = trained(seed=1, lr=0.5)
     other_scaler = scaler()
     found = checkpoint.newest(tmp_path)
-    assert checkpoint.load_training(*found, other, other_optimizer, other_scaler) == (8, None)
+    assert checkpoint.load_training(*found, other, other_optimizer, other_scaler, 16) == (8, None)
     assert same(dict(other.state_dict()), dict(model.state_dict()))
     assert same(other_optimizer.state_dict()["state"], optimizer.state_dict()["state"])
     assert other_optimizer.param_groups[0]["lr"] == 0.1
     assert other_scaler.get_scale() == 256.0
-    checkpoint.load_training(*found, other, other_optimizer, scaler(enabled=False))
+    checkpoint.load_training(*found, other, other_optimizer, scaler(enabled=False), 16)
 
 
 def test_load_training_errors(tmp_path):
     model, optimizer = trained()
-    state = checkpoint.training_state(model, optimizer, scaler(), 7, {})
+    state = training_state(model, optimizer, scaler(), 7)
     path = Path("some/checkpoint-7.pth")
 
     def load(state, model=model, optimizer=optimizer):
-        checkpoint.load_training(path, state, model, optimizer, scaler())
+        checkpoint.load_training(path, state, model, optimizer, scaler(), 16)
 
     load(state)
     with pytest.raises(UsageError, match=r"checkpoint-7\.pth: has no optimizer and no epoch, so training cannot"):
@@ -441,7 +424,7 @@ def test_load_training_errors(tmp_path):
         with pytest.raises(UsageError, match=message):
             load(state | {key: odd})
     for kind, lost in ((torch.optim.SGD, "dampening, momentum"), (torch.optim.RMSprop, "alpha")):
-        with pytest.raises(UsageError, match=f"does not fit --opt, it has no {lost}"):
+        with pytest.raises(UsageError, match=f"does not fit --opt .*it has no {lost}"):
             load(state, *trained(optimizer=kind))
 
 
@@ -468,9 +451,8 @@ def test_steps_of_an_epoch_are_numbered_and_pruned(tmp_path):
     for epoch, step in [(3, None), (4, 10), (4, 20), (4, 30), (4, 9)]:
         partial = step and {"step": step, "averages": []}
         inside = {"step": step, "partial": partial, "global_batch": 16} if step else {}
-        state = checkpoint.training_state(*training_parts(), epoch, {}, **inside)
-        checkpoint.save_numbered(state, tmp_path)
-        checkpoint.prune(tmp_path, 1, epoch, step or math.inf)
+        state = training_state(*training_parts(), epoch, **inside)
+        checkpoint.prune(checkpoint.save_numbered(state, tmp_path), 1)
         if step == 30:
             assert names(tmp_path) == ["checkpoint-3.pth", "checkpoint-4-step20.pth", "checkpoint-4-step30.pth"]
     # step 9 came from a run started again before the others, whose files are not its to delete
@@ -480,13 +462,12 @@ def test_steps_of_an_epoch_are_numbered_and_pruned(tmp_path):
     assert checkpoint.load_training(path, state, *training_parts(), 16) == (4, {"step": 30, "averages": []})
     # on twice the global batch, half the steps have seen as much
     assert checkpoint.load_training(path, state, *training_parts(), 32) == (4, {"step": 15, "averages": []})
-    checkpoint.save_numbered(checkpoint.training_state(*training_parts(), 4, {}), tmp_path)
-    checkpoint.prune(tmp_path, 1, 4)
+    checkpoint.prune(checkpoint.save_numbered(training_state(*training_parts(), 4), tmp_path), 1)
     assert names(tmp_path) == ["checkpoint-4.pth"]
 
 
 def test_a_failed_save_is_reported_and_the_run_goes_on(tmp_path, monkeypatch, caplog):
-    checkpoint.save_numbered(checkpoint.training_state(*training_parts(), 0, {}), tmp_path)
+    checkpoint.save_numbered(training_state(*training_parts(), 0), tmp_path)
 
     def full(state, file):
         file.write(b"half")
@@ -494,7 +475,7 @@ def test_a_failed_save_is_reported_and_the_run_goes_on(tmp_path, monkeypatch, ca
 
     monkeypatch.setattr(torch, "save", full)
     monkeypatch.setattr(checkpoint.log, "propagate", True)
-    checkpoint.save_numbered(checkpoint.training_state(*training_parts(), 1, {}), tmp_path)
+    checkpoint.save_numbered(training_state(*training_parts(), 1), tmp_path)
     assert "NOT saved" in caplog.text
     assert "No space left" in caplog.text
     assert names(tmp_path) == ["checkpoint-0.pth"]

@@ -24,6 +24,7 @@ from utils.amp import Amp
 from utils.data.images import BadImage
 from utils.data.shapes import Shapes
 from utils.errors import NonFiniteLoss
+from utils.interrupts import Interrupts
 from utils.lr_sched import Schedule
 from utils.metrics import EpochTracker
 from utils.param_groups import param_groups
@@ -87,8 +88,9 @@ def precise(**kwargs):
 
 
 def plain_run(amp=None, ema=None):
-    run = Run(vars(main_finetune.get_args_parser().parse_args([])), amp or precise())
+    run = Run(vars(main_finetune.get_args_parser().parse_args([])), amp or precise(), Interrupts())
     run.ema = ema
+    run.model = nn.Module()  # whose weights are checked at an epoch's end
     return run
 
 
@@ -252,7 +254,6 @@ def test_training_statistics_are_means_over_the_samples():
     assert stats["loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
     assert stats["class_acc"] == pytest.approx((logits.argmax(1) == labels).float().mean().item() * 100)
     assert stats["lr"] == 0
-    assert stats["images_per_second"] > 0
 
 
 def test_clipping_without_amp():

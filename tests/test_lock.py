@@ -42,6 +42,16 @@ def kill(process) -> None:
     process.join()
 
 
+def test_a_full_disk_at_the_start_is_one_line(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "write", full)
+    with pytest.raises(UsageError, match=r"\.lock: cannot be written \(No space left"), OutputLock(tmp_path):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
 def test_two_runs_do_not_share_a_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "17")
     with elsewhere(tmp_path) as (process, _):

@@ -1,6 +1,5 @@
 """utils: averages, the loss guard, console lines, log.txt and TensorBoard, mixed precision, command line, errors."""
 
-import gc
 import json
 import math
 import re
@@ -26,7 +25,7 @@ from utils.args import (
 from utils.distributed import pick_device
 from utils.errors import NonFiniteLoss, UsageError, run_cli, suggest
 from utils.flags import add_shared_arguments
-from utils.metrics import Averages, EpochTracker, LossGuard, Progress, RunLog, duration, speed
+from utils.metrics import Averages, EpochTracker, Progress, RunLog, duration
 
 CPU = torch.device("cpu")
 NAN = float("nan")
@@ -67,33 +66,29 @@ def test_averages_lose_no_precision_and_no_graph():
     assert averages.epoch()["loss"] > 1e-4
 
 
-@pytest.mark.parametrize("bad", [NAN, math.inf, -math.inf])
-def test_loss_guard_names_the_first_bad_step(bad):
-    guard = LossGuard(CPU)
-    for step, loss in enumerate([1.0, 2.0, 3.0]):
-        guard.watch(torch.tensor(loss), step)
-    guard.check(0)
-    for step, loss in enumerate([4.0, 5.0, bad, 1.0, NAN], start=3):
-        guard.watch(torch.tensor(loss), step)
-    with pytest.raises(NonFiniteLoss, match=r"in step 5 of epoch 7") as stopped:
-        guard.check(7)
-    assert len(str(stopped.value).splitlines()) == 1
+def tracker_of(losses, epoch=7, run_log=None):
+    tracker = EpochTracker(("loss",), epoch, 100, CPU, run_log or RunLog())
+    for step, loss in enumerate(losses):
+        tracker.update(step, 1, loss=torch.tensor(loss))
+    return tracker
 
 
-def test_loss_guard_sees_step_0():
-    guard = LossGuard(CPU)
-    guard.watch(torch.tensor(NAN), 0)
-    guard.watch(torch.tensor(NAN), 1)
-    with pytest.raises(NonFiniteLoss, match="in step 0 of epoch 2"):
-        guard.check(2)
+@pytest.mark.parametrize(
+    ("losses", "step"),
+    [([1.0, 2.0], None), ([1.0, NAN, 1.0, math.inf], 1), ([math.inf], 0), ([2.0, 1.0, -math.inf], 2)],
+)
+def test_the_first_bad_loss_is_named(losses, step):
+    tracker = tracker_of(losses)
+    if step is None:
+        return tracker.check()
+    with pytest.raises(NonFiniteLoss, match=rf"^the loss became NaN or infinite in step {step} of epoch 7$"):
+        tracker.check()
 
 
-def test_loss_guard_of_another_process(monkeypatch):
+def test_a_bad_loss_of_another_process(monkeypatch):
     monkeypatch.setattr(metrics, "all_reduce_sum", lambda tensor: tensor + 1)
-    guard = LossGuard(CPU)
-    guard.watch(torch.tensor(1.0), 0)
-    with pytest.raises(NonFiniteLoss, match="infinite in epoch 4"):
-        guard.check(4)
+    with pytest.raises(NonFiniteLoss, match="infinite in epoch 7"):
+        tracker_of([1.0]).check()
 
 
 # ---- console
@@ -111,7 +106,7 @@ def test_progress_line(logs, clock):
     for step, item in progress(loader()):
         assert item == "batch"
         clock.now += 1.5
-        progress.count(64)
+        progress.samples += 64
         if progress.due(step):
             due.append(step)
             assert progress.line(step, lr=0.00123456, loss=1.23456) == pytest.approx(32)
@@ -123,8 +118,6 @@ def test_progress_line(logs, clock):
         "epoch 3 [21/41]  eta 0:00:40" + tail,
         "epoch 3 [41/41]  eta 0:00:00" + tail,
     ]
-    assert progress.samples == 41 * 64
-    assert progress.seconds == pytest.approx(82)
 
 
 def test_waiting_for_batches_inside_a_step_counts_as_data(logs, clock):
@@ -133,7 +126,7 @@ def test_waiting_for_batches_inside_a_step_counts_as_data(logs, clock):
             clock.now += 0.5
             yield "batch"
 
-    tracker = EpochTracker(("loss",), 0, 1, CPU, RunLog("", None))
+    tracker = EpochTracker(("loss",), 0, 1, CPU, RunLog())
     for step, batches_of_step in tracker([batches()]):
         for _ in batches_of_step:
             clock.now += 1
@@ -143,14 +136,14 @@ def test_waiting_for_batches_inside_a_step_counts_as_data(logs, clock):
 
 
 def test_a_batch_without_weight_is_not_counted_but_watched(clock):
-    tracker = EpochTracker(("loss",), 0, 1, CPU, RunLog("", None))
+    tracker = EpochTracker(("loss",), 0, 1, CPU, RunLog())
     for step, _ in tracker([None]):
         clock.now += 1
         tracker.update(step, 4, loss=torch.tensor(2.0))
         tracker.update(step, 0, loss=torch.tensor(NAN))
-    assert tracker.summary() == {"loss": 2.0, "images_per_second": 4.0}
+    assert (tracker.averages.epoch(), tracker.samples) == ({"loss": 2.0}, 4)
     with pytest.raises(NonFiniteLoss, match="in step 0"):
-        tracker.guard.check(0)
+        tracker.check()
 
 
 def test_progress_counts_the_images_of_all_processes(logs, clock, monkeypatch):
@@ -158,13 +151,13 @@ def test_progress_counts_the_images_of_all_processes(logs, clock, monkeypatch):
     progress = Progress("epoch 0", 1, CPU)
     for step, _ in progress([None]):
         clock.now += 2
-        progress.count(10)
+        progress.samples += 10
         assert progress.line(step) == 20
     assert "img/s 20" in logs.text
 
 
 def test_a_resumed_epoch_counts_its_own_steps(logs, clock):
-    progress = Progress("epoch 0", 10, CPU, start=8)
+    progress = Progress("epoch 0", 10, CPU, start_step=8)
     steps = []
     for step, _ in progress([None, None]):
         clock.now += 3
@@ -191,115 +184,85 @@ def scalars(folder, name):
     return [(event.step, event.value) for event in board(folder).Scalars(name)]
 
 
-def test_log_txt_is_json_lines(tmp_path):
-    run_log = RunLog(str(tmp_path), None)
-    run_log.epoch({"train_loss": NAN, "train_lr": 0.5, "epoch": 0, "n_parameters": 7})
-    run_log.epoch({"train_loss": math.inf, "train_lr": 0.25, "epoch": 1, "n_parameters": 7})
+def written(run_log, *xs, value=1.0):
+    """Points of a curve at these epochs, and the end."""
+    for x in xs:
+        run_log.scalars(x, loss=value)
     run_log.close()
-    first, second = (tmp_path / "log.txt").read_text().splitlines()
-    assert json.loads(first) == {"train_loss": None, "train_lr": 0.5, "epoch": 0, "n_parameters": 7}
-    assert json.loads(second)["train_loss"] is None
-    assert "NaN" not in first + second
+
+
+def test_log_txt_is_json_lines(tmp_path):
+    run_log = RunLog(str(tmp_path))
+    for epoch, loss in enumerate((NAN, math.inf, 0.5)):
+        run_log.epoch({"train_loss": loss, "epoch": epoch, "n_parameters": 7})
+    lines = (tmp_path / "log.txt").read_text().splitlines()
+    expected = [{"train_loss": loss, "epoch": i, "n_parameters": 7} for i, loss in enumerate((None, None, 0.5))]
+    assert [json.loads(line, parse_constant=pytest.fail) for line in lines] == expected
 
 
 @pytest.mark.parametrize(("start_epoch", "kept"), [(0, []), (1, [0]), (2, [0, 1]), (9, [0, 1, 2])])
-def test_a_resume_drops_what_will_be_redone(tmp_path, start_epoch, kept):
+@pytest.mark.parametrize("torn", ['{"train_loss": 3.0, "epo', '{"epoch": 99}', "\n[1]\n{}\na word"])
+def test_a_resume_drops_what_it_does_again(tmp_path, start_epoch, kept, torn):
+    """And what a kill has torn, or is no record; a line whose end alone is missing gets it."""
     log = tmp_path / "log.txt"
-    whole = "".join(json.dumps({"train_loss": float(epoch), "epoch": epoch}) + "\n" for epoch in range(3))
-    log.write_text("a heading\n[1]\n{}\n" + whole + '{"train_loss": 3.0, "epo')  # the last line torn by a kill
-    run_log = RunLog(str(tmp_path), None, start_epoch)
-    run_log.epoch({"train_loss": 0.5, "epoch": start_epoch})
-    run_log.close()
-    records = [json.loads(line) for line in log.read_text().splitlines()]
-    assert [record["epoch"] for record in records] == [*kept, start_epoch]
-    assert not list(tmp_path.glob(".*"))
+    log.write_text("a heading\n" + "".join(f'{{"epoch": {epoch}}}\n' for epoch in range(3)) + torn)
+    run_log = RunLog(str(tmp_path))
+    for epoch in (start_epoch, start_epoch + 1):
+        run_log.epoch({"epoch": epoch})
+    found = [json.loads(line)["epoch"] for line in log.read_text().splitlines()]
+    assert found == [*kept, start_epoch, start_epoch + 1]
+    log.write_text('{"epoch": 0}')
+    run_log.epoch({"epoch": 1})
+    assert log.read_text() == '{"epoch": 0}\n{"epoch": 1}\n'
+    assert [path.name for path in tmp_path.iterdir()] == ["log.txt"]
 
 
 def test_tensorboard_holds_the_curves(tmp_path):
-    run_log = RunLog(str(tmp_path / "out_missing_is_made_by_the_script"), str(tmp_path / "board"))
-    run_log.scalars(0.25, **{"train/loss": 2.0, "train/lr": 0.5})
-    run_log.scalars(3.0004, **{"train/loss": 1.0})
+    run_log = RunLog("", str(tmp_path))
     run_log.image("reconstruction", torch.rand(3, 8, 8), 4)
-    run_log.close()
-    assert scalars(tmp_path / "board", "train/loss") == [(250, 2.0), (3000, 1.0)]
-    assert scalars(tmp_path / "board", "train/lr") == [(250, 0.5)]
-    assert [event.step for event in board(tmp_path / "board").Images("reconstruction")] == [4000]
+    run_log.scalars(0.25, lr=0.5)
+    written(run_log, 0.25, 3.0004)
+    assert scalars(tmp_path, "loss") == [(250, 1.0), (3000, 1.0)]
+    assert scalars(tmp_path, "lr") == [(250, 0.5)]
+    assert [event.step for event in board(tmp_path).Images("reconstruction")] == [4000]
 
 
-def test_a_resume_hides_the_curves_beyond(tmp_path):
-    for start_epoch, value in ((0, 1.0), (1, 2.0)):
-        run_log = RunLog(str(tmp_path), None, start_epoch)
-        for epoch in (start_epoch + 0.5, start_epoch + 1.0, start_epoch + 1.5):
-            run_log.scalars(epoch, loss=value)
-        run_log.close()
-    # what belongs to the epoch before the resume stays, at 1000
-    assert scalars(tmp_path, "loss") == [(500, 1.0), (1000, 1.0), (1500, 2.0), (2000, 2.0), (2500, 2.0)]
+@pytest.mark.parametrize(
+    ("before", "done", "after", "shown"),
+    [
+        ((0.5, 1.0, 1.5), 1, (1.5, 2.0), [(500, 1), (1000, 1), (1500, 2), (2000, 2)]),  # at an epoch's end
+        ((0.0001,), 0, (0.0001,), [(0, 2)]),  # a start over
+        ((3.125, 3.25, 3.375), 3.25, (3.375, 4.0), [(3125, 1), (3250, 1), (3375, 2), (4000, 2)]),  # inside an epoch
+    ],
+)
+def test_a_resume_hides_the_curves_beyond(tmp_path, before, done, after, shown):
+    written(RunLog("", str(tmp_path)), *before)
+    written(RunLog("", str(tmp_path), done), *after, value=2.0)
+    assert scalars(tmp_path, "loss") == shown
 
 
-def test_a_start_over_hides_all_curves(tmp_path):
-    for value in (1.0, 2.0):
-        run_log = RunLog(str(tmp_path), None)
-        run_log.scalars(0.0001, loss=value)
-        run_log.close()
-    assert scalars(tmp_path, "loss") == [(0, 2.0)]
-
-
-def test_a_resume_inside_an_epoch_keeps_its_first_part(tmp_path):
-    for share, value in ((0.0, 1.0), (0.25, 2.0)):
-        run_log = RunLog(str(tmp_path), None, 3 + share)
-        for x in (3.125, 3.25, 3.375, 4.0):
-            if x > 3 + share:
-                run_log.scalars(x, loss=value)
-        run_log.close()
-    assert scalars(tmp_path, "loss") == [(3125, 1.0), (3250, 1.0), (3375, 2.0), (4000, 2.0)]
-
-
-def test_curves_survive_an_exception(tmp_path):
-    """They are on disk, without a close, once nothing refers to the log any more, or at the interpreter's end."""
-    run_log = RunLog(str(tmp_path), None)
-    assert run_log.close_board.atexit
-    run_log.scalars(1.0, loss=1.0)
-    run_log.scalars(2.0, loss=2.0)
-    del run_log
-    gc.collect()
-    assert scalars(tmp_path, "loss") == [(1000, 1.0), (2000, 2.0)]
-
-
-def test_no_folder_no_file(tmp_path, monkeypatch):
+@pytest.mark.parametrize("output_dir", ["", "out"])
+@pytest.mark.parametrize("log_dir", ["", "board"])
+def test_log_dir_and_output_dir_apart(tmp_path, monkeypatch, output_dir, log_dir):
     monkeypatch.chdir(tmp_path)
-    run_log = RunLog("", None)
-    run_log.scalars(1.0, loss=1.0)
-    run_log.image("x", torch.rand(3, 4, 4), 1)
+    (tmp_path / "out").mkdir()
+    run_log = RunLog(output_dir, log_dir)
     run_log.epoch({"epoch": 0})
-    run_log.close()
-    assert not list(tmp_path.iterdir())
-    monkeypatch.setattr(metrics, "get_rank", lambda: 1)  # nor from any process but the first
-    run_log = RunLog(str(tmp_path), str(tmp_path / "board"))
-    run_log.scalars(1.0, loss=1.0)
-    run_log.epoch({"epoch": 0})
-    run_log.close()
-    assert not list(tmp_path.iterdir())
+    written(run_log, 1.0)
+    found = {str(path.relative_to(tmp_path))[:20] for path in tmp_path.rglob("*") if path.is_file()}
+    assert found == {
+        name for folder, name in ((output_dir, "out/log.txt"), (log_dir, "board/events.out.tfe")) if folder
+    }
 
 
-def test_log_dir_and_output_dir_apart(tmp_path):
-    for name in ("out", "only_out"):
-        (tmp_path / name).mkdir()
-    for output_dir, log_dir in (("out", "board"), ("only_out", None), ("", "only_board")):
-        run_log = RunLog(output_dir and str(tmp_path / output_dir), log_dir and str(tmp_path / log_dir))
-        run_log.scalars(1.0, loss=1.0)
-        run_log.epoch({"epoch": 0})
-        run_log.close()
-
-    def kinds(name):
-        return {re.sub(r"tfevents.*", "tfevents", path.name) for path in (tmp_path / name).iterdir()}
-
-    assert kinds("out") == {"log.txt"}
-    assert kinds("board") == kinds("only_board") == {"events.out.tfevents"}
-    assert kinds("only_out") == {"log.txt", "events.out.tfevents"}
+def test_a_place_that_takes_no_curves_is_a_mistake(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match=r"file: no place for curves .*; give another --log_dir"):
+        RunLog("", str(tmp_path / "file"))
 
 
 def test_epoch_tracker(tmp_path, logs, clock):
-    run_log = RunLog(str(tmp_path), None)
+    run_log = RunLog("", str(tmp_path))
     tracker = EpochTracker(("loss", "acc"), 2, 21, CPU, run_log)
     for step, _ in tracker([None] * 21):
         clock.now += 2
@@ -307,7 +270,7 @@ def test_epoch_tracker(tmp_path, logs, clock):
         tracker.update(step, 2, loss=torch.tensor(float(step) + 4), acc=torch.tensor(50.0))
         tracker.report(step, 0.5, torch.tensor(3.0) if tracker.due(step) else None)
     run_log.close()
-    assert tracker.summary() == pytest.approx({"loss": 11.0, "acc": 50.0, "images_per_second": 4.0})
+    assert tracker.averages.epoch() == pytest.approx({"loss": 11.0, "acc": 50.0})
     assert len(logs.messages) == 2
     assert re.search(r"epoch 2 \[21/21\] .* lr 0.5 .*loss 11.5000 .*acc 50.0000 .*grad_norm 3.0000", logs.messages[1])
     start, end = round(2000 + 1000 / 21), 3000
@@ -317,7 +280,7 @@ def test_epoch_tracker(tmp_path, logs, clock):
 
 
 def test_epoch_tracker_stops_at_a_bad_loss(logs):
-    tracker = EpochTracker(("loss",), 1, 100, CPU, RunLog("", None))
+    tracker = EpochTracker(("loss",), 1, 100, CPU, RunLog())
     reported = []
 
     def train():
@@ -646,8 +609,3 @@ def test_run_tells_a_bad_loss_from_a_mistake(capsys, monkeypatch):
 def test_run_hides_no_other_error():
     with pytest.raises(ZeroDivisionError):
         run_cli(lambda: 1 / 0)
-
-
-def test_speed_is_that_of_epochs_that_took_a_step():
-    assert speed([0.0, 100.0, 201.0]) == ", 150 img/s"
-    assert speed([0.0]) == ""

@@ -120,10 +120,9 @@ def test_resume_of_an_epoch_whose_steps_are_done(stage, scripts, whole, tmp_path
         patch.setattr(Amp, "step", signalled)
         assert run("--output_dir", tmp_path, *FLAGS[stage]).code == EXIT_CODE
     assert (tmp_path / f"checkpoint-2-step{STEPS}.pth").exists()
-    result = run("--output_dir", tmp_path, *FLAGS[stage])
+    run("--output_dir", tmp_path, *FLAGS[stage])
     assert same(content(tmp_path / LAST), content(whole[stage] / LAST))
     assert (tmp_path / "log.txt").read_text() == (whole[stage] / "log.txt").read_text()
-    assert re.match(r"done: 1 epochs in \S+, loss ", result.out.splitlines()[-1])  # and no rate, which would be 0
 
 
 def test_resume_of_the_best_checkpoint(scripts, whole, tmp_path, monkeypatch):
@@ -159,7 +158,7 @@ def test_best_accuracies_survive_a_resume(scripts, tmp_path, monkeypatch):
     best = {"acc1": 50.0, "epoch": 0, "acc1_ema": 45.0, "epoch_ema": 1}
     assert load(tmp_path / LAST)["best"] == best
     assert load(tmp_path / "checkpoint-best-ema.pth")["epoch"] == 1
-    assert "best acc1 50.00 in epoch 0 (EMA 45.00 in epoch 1)" in result.out.splitlines()[-1]
+    assert "best acc1 50.00 in epoch 0, best acc1_ema 45.00 in epoch 1" in result.out.splitlines()[-1]
 
 
 def test_a_best_checkpoint_is_kept_even_at_zero_accuracy(scripts, tmp_path, monkeypatch):
@@ -448,9 +447,11 @@ def test_weights_that_are_nan_after_a_good_loss_are_not_saved(scripts, tmp_path,
 
     scripts.pretrain("--output_dir", tmp_path, "--epochs", 1, "--warmup_epochs", 0)
     monkeypatch.setattr(Amp, "step", poisoned)
-    result = scripts.pretrain("--output_dir", tmp_path, "--epochs", 2, "--batch_size", 40)
+    result = scripts.pretrain("--output_dir", tmp_path, "--epochs", 2, "--batch_size", 40, "--vis_freq", 1)
     assert result.code == 1
     assert "the weights became NaN or infinite in epoch 1" in result.err
+    assert len(records(tmp_path)) == 1
+    assert not (tmp_path / "reconstruction-1.png").exists()
     assert f"{tmp_path}/checkpoint-0.pth is good" in result.err
     assert result.err.endswith("Try a lower --lr or a longer --warmup_epochs\n")  # what this script has
     assert list(run_ids(tmp_path)) == ["checkpoint-0.pth"]

@@ -7,14 +7,15 @@ import os
 import re
 import zipfile
 from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path, PosixPath
 from pickle import UnpicklingError
+from typing import BinaryIO
 
 import torch
 from safetensors.torch import load_file
 
-from .errors import UsageError
-from .lock import OutputLock as OutputLock
+from .errors import UsageError, surviving_disk_errors
 
 log = logging.getLogger("fcmae")
 
@@ -24,8 +25,8 @@ BEST_AVERAGE = "checkpoint-best-ema.pth"
 SETTINGS = {"weight_decay", "lr_scale", "betas", "eps", "momentum"}  # of an optimizer's group, set by flags
 
 
-def save(state: dict, path: str | os.PathLike) -> None:
-    """Write a checkpoint so that `path` holds, at every moment and after a power cut, a whole file or the previous one.
+def replace(path: str | os.PathLike, write: Callable[[BinaryIO], object]) -> None:
+    """Write a file so that `path` holds, at every moment and after a power cut, a whole file or the previous one.
 
     Raises:
         OSError: the disk is full or the folder not writable; `path` is then as it was.
@@ -34,7 +35,7 @@ def save(state: dict, path: str | os.PathLike) -> None:
     aside = path.with_name(f".{path.name}.tmp")  # what a killed run left under this name, the next one overwrites
     try:
         with open(aside, "wb") as file:
-            torch.save(state, file)
+            write(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, path)
@@ -48,6 +49,11 @@ def save(state: dict, path: str | os.PathLike) -> None:
         os.fsync(folder)  # the rename itself is durable only once the folder is
     finally:
         os.close(folder)
+
+
+def save(state: dict, path: str | os.PathLike) -> None:
+    """Write a checkpoint as `replace` does."""
+    replace(path, lambda file: torch.save(state, file))
 
 
 def read(path: str | os.PathLike) -> dict:
@@ -65,20 +71,17 @@ def read(path: str | os.PathLike) -> dict:
         zipped = zipfile.is_zipfile(path)
         if zipped:
             with zipfile.ZipFile(path) as archive:
-                damaged = archive.testzip()  # torch.load itself does not compare checksums
-            if damaged:
-                raise UsageError(f"{path}: damaged checkpoint, the checksum of {damaged} does not match")
+                if damaged := archive.testzip():  # torch.load itself does not compare checksums
+                    raise ValueError(f"the checksum of {damaged} does not match")
         with torch.serialization.safe_globals(PLAIN_CLASSES):
             # mapped, tensors are read as they are loaded into a model: host memory holds them once, not twice
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-    except UsageError:
-        raise
-    except UnpicklingError as error:
-        reason = str(error).splitlines()[0]
-        raise UsageError(f"{path}: not a checkpoint of tensors and plain values, refused ({reason[:120]})") from error
     except Exception as error:  # a damaged archive or pickle may raise anything
+        what = "cannot be read, truncated or damaged"
+        if isinstance(error, UnpicklingError):
+            what = "not a checkpoint of tensors and plain values, refused"
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UsageError(f"{path}: cannot be read, truncated or damaged ({reason[:120]})") from error
+        raise UsageError(f"{path}: {what} ({reason[:120]})") from error
     if not isinstance(state, dict):
         raise UsageError(f"{path}: holds a {type(state).__name__}, not a dictionary")
     if path.name == BEST_AVERAGE and "model_ema" in state:  # older ones do not say so themselves
@@ -138,49 +141,31 @@ def newest(output_dir: str | os.PathLike, *run: str | None) -> tuple[Path, dict]
     return None
 
 
-def training_state(model, optimizer, scaler, epoch: int, flags: dict, **more) -> dict:
-    """What a training checkpoint holds: tensors and plain values only, readable without unpickling code."""
-    simple = (bool, int, float, str, list, type(None))
-    return {
-        "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "scaler": scaler.state_dict(),
-        "epoch": epoch,
-        "args": {k: v if isinstance(v, simple) else str(v) for k, v in flags.items()},
-        **more,
-    }
-
-
 def save_numbered(state: dict, output_dir: str | os.PathLike, name: str = "") -> Path | None:
     """Save `name`, or checkpoint-{epoch}.pth, or with a `step` in the state checkpoint-{epoch}-step{step}.pth.
 
-    What another run had saved under the name is renamed first.
-
-    A full disk or a folder that became read-only is reported, and training goes on: the checkpoints already there are
-    whole, and the next one may succeed.
+    What another run had saved under the name is renamed first. A full disk or a folder that became read-only is
+    reported, and training goes on: the checkpoints already there are whole, and the next one may succeed.
 
     Returns:
         where it was saved, or None.
     """
-    epoch, step = state["epoch"], state.get("step")
-    number = f"{epoch}" if step is None else f"{epoch}-step{step}"
+    number = f"{state['epoch']}-step{state['step']}" if "step" in state else state["epoch"]
     path, run = Path(output_dir) / (name or f"checkpoint-{number}.pth"), state.get("run")
-    try:
+    with surviving_disk_errors(f"{path} was NOT saved, earlier checkpoints are untouched"):
         if path.exists() and (other := run_of(path)) != run:
-            set_aside(path, other or "earlier")
+            log.info("%s of another run is renamed to %s", path, set_aside(path, other or "earlier"))
         save(state, path)
         return path
-    except OSError as error:
-        log.error("%s was NOT saved (%s); earlier checkpoints are untouched, training goes on", path, error.strerror)
-        return None
+    return None
 
 
-def set_aside(path: Path, why: str) -> None:
-    """Give a file that a run must not take a name that no run takes: x.pth becomes x.WHY.pth."""
+def set_aside(path: Path, why: str) -> str:
+    """Give a file that a run must not take a name that no run takes, and return it: x.pth becomes x.WHY.pth."""
     names = itertools.chain([why], (f"{why}-{i}" for i in itertools.count(2)))
     aside = next(p for p in (path.with_name(f"{path.stem}.{name}{path.suffix}") for name in names) if not p.exists())
-    log.info("%s is renamed to %s", path, aside.name)
     os.replace(path, aside)
+    return aside.name
 
 
 def load_weights(model: torch.nn.Module, state_dict: dict, source: str) -> None:
@@ -225,7 +210,7 @@ def check_same_run(path: Path, state: dict, flags: dict, classes: list[str] | No
             )
 
 
-def load_training(path: Path, state: dict, model, optimizer, scaler, global_batch: int = 0) -> tuple[int, dict | None]:
+def load_training(path: Path, state: dict, model, optimizer, scaler, global_batch: int) -> tuple[int, dict | None]:
     """Restore model, optimizer and loss scaler from a training checkpoint; the optimizer's settings stay its own.
 
     Returns:
@@ -239,17 +224,16 @@ def load_training(path: Path, state: dict, model, optimizer, scaler, global_batc
     if missing:
         raise UsageError(f"{path}: has no {' and no '.join(missing)}, so training cannot continue from it; see --help")
     load_weights(model, state["model"], str(path))
-    # loading puts the checkpoint's in their place, whatever the command line says now
-    options = set(optimizer.param_groups[0])
-    settings = [{name: group[name] for name in SETTINGS & group.keys()} for group in optimizer.param_groups]
+    own = [dict(group) for group in optimizer.param_groups]
     try:
         optimizer.load_state_dict(state["optimizer"])
+        for group, options in zip(optimizer.param_groups, own, strict=True):
+            if lost := sorted(options.keys() - group.keys()):
+                raise ValueError(f"it has no {', '.join(lost)}")
+            # loading has put the checkpoint's in their place, whatever the command line says now
+            group.update({name: options[name] for name in SETTINGS & options.keys()})
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"{path}: its optimizer does not fit --opt or --layer_decay ({error})") from error
-    if lost := sorted(options - optimizer.param_groups[0].keys()):
-        raise UsageError(f"{path}: its optimizer does not fit --opt, it has no {', '.join(lost)}")
-    for group, own in zip(optimizer.param_groups, settings, strict=True):
-        group.update(own)
     if state.get("scaler"):
         try:
             scaler.load_state_dict(state["scaler"])
@@ -257,23 +241,22 @@ def load_training(path: Path, state: dict, model, optimizer, scaler, global_batc
             raise UsageError(f"{path}: its loss scaler cannot be taken up ({error})") from error
     if "step" not in state:
         return state["epoch"] + 1, None
-    partial = dict(state["partial"])
-    if global_batch and global_batch != state["global_batch"]:
-        partial["step"] = state["step"] * state["global_batch"] // global_batch
+    progress = dict(state["partial"])
+    if global_batch != state["global_batch"]:
+        progress["step"] = state["step"] * state["global_batch"] // global_batch
         log.warning("%s: steps had %d samples, now %d", path, state["global_batch"], global_batch)
-    return state["epoch"], partial
+    return state["epoch"], progress
 
 
-def prune(
-    output_dir: str | os.PathLike, keep: int, epoch: float = math.inf, step: float = math.inf, run: str | None = None
-) -> None:
-    """Delete a run's old checkpoints; keep the newest `keep` finished epochs, and the newest two inside an epoch.
+def prune(good: Path, keep: int, run: str | None = None) -> None:
+    """Delete a run's old checkpoints, `good` being its newest one that is known to be good.
 
-    Call it once the newest is known to be good. A finished epoch needs no checkpoint inside it. Files of other runs
-    stay, and so do those after (epoch, step), which are damaged or will be written again.
+    The newest `keep` finished epochs stay, and inside an epoch the newest two, unless it is finished. So do files of
+    other runs, and those after `good`, which are damaged or will be written again.
     """
-    found = [entry for entry in numbered(output_dir) if entry[:2] <= (epoch, step) and run_of(entry[2]) == run]
+    own = (entry for entry in numbered(good.parent) if run_of(entry[2]) == run)
+    found = list(itertools.dropwhile(lambda entry: entry[2] != good, own))
     finished = [path for _, steps, path in found if steps == math.inf]
     inside = [path for _, steps, path in found if steps < math.inf]
-    for path in finished[max(keep, 1) :] + (inside if step == math.inf else inside[2:]):
+    for path in finished[max(keep, 1) :] + (inside if good in finished else inside[2:]):
         path.unlink(missing_ok=True)

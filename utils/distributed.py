@@ -90,12 +90,17 @@ def all_gather(tensor: torch.Tensor) -> list[torch.Tensor]:
     return gathered
 
 
+def gather(value: object) -> list:
+    """Every process's value, in the order of ranks."""
+    values = [value] * get_world_size()
+    if dist.is_initialized():
+        dist.all_gather_object(values, value)
+    return values
+
+
 def check_same(count: int, what: str) -> None:
     """Raise UsageError, on every process, unless all found the same number of `what`."""
-    if not dist.is_initialized():
-        return
-    counts = [0] * get_world_size()
-    dist.all_gather_object(counts, count)
+    counts = gather(count)
     other = next((rank for rank, value in enumerate(counts) if value != counts[0]), None)
     if other is not None:
         raise UsageError(

@@ -1,9 +1,13 @@
 """Mistakes of the person at the keyboard: one line on what to change, exit code 2, no stack trace."""
 
+import contextlib
 import difflib
+import logging
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+
+log = logging.getLogger("fcmae")
 
 
 class UsageError(Exception):
@@ -18,6 +22,15 @@ def suggest(name: str, known: Iterable[str]) -> str:
     """' (did you mean X?)' where one of the known names is close, else ''."""
     close = difflib.get_close_matches(name, list(known), n=1)
     return f" (did you mean {close[0]}?)" if close else ""
+
+
+@contextlib.contextmanager
+def surviving_disk_errors(lost: str) -> Iterator[None]:
+    """Around writing in the midst of a run: a full disk, say, is reported with what was lost, and training goes on."""
+    try:
+        yield
+    except OSError as error:
+        log.error("%s (%s); training goes on", lost, error.strerror)
 
 
 def run_cli(main: Callable[[], None]) -> None:

@@ -45,10 +45,13 @@ class OutputLock:
             if not self._is_at_path(file):
                 file.close()  # its owner has just removed it: lock the file that is there now
             elif taken:
+                try:
+                    file.truncate(0)
+                    os.write(file.fileno(), str(self).encode())
+                except OSError as error:
+                    self.path.unlink()
+                    raise UsageError(f"{self.path}: cannot be written ({error.strerror})") from error
                 self._file = file
-                file.truncate(0)
-                file.write(str(self))
-                file.flush()
             else:
                 file.seek(0)
                 owner = " ".join(file.read(200).split()) or "another run"

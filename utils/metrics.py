@@ -1,29 +1,27 @@
-"""Running averages that stay on the device, console lines, log.txt, TensorBoard and its like."""
+"""Running averages that stay on the device, console lines, log.txt and curves."""
 
 import contextlib
 import json
 import logging
 import math
-import os
 import time
-import weakref
 from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from pathlib import Path
 
 import torch
 from torch.utils.tensorboard import SummaryWriter
-from torch.utils.tensorboard.summary import hparams as hparams_summaries
 from torchvision.transforms.functional import to_pil_image
 
+from .checkpoint import replace
 from .distributed import all_gather, all_reduce_sum, get_rank, get_world_size
-from .errors import NonFiniteLoss, UsageError
+from .errors import NonFiniteLoss, UsageError, surviving_disk_errors
 
 log = logging.getLogger("fcmae")
 
 
 class Averages:
-    """Sample-weighted averages over an epoch and over the steps since the last line, without reading the device.
+    """Sample-weighted averages over an epoch and over the steps since the last line.
 
     Values are added up on the device; only `window` and `epoch`, which all processes must call together, wait for it.
     """
@@ -69,134 +67,108 @@ class Averages:
         return {name: value / max(weight, 1) for name, value in zip(self.names, sums, strict=True)}
 
 
-class LossGuard:
-    """Remembers, on the device, the first step whose loss was not finite."""
-
-    def __init__(self, device: torch.device):
-        self.first = torch.full((), -1, dtype=torch.int32, device=device)
-
-    def watch(self, loss: torch.Tensor, step: int) -> None:
-        bad = ~torch.isfinite(loss.detach()) & (self.first < 0)
-        self.first = torch.where(bad, step, self.first)
-
-    def check(self, epoch: int) -> None:
-        """Raise NonFiniteLoss on every process if any has seen one; waits for the device."""
-        bad = all_reduce_sum((self.first >= 0).int())
-        if bad.item() > 0:
-            where = f"in step {self.first.item()} of epoch {epoch}" if self.first >= 0 else f"in epoch {epoch}"
-            raise NonFiniteLoss(f"the loss became NaN or infinite {where}")
-
-
 class Progress:
-    """Times the steps of an epoch and writes a console line every `print_freq` of them.
+    """Times the steps of an epoch and writes a console line every 20 of them.
 
     for step, item in progress(items): ...;  if progress.due(step): progress.line(step, loss=..., lr=...)
+
+    Attributes:
+        samples: of this process since the last line; the caller adds to it.
     """
 
-    def __init__(self, header: str, total: int, device: torch.device, start: int = 0, print_freq: int = 20):
-        self.header, self.total, self.device, self.start, self.print_freq = header, total, device, start, print_freq
-        self.samples = 0
-        self.begun = time.perf_counter()
-        self.seconds = 0.0  # of the whole epoch, once it is over
-        self._reset_window()
+    def __init__(self, header: str, steps: int, device: torch.device, start_step: int = 0):
+        self.header, self.steps, self.device, self.start_step = header, steps, device, start_step
+        self._begun = time.perf_counter()
+        self._reset()
 
-    def _reset_window(self) -> None:
-        self._since, self._data, self._steps, self._window_samples = time.perf_counter(), 0.0, 0, 0
+    def _reset(self) -> None:
+        self._since, self._waited, self._taken, self.samples = time.perf_counter(), 0.0, 0, 0
 
     def __call__(self, items: Iterable) -> Iterator[tuple[int, object]]:
-        for step, item in enumerate(self.waited(items), self.start):
-            self._steps += 1
+        for step, item in enumerate(self.waited(items), self.start_step):
+            self._taken += 1
             yield step, item
-        self.seconds = time.perf_counter() - self.begun
 
     def waited(self, items: Iterable) -> Iterator:
         """The items; the time until each is there counts as the step's `data`."""
-        iterator = iter(items)
-        while True:
-            asked = time.perf_counter()
-            try:
-                item = next(iterator)
-            except StopIteration:
-                return
-            self._data += time.perf_counter() - asked
+        asked = time.perf_counter()
+        for item in items:
+            self._waited += time.perf_counter() - asked
             yield item
-
-    def count(self, samples: int) -> None:
-        """A batch of this many samples is done in this process."""
-        self._window_samples += samples
-        self.samples += samples
+            asked = time.perf_counter()
 
     def due(self, step: int) -> bool:
-        return step % self.print_freq == 0 or step == self.total - 1
+        return step % 20 == 0 or step == self.steps - 1
 
     def line(self, step: int, **values: float) -> float:
         """Print the line of this step and return the images per second, over all processes, since the last one."""
-        elapsed = max(time.perf_counter() - self._since, 1e-9)
-        rate = self._window_samples * get_world_size() / elapsed
-        per_step = (time.perf_counter() - self.begun) / (step + 1 - self.start)
-        parts = [f"{self.header} [{step + 1:>{len(str(self.total))}}/{self.total}]"]
-        parts.append(f"eta {duration(per_step * (self.total - step - 1))}")
+        now, taken = time.perf_counter(), max(self._taken, 1)
+        elapsed = max(now - self._since, 1e-9)
+        rate = self.samples * get_world_size() / elapsed
+        left = (now - self._begun) / (step + 1 - self.start_step) * (self.steps - step - 1)
+        parts = [f"{self.header} [{step + 1:>{len(str(self.steps))}}/{self.steps}]", f"eta {duration(left)}"]
         parts += [f"{name} {value:.4g}" if name == "lr" else f"{name} {value:.4f}" for name, value in values.items()]
-        parts.append(f"time {elapsed / max(self._steps, 1):.3f}")
-        parts.append(f"data {self._data / max(self._steps, 1):.3f}")
-        parts.append(f"img/s {rate:.0f}")
+        parts += [f"time {elapsed / taken:.3f}", f"data {self._waited / taken:.3f}", f"img/s {rate:.0f}"]
         if self.device.type == "cuda":
             parts.append(f"max mem {torch.cuda.max_memory_allocated(self.device) / 2**20:.0f} MiB")
         log.info("  ".join(parts))
-        self._reset_window()
+        self._reset()
         return rate
 
 
-class EpochTracker:
-    """What a training epoch is watched by: averages, the loss guard, console lines and curves.
+class EpochTracker(Progress):
+    """What a training epoch is watched by: averages, the first loss that is not finite, console lines and curves.
 
-    for step, batches in tracker(loader.steps(epoch)):
+    for step, batches in tracker(loader.steps(epoch, tracker.start_step)):
         ...; tracker.update(step, samples, loss=loss)
         tracker.report(step, lr, grad_norm)
+
+    Args:
+        state: what `state` gave inside the same epoch, to go on from there.
     """
 
     def __init__(
         self, names: tuple[str, ...], epoch: int, steps: int, device: torch.device, run_log: "RunLog",
-        partial: dict | None = None,
+        state: dict | None = None,
     ):  # fmt: skip
-        self.epoch, self.steps, self.run_log = epoch, steps, run_log
-        self.start_step = partial["step"] if partial else 0
-        self.averages, self.guard = Averages(names, device), LossGuard(device)
-        if partial:
-            self.averages.load_state(partial["averages"])
-        self.progress = Progress(f"epoch {epoch}", steps, device, self.start_step)
-        self.due = self.progress.due
+        super().__init__(f"epoch {epoch}", steps, device, state["step"] if state else 0)
+        self.epoch, self.run_log, self.averages = epoch, run_log, Averages(names, device)
+        self._bad_step = torch.full((), -1, dtype=torch.int32, device=device)
+        if state:
+            self.averages.load_state(state["averages"])
 
-    def partial(self, step: int) -> dict:
-        """What an EpochTracker of the same epoch needs to go on after `step` steps; all processes call it together."""
+    def state(self, step: int) -> dict:
+        """What goes on after `step` steps; all processes call it together."""
         return {"step": step, "averages": self.averages.state()}
 
-    def __call__(self, steps: Iterable) -> Iterator[tuple[int, object]]:
-        for step, batches in self.progress(steps):
-            yield step, self.progress.waited(batches)
+    def __call__(self, items: Iterable) -> Iterator[tuple[int, object]]:
+        for step, batches in super().__call__(items):
+            yield step, self.waited(batches)
 
     def update(self, step: int, samples: int, **values: torch.Tensor) -> None:
         """Add one batch of this process; `loss` is among the values. 0 samples: a batch without weight."""
-        self.guard.watch(values["loss"], step)  # without weight too: 0 times NaN is NaN in the gradient
+        # without weight too: 0 times NaN is NaN in the gradient
+        bad = ~torch.isfinite(values["loss"].detach()) & (self._bad_step < 0)
+        self._bad_step = torch.where(bad, step, self._bad_step)
         if samples:
             self.averages.update(samples, **values)
-            self.progress.count(samples)
+            self.samples += samples
+
+    def check(self) -> None:
+        """Raise NonFiniteLoss on every process if the loss of any was not finite; waits for the device."""
+        if all_reduce_sum((self._bad_step >= 0).int()).item():
+            where = f"step {self._bad_step.item()} of " if self._bad_step >= 0 else ""
+            raise NonFiniteLoss(f"the loss became NaN or infinite in {where}epoch {self.epoch}")
 
     def report(self, step: int, lr: float, grad_norm: torch.Tensor | None) -> None:
         """Every few steps: wait for the device, check the loss, print a line and draw the curves."""
         if not self.due(step):
             return
-        self.guard.check(self.epoch)
+        self.check()
         values = self.averages.window() | {"grad_norm": float(grad_norm)}
-        rate = self.progress.line(step, lr=lr, **values)
-        curves = {f"train/{name}": value for name, value in values.items()}
-        x = self.epoch + (step + 1) / self.steps
-        self.run_log.scalars(x, **curves, **{"train/lr": lr, "train/images_per_second": rate})
-
-    def summary(self) -> dict[str, float]:
-        """The epoch's averages over all processes, and `images_per_second`."""
-        rate = self.progress.samples * get_world_size() / max(self.progress.seconds, 1e-9)
-        return self.averages.epoch() | {"images_per_second": rate}
+        rate = self.line(step, lr=lr, **values)
+        curves = {f"train/{name}": value for name, value in (values | {"lr": lr, "images_per_second": rate}).items()}
+        self.run_log.scalars(self.epoch + (step + 1) / self.steps, **curves)
 
 
 def duration(seconds: float) -> str:
@@ -204,68 +176,37 @@ def duration(seconds: float) -> str:
     return str(timedelta(seconds=round(seconds)))
 
 
-def speed(rates: list[float]) -> str:
-    """', N img/s' over epochs; those count that took a step in this run, one resumed after its last step does not."""
-    taken = [rate for rate in rates if rate]
-    return f", {sum(taken) / len(taken):.0f} img/s" if taken else ""
-
-
-def finite(record: dict) -> dict:
-    """A record as JSON can hold it: NaN and infinities, which it has not, become null."""
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-
-
 class RunLog:
     """What a run leaves beside its checkpoints: log.txt (a JSON object per epoch) and TensorBoard curves and pictures.
 
-    Only the first process writes. Empty folders mean: write nothing. A full disk is reported, and training goes on.
+    A full disk is reported, and training goes on.
 
     Args:
-        output_dir: where log.txt goes.
-        log_dir: where TensorBoard files go; output_dir by default.
-        done: epochs that are done already, with the begun part of one. Curves beyond it, and lines of log.txt from its
-            epoch on, were left by an interrupted run, and go once this is redone.
-        hparams: arguments by name, for TensorBoard's table of runs.
+        output_dir: where log.txt goes; "": nowhere.
+        log_dir: where TensorBoard files go; "": nowhere.
+        done: epochs that are done already, with the begun part of one: curves that an interrupted run left beyond are
+            hidden.
         wandb_run: what wandb.init returned: it gets the same curves and pictures.
+
+    Raises:
+        UsageError: TensorBoard cannot write there.
     """
 
-    def __init__(
-        self, output_dir: str, log_dir: str | None, done: float = 0.0, hparams: dict | None = None, wandb_run=None
-    ):
-        self.path = Path(output_dir) / "log.txt" if output_dir and get_rank() == 0 else None
-        self.stale_from = int(done) if self.path and self.path.exists() else None
+    def __init__(self, output_dir: str = "", log_dir: str = "", done: float = 0.0, wandb_run=None):
+        self.path = Path(output_dir) / "log.txt" if output_dir else None
         self.wandb_run, self.board = wandb_run, None
-        log_dir = log_dir or output_dir
-        if log_dir and get_rank() == 0:
-            step = round(done * 1000)
-            # TensorBoard hides points from purge_step on: a resumed run draws them again
+        if log_dir:
             try:
-                self.board = SummaryWriter(log_dir, purge_step=step + 1 if step else 0)
-            except UnicodeEncodeError as error:
-                raise UsageError(f"{log_dir}: TensorBoard writes to UTF-8 paths alone; give a --log_dir") from error
-            # an exception or a signal would take the last two minutes of the curves along
-            self.close_board = weakref.finalize(self, _close, self.board)
-            if hparams:
-                self._draw(lambda board: _add_hparams(board, hparams))
+                self.board = SummaryWriter(log_dir, purge_step=round(done * 1000) + (done > 0))
+            except (OSError, UnicodeEncodeError) as error:  # the latter: of a path that is no UTF-8
+                raise UsageError(f"{log_dir}: no place for curves ({error}); give another --log_dir") from error
 
-    def _draw(self, draw: Callable[[SummaryWriter], None]) -> None:
-        if self.board is None:
-            return
-        try:
-            draw(self.board)
-        except OSError as error:
-            log.error("%s: no more curves (%s); training goes on", self.board.log_dir, error.strerror)
+    def _draw(self, draw: Callable[[SummaryWriter], object]) -> None:
+        if self.board:
+            with surviving_disk_errors(f"{self.board.log_dir}: no more curves"):
+                draw(self.board)
+                return
             self.board = None  # its thread is gone
-
-    def _drop_from(self, epoch: int) -> None:
-        kept = []
-        for line in self.path.read_text().splitlines():
-            with contextlib.suppress(ValueError, KeyError, TypeError):  # the half line of a killed run, or none of ours
-                if json.loads(line)["epoch"] < epoch:
-                    kept.append(line + "\n")
-        aside = self.path.with_name(".log.txt.tmp")
-        aside.write_text("".join(kept))
-        os.replace(aside, self.path)
 
     def scalars(self, epoch: float, **values: float) -> None:
         """Curves; the x axis is the epoch in thousandths, so that runs of any batch size overlay."""
@@ -284,40 +225,26 @@ class RunLog:
             self.wandb_run.log({"epoch": epoch, name: wandb.Image(to_pil_image(image))}, step=step)
 
     def epoch(self, record: dict) -> None:
-        """Append one epoch's record to log.txt. NaN, which JSON has not, becomes null."""
+        """Add an epoch's record to log.txt, in place of what an interrupted run left of this epoch and later ones."""
         if self.path:
-            try:
-                self._append(json.dumps(finite(record)) + "\n")
-            except OSError as error:
-                log.error("%s lacks epoch %s (%s); training goes on", self.path, record["epoch"], error.strerror)
+            with surviving_disk_errors(f"{self.path} lacks epoch {record['epoch']}"):
+                text = self.path.read_text() if self.path.exists() else ""
+                kept = "".join(f"{line}\n" for line in text.splitlines() if _is_before(line, record["epoch"]))
+                if kept != text:
+                    replace(self.path, lambda file: file.write(kept.encode()))
+                with open(self.path, "a") as file:
+                    finite = {k: v if math.isfinite(v) else None for k, v in record.items()}  # JSON has no NaN
+                    file.write(json.dumps(finite) + "\n")
         self._draw(lambda board: board.flush())
-
-    def _append(self, line: str) -> None:
-        if self.stale_from is not None:  # not before: a run that fails at once then loses nothing
-            self._drop_from(self.stale_from)
-            self.stale_from = None
-        whole = self.path.stat().st_size if self.path.exists() else 0
-        try:
-            with open(self.path, "a") as file:
-                file.write(line)
-        except OSError:
-            os.truncate(self.path, whole)  # or the next line would be written behind half of this one
-            raise
 
     def close(self) -> None:
         if self.board:
-            self.close_board()
-        if self.wandb_run:
-            self.wandb_run.finish()
+            with contextlib.suppress(OSError):
+                self.board.close()
 
 
-def _add_hparams(board: SummaryWriter, values: dict) -> None:
-    """TensorBoard's table of runs, in the run's own folder; SummaryWriter.add_hparams would open one below it."""
-    plain = {k: v if isinstance(v, (bool, int, float, str, type(None))) else str(v) for k, v in values.items()}
-    for summary in hparams_summaries(plain, {"train/loss": None, "test/acc1": None}):
-        board.file_writer.add_summary(summary)
-
-
-def _close(board: SummaryWriter) -> None:
-    with contextlib.suppress(OSError):
-        board.close()
+def _is_before(line: str, epoch: int) -> bool:
+    try:
+        return json.loads(line)["epoch"] < epoch
+    except (ValueError, KeyError, TypeError):  # half the line of a killed run, or none of ours
+        return False

@@ -16,16 +16,15 @@ from torchvision.utils import save_image
 from . import checkpoint, record
 from .amp import Amp
 from .args import prepared_output_dir
-from .distributed import all_reduce_sum, from_main_process, is_main_process
-from .errors import NonFiniteLoss, UsageError
+from .distributed import all_reduce_sum, check_same, from_main_process, gather, is_main_process
+from .errors import NonFiniteLoss, UsageError, surviving_disk_errors
 from .interrupts import Interrupts
 from .lock import OutputLock
-from .metrics import EpochTracker, RunLog, duration, speed
+from .metrics import EpochTracker, RunLog, duration
 
 log = logging.getLogger("fcmae")
 
 BEST_NAMES = {"": "checkpoint-best.pth", "_ema": checkpoint.BEST_AVERAGE}
-NO_BEST = {"acc1": -1.0, "epoch": -1, "acc1_ema": -1.0, "epoch_ema": -1}
 
 
 @contextlib.contextmanager
@@ -46,6 +45,8 @@ def open_run(flags: dict, amp: Amp) -> Iterator["Run"]:
             advice = ["a lower --blr" if flags["lr"] is None else "a lower --lr", "a longer --warmup_epochs"]
             advice += ["--clip_grad"] * ("clip_grad" in flags) + ["--amp_dtype bfloat16"] * amp.scaler.is_enabled()
             raise NonFiniteLoss(f"{error}; {run.after_nan()}. Try {' or '.join(advice)}") from error
+        finally:
+            run.log.close()
 
 
 def to_evaluate(output_dir: str) -> Path | None:
@@ -73,50 +74,42 @@ class Run:
         kept: the newest checkpoint that is known to be good, a finite loss having followed it, or None.
     """
 
-    def __init__(self, flags: dict, amp: Amp, interrupts: Interrupts | None = None):
+    def __init__(self, flags: dict, amp: Amp, interrupts: Interrupts):
         self.flags, self.amp, self.interrupts = flags, amp, interrupts
         self.seed, self.output_dir, self.start_epoch = flags["seed"], flags["output_dir"], flags["start_epoch"]
         self.saves = bool(self.output_dir and flags["save_ckpt"])
-        self.log, self.best, self.epoch_progress, self.ema = RunLog("", None), NO_BEST, None, None
+        self.log, self.best, self.epoch_progress, self.ema = RunLog(), {}, None, None
         self._content = None
-        self.id, self.new, path, self._position, depth = from_main_process(self._choose)
+        self.id, self.new, self.resume_from, depth = from_main_process(self._choose)
         if flags.get("depth") is None:
             flags["depth"] = depth
-        self.resume_from, self.kept = path and Path(path), None
-        self._newest: tuple[Path, int, float] | None = None  # saved or resumed, and not yet known to be good
+        self.kept: Path | None = None
+        self._newest: Path | None = None  # saved or resumed, and not yet known to be good
 
-    def _choose(self) -> tuple[str | None, bool, str | None, tuple | None, int | None]:
-        """The run's id, whether it is a new one, the checkpoint to go on from, its (epoch, step) and --depth.
+    def _choose(self) -> tuple[str | None, bool, Path | None, int | None]:
+        """The run's id, whether it is a new one, the checkpoint to go on from, and its --depth.
 
         What a launcher starts again, and the same command started again, is the run that run.json tells of last, unless
         --auto_resume false. It goes on from the newest checkpoint of its own, else from what it had gone on from.
         """
-        file, found, run_id = self.flags["resume"], None, None
-        last = (record.read(self.output_dir) or [None])[-1]
-        if last is None:
-            if self.flags["auto_resume"] and self.output_dir and not file:
-                found = checkpoint.newest(self.output_dir)
-                run_id = found and found[1].get("run")
-        elif record.restarted(last) or (
-            self.flags["auto_resume"] and (not file or record.same_command(last, self.flags))
-        ):
-            run_id = last.get("run")
-            found = checkpoint.newest(self.output_dir, run_id)
-            begun_from = last.get("resumed_from")
-            if not found and begun_from:
+        file, starts = self.flags["resume"], record.read(self.output_dir)
+        last, own = (starts[-1], [starts[-1].get("run")]) if starts else ({}, [])
+        told = self.flags["auto_resume"] and (not file or record.same_command(last, self.flags))
+        found, run_id = None, None
+        if self.output_dir and (told or record.restarted(last)):
+            found, begun_from = checkpoint.newest(self.output_dir, *own), last.get("resumed_from")
+            if found:
+                run_id = found[1].get("run")
+            elif begun_from:
                 if not Path(begun_from).is_file():  # its weights would be random ones, without a word
                     instead = "it is gone; --auto_resume false begins anew"
                     raise UsageError(f"{begun_from}: this run went on from it; {instead}")
-                found = Path(begun_from), checkpoint.read(begun_from)
-        new = found is None
+                run_id, found = own[0], (Path(begun_from), checkpoint.read(begun_from))
+        new = not found
         if new:
-            run_id = record.new_id()
-            found = (Path(file), checkpoint.read(file)) if file else None
-        if not found:
-            return run_id, new, None, None, None
-        self._content = found[1]
-        depth = self._content.get("args", {}).get("depth")
-        return run_id, new, str(found[0]), (self._content.get("epoch"), self._content.get("step")), depth
+            run_id, found = record.new_id(), (Path(file), checkpoint.read(file)) if file else (None, None)
+        path, self._content = found
+        return run_id, new, path, (self._content or {}).get("args", {}).get("depth")
 
     def triton(self, available: Callable[[torch.device, torch.dtype], bool]) -> bool:
         """Whether Triton's kernels are to compute: the first process's choice for all, which the run's records tell.
@@ -153,45 +146,35 @@ class Run:
         """
         self.model, self.optimizer, self.loader, self.ema, self.classes = model, optimizer, loader, ema, classes
         self.order = order or {}
-        if self.resume_from is None:
+        path = self._newest = self.resume_from
+        if path is None:
             return
-        path, state = self.resume_from, self._content or self._read_as_told()
-        self._content = None
+        deadline = time.monotonic() + 60
+        while not path.exists() and time.monotonic() < deadline:
+            time.sleep(1)  # a network file system may show other processes the file late
+        state, self._content = self._content or checkpoint.read(path), None
         checkpoint.check_same_run(path, state, self.flags, classes, self.order)
         if ema and not state.get("model_ema"):
             raise UsageError(f"--model_ema true: {path} holds no moving average to continue")
         self.start_epoch, self.epoch_progress = checkpoint.load_training(
             path, state, model, optimizer, self.amp.scaler, loader.global_batch
         )
+        for what, number in (("epoch", self.start_epoch), ("step", (self.epoch_progress or {}).get("step", 0))):
+            check_same(number, f"{path}, its {what}")
         if ema:
             checkpoint.load_weights(ema.module, state["model_ema"], str(path))
-        self.best = NO_BEST | state.get("best", {})
+        self.best = state.get("best", {})
         if self.epoch_progress and is_main_process():
             loader.bad.add(self.epoch_progress.get("bad", {}))
-        self._newest = path, state["epoch"], state.get("step", math.inf)
         log.info("resumed from %s, going on with epoch %d", path, self.start_epoch)
-
-    def _read_as_told(self) -> dict:
-        """The first process's choice, read by another one: a network file system may show it the file late."""
-        deadline = time.monotonic() + 60
-        while not self.resume_from.exists() and time.monotonic() < deadline:
-            time.sleep(1)
-        state = checkpoint.read(self.resume_from)
-        if (state.get("epoch"), state.get("step")) != self._position:
-            raise UsageError(f"{self.resume_from}: another file here than the first process has; start again")
-        return state
 
     def epochs(self) -> Iterator[int]:
         """The epochs still to be done. After each it saves where that is due, obeys a signal and tells an eta."""
-        total = self.flags["epochs"]
+        total, begun = self.flags["epochs"], time.perf_counter()
         if self.start_epoch >= total:
             log.info("nothing to do: all %d epochs are done; a larger --epochs goes on", total)
             return
-        done = self.start_epoch + (self.epoch_progress["step"] / len(self.loader) if self.epoch_progress else 0.0)
-        if self.new:
-            record.set_earlier_aside(self.output_dir, self.start_epoch)
-        self.log = record.open_log(self.flags, self.amp.device, self.id, self.resume_from, done)
-        begun, self._rates = time.perf_counter(), []
+        self._open_records()
         for epoch in range(self.start_epoch, total):
             yield epoch
             too_many_bad = self._tell_bad(epoch)
@@ -200,25 +183,36 @@ class Run:
                 self.save(epoch)
             if too_many_bad:
                 raise UsageError(too_many_bad)
-            if self.interrupts is not None and self.interrupts.should_stop(now=True):
+            if self.interrupts.should_stop(now=True):
                 if self.saves and not saved:
                     self.save(epoch)
                 self._leave(f"epoch {epoch}")
-            left = (time.perf_counter() - begun) / (epoch + 1 - self.start_epoch) * (total - epoch - 1)
+            so_far = time.perf_counter() - begun
+            left = so_far / (epoch + 1 - self.start_epoch) * (total - epoch - 1)
             log.info("epoch %d: loss %.4f%s, run eta %s", epoch, self._loss, self._best_so_far(), duration(left))
             self._newest_is_good(epoch == total - 1)
         self.log.close()
-        known = {f"best_{k}": v for k, v in self.best.items() if v >= 0}
-        record.record_end(self.output_dir, time.perf_counter() - begun, self._record | known)
-        log.info(
-            "done: %d epochs in %s%s, loss %.4f%s; %s",
-            len(self._rates), duration(time.perf_counter() - begun), speed(self._rates), self._loss,
-            self._best_so_far(), f"results in {self.output_dir}" if self.output_dir else "nothing saved",
-        )  # fmt: skip
+        where = f"results in {self.output_dir}" if self.output_dir else "nothing saved"
+        what = f"{total - self.start_epoch} epochs in {duration(so_far)}, loss {self._loss:.4f}{self._best_so_far()}"
+        log.info("done: %s; %s", what, where)
+
+    def _open_records(self) -> None:
+        if not is_main_process():
+            return
+        folder, wandb_run = self.output_dir, None
+        done = self.start_epoch + (self.epoch_progress["step"] / len(self.loader) if self.epoch_progress else 0.0)
+        if self.flags["wandb"]:
+            wandb_run = record.start_wandb(self.flags["wandb"], self.id, folder, record.plain(self.flags))
+        self.log = RunLog(folder, self.flags["log_dir"] or folder, done, wandb_run)
+        if folder and self.new:
+            record.set_earlier_aside(folder, self.start_epoch)
+        if folder:
+            resumed_from = self.resume_from and str(self.resume_from)
+            record.add_start(folder, self.flags, self.amp.device, run=self.id, resumed_from=resumed_from)
 
     def _bad_images(self) -> dict[int, str]:
         """Of all processes, in this epoch; all call it together."""
-        return {index: message for bad in record.gather(dict(self.loader.bad)) for index, message in bad.items()}
+        return {index: message for bad in gather(dict(self.loader.bad)) for index, message in bad.items()}
 
     def _tell_bad(self, epoch: int) -> str:
         """Tell and list the unreadable images of an epoch; what to stop with where they are too many, else ''."""
@@ -244,42 +238,49 @@ class Run:
 
         stats: of training. scores: of an evaluation, where there was one; acc1 and acc1_ema tell what is best.
         """
-        self._rates.append(stats.pop("images_per_second"))
         self._loss = stats["loss"]
         self.log.scalars(epoch + 1, **{f"test/{k}": v for k, v in scores.items()})
         for suffix, name in BEST_NAMES.items():
-            finite = math.isfinite(scores.get(f"loss{suffix}", 0.0))
-            if finite and scores.get(f"acc1{suffix}", -1.0) > self.best[f"acc1{suffix}"]:
-                self.best = self.best | {f"acc1{suffix}": scores[f"acc1{suffix}"], f"epoch{suffix}": epoch}
+            acc1 = scores.get(f"acc1{suffix}", -1.0)
+            if acc1 > self.best.get(f"acc1{suffix}", -1.0) and math.isfinite(scores.get(f"loss{suffix}", 0.0)):
+                self.best = self.best | {f"acc1{suffix}": acc1, f"epoch{suffix}": epoch}
                 if self.saves:
                     self.save(epoch, name=name)
-        n_parameters = sum(p.numel() for p in self.model.parameters())
-        self._record = {f"train_{k}": v for k, v in stats.items()} | {f"test_{k}": v for k, v in scores.items()}
-        self._record |= {"epoch": epoch, "n_parameters": n_parameters}
-        self.log.epoch(self._record)
+        line = {f"train_{k}": v for k, v in stats.items()} | {f"test_{k}": v for k, v in scores.items()}
+        self.log.epoch(line | {"epoch": epoch, "n_parameters": sum(p.numel() for p in self.model.parameters())})
 
     def picture(self, name: str, image: torch.Tensor, epoch: int) -> None:
         """Show a picture (C, H, W) in 0..1 beside the curves, and keep it in output_dir."""
         self.log.image(name, image, epoch + 1)
         if self.output_dir:
-            save_image(image, Path(self.output_dir) / f"{name}-{epoch}.png")
+            path = Path(self.output_dir) / f"{name}-{epoch}.png"
+            with surviving_disk_errors(f"{path} was NOT written"):
+                save_image(image, path)
 
-    def tracker(self, names: tuple[str, ...], epoch: int, steps: int, device: torch.device) -> EpochTracker:
+    def tracker(self, names: tuple[str, ...], epoch: int, steps: int) -> EpochTracker:
         """The tracker of an epoch; of the first one after a resume, it knows where that goes on."""
         progress, self.epoch_progress = self.epoch_progress, None
-        return EpochTracker(names, epoch, steps, device, self.log, progress)
+        return EpochTracker(names, epoch, steps, self.amp.device, self.log, progress)
 
     def step_done(self, tracker: EpochTracker, step: int) -> None:
         """Save if it is time or a signal came, and leave if one came. All processes call it after every step."""
-        stop, freq = self.interrupts is not None and self.interrupts.should_stop(), self.flags["save_ckpt_steps"]
-        due = self.saves and (stop or (freq and (step + 1) % freq == 0 and step + 1 < tracker.steps))
+        stop, freq, last = self.interrupts.should_stop(), self.flags["save_ckpt_steps"], step + 1 == tracker.steps
+        due = self.saves and (stop or (freq and (step + 1) % freq == 0 and not last))
         if due:
-            tracker.guard.check(tracker.epoch)
+            tracker.check()
         self._newest_is_good(due or tracker.due(step))  # where a line is due, the loss was checked for it
         if due:
-            self.save(tracker.epoch, tracker.partial(step + 1) | {"bad": self._bad_images()})
+            self.save(tracker.epoch, tracker.state(step + 1) | {"bad": self._bad_images()})
+        elif last:
+            self._check_weights(tracker.epoch)  # before they are evaluated, or drawn by
         if stop:
             self._leave(f"step {step + 1} of epoch {tracker.epoch}")
+
+    def _check_weights(self, epoch: int) -> None:
+        models = [self.model, self.ema.module] if self.ema else [self.model]
+        bad = not all(checkpoint.finite(m.state_dict()) for m in models)
+        if all_reduce_sum(torch.tensor(float(bad), device=self.amp.device)).item():
+            raise NonFiniteLoss(f"the weights became NaN or infinite in epoch {epoch}")
 
     def save(self, epoch: int, progress: dict | None = None, name: str = "") -> None:
         """Write a checkpoint, called checkpoint-{epoch}[-step{step}].pth without a name. All processes call it.
@@ -287,64 +288,59 @@ class Run:
         Raises:
             NonFiniteLoss: the weights or their average are not finite; nothing is written then.
         """
-        models = [self.model, self.ema.module] if self.ema else [self.model]
-        bad = not all(checkpoint.finite(m.state_dict()) for m in models)
-        if all_reduce_sum(torch.tensor(float(bad), device=self.amp.device)).item():
-            raise NonFiniteLoss(f"the weights became NaN or infinite in epoch {epoch}")
+        self._check_weights(epoch)
         if not is_main_process():
             return
-        more = {"run": self.id}
-        if self.classes:
-            more["classes"] = self.classes
-        if self.best != NO_BEST:
-            more["best"] = self.best
-        if self.ema:
-            more["model_ema"] = self.ema.module.state_dict()
+        average = self.ema and self.ema.module.state_dict()
+        more: dict = {"classes": self.classes, "best": self.best, "model_ema": average}
         if name == checkpoint.BEST_AVERAGE:  # what to evaluate, export and fine-tune, under whatever name
             more["scored"] = "model_ema"
         if progress:
             more |= {"step": progress["step"], "partial": progress, "global_batch": self.loader.global_batch}
             more["order"] = self.order
-        state = checkpoint.training_state(self.model, self.optimizer, self.amp.scaler, epoch, self.flags, **more)
+        state = {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.amp.scaler.state_dict(),
+            "epoch": epoch,
+            "args": record.plain(self.flags),
+            "run": self.id,
+            **{key: value for key, value in more.items() if value},
+        }
         saved = checkpoint.save_numbered(state, self.output_dir, name)
         if saved and not name:
-            self._newest = saved, epoch, state.get("step", math.inf)
+            self._newest = saved
 
     def _newest_is_good(self, checked: bool) -> None:
         """Once a loss that followed the newest checkpoint was finite, those before it may go."""
         if not checked or self._newest is None:
             return
-        self.kept, epoch, step = self._newest
-        self._newest = None
+        self.kept, self._newest = self._newest, None
         if self.saves and is_main_process():
-            checkpoint.prune(self.output_dir, self.flags["save_ckpt_num"], epoch, step, self.id)
+            checkpoint.prune(self.kept, self.flags["save_ckpt_num"], self.id)
 
     def after_nan(self) -> str:
         """What is good still. A finite checkpoint that led to NaN at once is set aside, so that none goes on from it.
 
         One that this run was resumed from stays: what has changed since may be to blame.
         """
-        if self._newest and self._newest[0] == self.resume_from:
+        if self._newest and self._newest == self.resume_from:
             return f"it followed from {self.resume_from} at once; --resume takes an earlier one"
-        if self._newest and is_main_process():
-            checkpoint.set_aside(self._newest[0], "diverged")
+        if self._newest:
+            checkpoint.set_aside(self._newest, "diverged")
         return f"{self.kept} is good, the same command goes on from it" if self.kept else "no good checkpoint was saved"
 
     def _leave(self, where: str) -> None:
         goes_on = self.saves and (self._newest or self.kept) is not None
-        if goes_on:
-            more = "" if self.flags["auto_resume"] else " without --auto_resume false"
-            if "SUBMITIT_EXECUTOR" in os.environ:  # with %j in --job_dir it would begin anew in another folder
-                more += f" with --output_dir {self.output_dir}"
-            log.info("stopped after %s; run the same command%s to go on", where, more)
-        else:
-            log.info("stopped after %s; nothing was saved, so the same command begins anew", where)
+        more = "" if self.flags["auto_resume"] else " without --auto_resume false"
+        if "SUBMITIT_EXECUTOR" in os.environ:  # with %j in --job_dir it would begin anew in another folder
+            more += f" with --output_dir {self.output_dir}"
+        then = f"run the same command{more} to go on" if goes_on else "nothing was saved, the same command begins anew"
+        log.info("stopped after %s; %s", where, then)
         self.interrupts.leave(goes_on)
 
     def _best_so_far(self) -> str:
         """For console lines: ', best acc1 ...', or '' before the first evaluation."""
-        best = self.best
-        if best["epoch"] < 0:
-            return ""
-        average = f" (EMA {best['acc1_ema']:.2f} in epoch {best['epoch_ema']})" if best["epoch_ema"] >= 0 else ""
-        return f", best acc1 {best['acc1']:.2f} in epoch {best['epoch']}{average}"
+        said = {suffix: self.best.get(f"epoch{suffix}", -1) for suffix in BEST_NAMES}
+        told = (f", best acc1{x} {self.best[f'acc1{x}']:.2f} in epoch {e}" for x, e in said.items() if e >= 0)
+        return "".join(told)
