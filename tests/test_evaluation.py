@@ -400,6 +400,9 @@ PRETRAIN = [
     ("--stem_average true", "", "--initial_checkpoint $file"),
 ]
 FINETUNE = [
+    ("--depth 8", "--data_set CIFAR", ""),
+    ("--nodata 8", "--data_set shapes", ""),
+    ("--max_bad_images 0.5", "--eval true", ""),
     ("--warmup_epochs 2", "--warmup_steps 3", ""),
     ("--model_key x", "", "--finetune $file"),
     ("--model_prefix x", "", "--finetune $file"),

@@ -165,6 +165,7 @@ def tell_without_effect(args: argparse.Namespace, use_amp: bool, rows: list[tupl
         ("amp_dtype", not use_amp, "without mixed precision"),
         ("kernels", not args.fused, "with --fused false"),
         ("data_path", args.data_set == "shapes", data),
+        ("depth nodata max_pixels", args.data_set not in ("IMNET", "image_folder"), data),
         ("eval_data_path", args.data_set.startswith(("shapes", "CIFAR")), data),
     ]:
         if idle and (names := [name for name in flags.split() if name in left]):

@@ -88,14 +88,14 @@ def describe(dataset: ImageFiles, found: Survey, input_size: int) -> None:
     log.info("in a sample of %d: %s", sample, "; ".join(f"{count} {kind}" for kind, count in kinds.most_common(9)))
     log.info("heights %s; widths %s; no data in %.2g %% of the pixels", heights, widths, 100 * found.no_data)
     if small := sum(min(size) < input_size for size in found.sizes):
-        log.warning("%d of %d images are smaller than --input_size %d and enlarged", small, sample, input_size)
+        log.info("%d of %d images are smaller than --input_size %d and enlarged", small, sample, input_size)
     if classes := getattr(dataset, "classes", None):
         sizes = Counter(dataset.targets)
         ranked = sorted((sizes[i], name) for i, name in enumerate(classes))
         told = [f"{ranked[i][0]} ({ranked[i][1]})" for i in (0, len(ranked) // 2, -1)]
         log.info("images per class: smallest %s, median %s, largest %s", *told)
         if few := [f"{name} {count}" for count, name in ranked if count < 10]:
-            log.warning("%d of %d classes have fewer than 10 images: %s", len(few), len(classes), ", ".join(few[:10]))
+            log.info("%d of %d classes have fewer than 10 images: %s", len(few), len(classes), ", ".join(few[:10]))
 
 
 def _image_names(root: str, flag: str, in_chans: int) -> tuple[dict[str, list[str]], Counter]:
@@ -201,7 +201,7 @@ class ImageList(ImageFiles):
             found = f"{source}: {where[missing[0]]}: no file {names}; paths are absolute or below --data_path ({count})"
             if len(missing) == len(paths):
                 raise UsageError(found)
-            log.warning("%s", found)
+            log.info("%s", found)
         targets = [0] * len(paths)
         if classes is not None:
             self.classes, targets = number_labels(labels, where, source, classes, nb_classes)
