@@ -117,4 +117,4 @@ def test_a_list_and_progress(tmp_path, capsys):
         mean_std.main()
     told = capsys.readouterr().err
     assert "12 images" in told
-    assert "mean and std [2/2]  eta 0:00:00" in told
+    assert "mean and std [1/1]  eta 0:00:00" in told

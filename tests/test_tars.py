@@ -165,6 +165,7 @@ def damage(content: bytes, how: str) -> bytes:
         "cut in an image": content[: second + 700],
         "cut in a header": content[: second + 100],
         "cut between images": content[:second],
+        "zeros": content[:second] + bytes(1024) + content[second + 1024 :],
         "damaged header": content[:second] + b"\xff" * 300 + content[second + 300 :],
     }[how]
 
@@ -177,7 +178,7 @@ DAMAGE = r"cut short or damaged at byte [\d,]+ of [\d,]+: all that follows a/\d\
     [
         ("empty", "empty file"), ("text", ""), ("compressed", "compressed: unpack it to a plain"),
         ("cut in an image", DAMAGE), ("cut in a header", DAMAGE), ("cut between images", DAMAGE),
-        ("damaged header", DAMAGE),
+        ("damaged header", DAMAGE), ("zeros", DAMAGE),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("shards", [1, 3])

@@ -40,12 +40,12 @@ def mean_std(images: Dataset, num_workers: int = 0, most: int | None = None) -> 
         UsageError: no image can be read, or a channel is the same everywhere.
     """
     sample = random_subset(with_transform(images, moments), most)
-    loader = EvalLoader(sample, batch_size=8, num_workers=num_workers)
-    progress = Progress("mean and std", len(loader), torch.device("cpu"), print_freq=max(20, len(loader) // 20))
+    loader = EvalLoader(sample, batch_size=32, num_workers=num_workers)
+    progress = Progress("mean and std", len(loader), torch.device("cpu"))
     total, count, seen = 0, 0, 0
     for step, (found, _) in progress(loader):
         total, count, seen = total + found.nan_to_num().sum(0), count + (~found.isnan()).sum(0), seen + len(found)
-        progress.count(len(found))
+        progress.samples += len(found)
         if progress.due(step):
             progress.line(step)
     if not seen or not count.all():

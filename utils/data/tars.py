@@ -147,18 +147,18 @@ def _scan(flag: str, path: str) -> tuple[dict[str, tuple[int, int, str]], Counte
 
 def _next(tar: tarfile.TarFile, name: str) -> tarfile.TarInfo | None:
     """The next member; None at the end. Raises ValueError where what follows the member `name` is damaged."""
+    file, size, reason = tar.fileobj, os.fstat(tar.fileobj.fileno()).st_size, "no end of the tar"
     try:
         if (member := tar.next()) is not None:
             return member
-        reason = "no end of the tar"
-        end = os.pread(tar.fileobj.fileno(), tarfile.BLOCKSIZE, tar.offset)
+        file.seek(tar.offset)  # at damaged headers and at zeros, tarfile ends without a word
+        rest = iter(lambda: file.read(2**20), b"")
+        if size >= tar.offset + tarfile.BLOCKSIZE and not any(chunk.strip(b"\0") for chunk in rest):
+            return None
     except Exception as error:  # on damaged headers, tarfile raises whatever it runs into
-        reason, end = error, b""
-    if len(end) < tarfile.BLOCKSIZE or end.strip(b"\0"):  # tarfile ends there without a word
-        size = os.fstat(tar.fileobj.fileno()).st_size
-        where = f"cut short or damaged at byte {min(tar.offset, size):,} of {size:,}"
-        raise ValueError(f"{where}: all that follows {name} is lost; pack it anew ({reason})")
-    return None
+        reason = error
+    where = f"cut short or damaged at byte {min(tar.offset, size):,} of {size:,}"
+    raise ValueError(f"{where}: all that follows {name} is lost; pack it anew ({reason})")
 
 
 def _key(name: str) -> str:
