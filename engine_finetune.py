@@ -25,8 +25,7 @@ def train_one_epoch(
 ) -> dict[str, float]:  # fmt: skip
     """Train for one epoch on a `StepLoader` whose samples are (image, label).
 
-    The weights' moving average, where the run has one, is updated after each optimizer step. The device is read only
-    where a line is due.
+    The weights' moving average, where the run has one, is updated after each optimizer step.
 
     Returns:
         loss over all processes, class_acc (percent) where labels are not mixed, lr of the last step.
@@ -65,10 +64,7 @@ def train_one_epoch(
 
 
 def share_buffers(model: torch.nn.Module) -> None:
-    """Give all processes the first one's buffers, batch norm's statistics, as DistributedDataParallel does each step.
-
-    Without, each would be evaluated with the statistics of its own last batch, and none as the checkpoint is.
-    """
+    """Give all processes the first one's buffers, batch norm's statistics, which the checkpoint has."""
     for buffer in model.buffers():
         broadcast(buffer)
 

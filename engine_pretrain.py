@@ -13,8 +13,6 @@ def train_one_epoch(
 ) -> dict[str, float]:
     """Train for one epoch on a `StepLoader` whose samples are (image, label) or (image, label, mask).
 
-    The device is read only where a console line is due.
-
     Returns:
         loss over all processes, lr of the last step.
 

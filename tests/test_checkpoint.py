@@ -1,8 +1,7 @@
 """utils/checkpoint.py: whole files or the previous ones, damage found, no code run, the newest good one first."""
 
+import contextlib
 import errno
-import io
-import logging
 import os
 import pickle
 import random
@@ -19,6 +18,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from tests.small_runs import same
 from utils import checkpoint
 from utils.errors import UsageError
 
@@ -34,21 +34,6 @@ def state_of(epoch=3, size=8):
     }
 
 
-def same(a, b):
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    return torch.equal(a, b) if isinstance(a, torch.Tensor) else type(a) is type(b) and a == b
-
-
-@pytest.fixture
-def logs(caplog, monkeypatch):
-    """The log, whether or not a script run by another test has redirected it."""
-    log = logging.getLogger("fcmae")
-    monkeypatch.setattr(log, "handlers", [caplog.handler])
-    monkeypatch.setattr(log, "propagate", False)
-    return caplog
-
-
 # ---- writing
 
 
@@ -60,46 +45,38 @@ def test_save_and_read(tmp_path):
     assert os.listdir(tmp_path) == ["x.pth"]
 
 
-@pytest.mark.parametrize("failure", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
-def test_a_failed_save_changes_nothing(tmp_path, monkeypatch, failure):
-    checkpoint.save(state_of(), tmp_path / "x.pth")
-    before = (tmp_path / "x.pth").read_bytes()
-
-    def half(state, file):
-        buffer = io.BytesIO()
-        whole(state, buffer)
-        file.write(buffer.getvalue()[: len(buffer.getvalue()) // 2])
-        raise failure
-
-    whole = torch.save
-    monkeypatch.setattr(torch, "save", half)
-    with pytest.raises(type(failure)):
-        checkpoint.save(state_of(4), tmp_path / "x.pth")
-    assert (tmp_path / "x.pth").read_bytes() == before
-    assert os.listdir(tmp_path) == ["x.pth"]
-
-
-def test_a_failed_rename_changes_nothing(tmp_path, monkeypatch):
-    def refuse(source, target):
-        raise OSError(errno.EIO, "input/output error")
-
-    checkpoint.save(state_of(), tmp_path / "x.pth")
-    monkeypatch.setattr(os, "replace", refuse)
-    with pytest.raises(OSError, match="input/output"):
-        checkpoint.save(state_of(4), tmp_path / "x.pth")
-    assert same(checkpoint.read(tmp_path / "x.pth"), state_of())
-    assert os.listdir(tmp_path) == ["x.pth"]
-
-
-def test_a_disk_that_really_fills_up(tmp_path):
-    checkpoint.save(state_of(), tmp_path / "x.pth")
+@contextlib.contextmanager
+def no_file_beyond(size):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))  # no file of this process grows beyond 1 MiB
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
-        with pytest.raises(OSError, match="File too large"):
-            checkpoint.save(state_of(4, size=1000), tmp_path / "x.pth")
+        yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def failing(error):
+    def fail(*_):
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize(
+    ("failing_call", "error"),
+    [
+        ("fsync", OSError(errno.ENOSPC, "No space left on device")),
+        ("fsync", KeyboardInterrupt()),
+        ("replace", OSError(errno.EIO, "input/output error")),
+        ("", OSError("File too large")),  # for real
+    ],
+)
+def test_a_failed_save_changes_nothing(tmp_path, monkeypatch, failing_call, error):
+    checkpoint.save(state_of(), tmp_path / "x.pth")
+    if failing_call:
+        monkeypatch.setattr(os, failing_call, failing(error))
+    with pytest.raises(type(error), match=str(error.args[-1]) if error.args else None), no_file_beyond(1 << 20):
+        checkpoint.save(state_of(4, size=40 if failing_call else 1000), tmp_path / "x.pth")
     assert same(checkpoint.read(tmp_path / "x.pth"), state_of())
     assert os.listdir(tmp_path) == ["x.pth"]
 
@@ -124,7 +101,8 @@ def test_killed_while_writing(tmp_path):
         import os, signal, sys
         sys.path.insert(0, {str(ROOT)!r})
         import torch
-        from utils import checkpoint
+        from tests.small_runs import same
+from utils import checkpoint
         def half(state, file):
             file.write(b"PK" + bytes(10_000))
             file.flush()
@@ -454,37 +432,26 @@ def test_steps_of_an_epoch_are_numbered_and_pruned(tmp_path):
         state = training_state(*training_parts(), epoch, **inside)
         checkpoint.prune(checkpoint.save_numbered(state, tmp_path), 1)
         if step == 30:
-            assert names(tmp_path) == ["checkpoint-3.pth", "checkpoint-4-step20.pth", "checkpoint-4-step30.pth"]
+            assert files(tmp_path) == ["checkpoint-3.pth", "checkpoint-4-step20.pth", "checkpoint-4-step30.pth"]
     # step 9 came from a run started again before the others, whose files are not its to delete
-    assert "checkpoint-4-step30.pth" in names(tmp_path)
+    assert "checkpoint-4-step30.pth" in files(tmp_path)
     path, state = checkpoint.newest(tmp_path)
     assert path.name == "checkpoint-4-step30.pth"
     assert checkpoint.load_training(path, state, *training_parts(), 16) == (4, {"step": 30, "averages": []})
     # on twice the global batch, half the steps have seen as much
     assert checkpoint.load_training(path, state, *training_parts(), 32) == (4, {"step": 15, "averages": []})
     checkpoint.prune(checkpoint.save_numbered(training_state(*training_parts(), 4), tmp_path), 1)
-    assert names(tmp_path) == ["checkpoint-4.pth"]
+    assert files(tmp_path) == ["checkpoint-4.pth"]
 
 
-def test_a_failed_save_is_reported_and_the_run_goes_on(tmp_path, monkeypatch, caplog):
+def test_a_failed_save_is_reported_and_the_run_goes_on(tmp_path, monkeypatch, logs):
     checkpoint.save_numbered(training_state(*training_parts(), 0), tmp_path)
-
-    def full(state, file):
-        file.write(b"half")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(torch, "save", full)
-    monkeypatch.setattr(checkpoint.log, "propagate", True)
-    checkpoint.save_numbered(training_state(*training_parts(), 1), tmp_path)
-    assert "NOT saved" in caplog.text
-    assert "No space left" in caplog.text
-    assert names(tmp_path) == ["checkpoint-0.pth"]
+    monkeypatch.setattr(os, "fsync", failing(OSError(errno.ENOSPC, "No space left on device")))
+    assert checkpoint.save_numbered(training_state(*training_parts(), 1), tmp_path) is None
+    assert "checkpoint-1.pth was NOT saved, earlier checkpoints are untouched (No space left" in logs.text
+    assert files(tmp_path) == ["checkpoint-0.pth"]
 
 
 def training_parts():
     model = torch.nn.Linear(2, 2)
     return model, torch.optim.AdamW(model.parameters()), torch.amp.GradScaler("cpu", enabled=False)
-
-
-def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())

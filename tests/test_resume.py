@@ -17,7 +17,7 @@ from models.convnextv2 import ConvNeXtV2
 from tests.small_runs import STEPS, TINY, killed_after, load, records, same, snapshot
 from utils import record
 from utils.amp import Amp
-from utils.interrupts import EXIT_CODE
+from utils.interrupts import EXIT_CODE, Interrupts
 from utils.run import Run
 
 FLAGS = {
@@ -183,13 +183,6 @@ def test_without_an_output_dir_nothing_is_resumed(stage, scripts, whole, tmp_pat
     assert snapshot(tmp_path) == before
 
 
-def test_auto_resume_can_be_turned_off(scripts, tmp_path):
-    scripts.pretrain("--output_dir", tmp_path, "--epochs", 2)
-    result = scripts.pretrain("--output_dir", tmp_path, "--epochs", 2, "--auto_resume", "false")
-    assert "resumed" not in result.out
-    assert [record["epoch"] for record in records(tmp_path)] == [0, 1]
-
-
 @STAGES
 def test_a_finished_run_has_nothing_to_do(stage, scripts, whole):
     before = snapshot(whole[stage])
@@ -207,7 +200,7 @@ def test_one_choice_of_kernels_for_all_processes_and_resumes(flag, before, can, 
     if before:
         torch.save({"args": {"kernels": before}, "epoch": 0}, tmp_path / "checkpoint-0.pth")
     args = main_finetune.get_args_parser().parse_args(["--kernels", flag, "--output_dir", str(tmp_path)])
-    run = Run(vars(args), Amp(torch.device("cpu"), True, torch.bfloat16))
+    run = Run(vars(args), Amp(torch.device("cpu"), True, torch.bfloat16), Interrupts())
     asked = []
     assert run.triton(lambda *of: asked.append(of) or can) == (chosen == "triton")
     assert asked == [(torch.device("cpu"), torch.bfloat16)]
@@ -335,14 +328,17 @@ def test_a_run_whose_start_is_gone_does_not_begin_with_random_weights(scripts, w
     assert scripts.pretrain("--output_dir", tmp_path / "out", "--auto_resume", "false", "--epochs", 2).code == 0
 
 
-def test_a_new_run_renames_the_pictures_of_an_earlier_one_alone(scripts, tmp_path):
+def test_a_new_run_renames_what_an_earlier_one_left_and_no_more(scripts, tmp_path):
     scripts.pretrain("--output_dir", tmp_path, "--epochs", 2)
     (tmp_path / "my-plot-3.png").write_bytes(b"mine")
-    earlier = load(tmp_path / "checkpoint-1.pth")["run"]
-    scripts.pretrain("--output_dir", tmp_path, "--epochs", 2, "--auto_resume", "false")
-    assert (tmp_path / "my-plot-3.png").read_bytes() == b"mine"
-    assert (tmp_path / f"reconstruction-1.{earlier}.png").exists()
-    assert (tmp_path / "reconstruction-1.png").exists()
+    earlier, before = load(tmp_path / "checkpoint-1.pth")["run"], snapshot(tmp_path)
+    result = scripts.pretrain("--output_dir", tmp_path, "--epochs", 2, "--auto_resume", "false")
+    assert "resumed" not in result.out
+    assert [record["epoch"] for record in records(tmp_path)] == [0, 1]
+    after = snapshot(tmp_path)
+    for name in ("my-plot-3.png", "log.txt", "reconstruction-1.png", "checkpoint-1.pth"):
+        kept = name if name.startswith("my") else name.replace(".", f".{earlier}.")
+        assert after[kept][1] == before[name][1]
 
 
 def test_a_launcher_that_starts_something_else_again_starts_over(scripts, tmp_path, monkeypatch):

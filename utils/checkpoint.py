@@ -125,19 +125,18 @@ def newest(output_dir: str | os.PathLike, *run: str | None) -> tuple[Path, dict]
     One that cannot be read whole, or holds NaN, is reported and left where it is.
     """
     for *_, path in numbered(output_dir):
-        if run and run_of(path) not in (None, run[0]):
+        if run and run_of(path) not in (None, run[0]):  # None: also of one that cannot be read
             continue
         try:
             state = read(path)
+            model = state.get("model")
+            if isinstance(model, dict) and not finite(model):  # what holds no model is refused where it is loaded
+                raise UsageError(f"{path}: its weights are not finite")
         except UsageError as error:
             log.warning("skipping %s", error)
             continue
-        if run and state.get("run") != run[0]:
-            continue
-        model = state.get("model")
-        if not isinstance(model, dict) or finite(model):  # what holds no model is refused where it is loaded
+        if not run or state.get("run") == run[0]:
             return path, state
-        log.warning("skipping %s: its weights are not finite", path)
     return None
 
 
@@ -171,14 +170,14 @@ def set_aside(path: Path, why: str) -> str:
 def load_weights(model: torch.nn.Module, state_dict: dict, source: str) -> None:
     """Load a state dict whole. Raises UsageError naming what does not fit, and changes nothing then."""
     own = model.state_dict()
-    for problem, names in (
-        ("lacks", own.keys() - state_dict.keys()),
-        ("also has", state_dict.keys() - own.keys()),
-        ("has another shape for", {k for k in own.keys() & state_dict.keys() if own[k].shape != state_dict[k].shape}),
-    ):
-        if names:
-            shown = ", ".join(sorted(names)[:3])
-            raise UsageError(f"{source}: a checkpoint of another model: it {problem} {shown} ({len(names)} in all)")
+    problems = {
+        "lacks": own.keys() - state_dict.keys(),
+        "also has": state_dict.keys() - own.keys(),
+        "has another shape for": {k for k in own.keys() & state_dict.keys() if own[k].shape != state_dict[k].shape},
+    }
+    if problem := next(filter(problems.get, problems), None):
+        shown, count = ", ".join(sorted(problems[problem])[:3]), len(problems[problem])
+        raise UsageError(f"{source}: a checkpoint of another model: it {problem} {shown} ({count} in all)")
     if not finite(state_dict):
         raise UsageError(f"{source}: its weights are NaN or infinite; give an earlier checkpoint")
     model.load_state_dict(state_dict)
@@ -197,10 +196,10 @@ def check_same_run(path: Path, state: dict, flags: dict, classes: list[str] | No
         raise UsageError(f"--opt {opt}: {path} was trained with {was}, whose state does not fit")
     if classes and (known := state.get("classes")) and list(known) != list(classes):
         pairs = itertools.zip_longest(known, classes, fillvalue="none")
-        label, old, new = next((i, old, new) for i, (old, new) in enumerate(pairs) if old != new)
+        changed = next(f"{i} was {a!r}, in the training data it is {b!r}" for i, (a, b) in enumerate(pairs) if a != b)
         raise UsageError(
-            f"{path}: was trained on other classes: class {label} was {old!r}, in the training data it is {new!r} "
-            f"({len(known)} and {len(classes)} classes); name the folders as they were, or start with --finetune {path}"
+            f"{path}: was trained on other classes: class {changed} ({len(known)} and {len(classes)} classes); name "
+            f"the folders as they were, or start with --finetune {path}"
         )
     for name, before in state.get("order", {}).items() if "step" in state else ():
         if name in order and order[name] != before:
@@ -220,8 +219,7 @@ def load_training(path: Path, state: dict, model, optimizer, scaler, global_batc
         UsageError: a file without training state, or of another model or optimizer.
     """
     kinds = {"model": dict, "optimizer": dict, "epoch": int}
-    missing = [key for key, kind in kinds.items() if not isinstance(state.get(key), kind)]
-    if missing:
+    if missing := [key for key, kind in kinds.items() if not isinstance(state.get(key), kind)]:
         raise UsageError(f"{path}: has no {' and no '.join(missing)}, so training cannot continue from it; see --help")
     load_weights(model, state["model"], str(path))
     own = [dict(group) for group in optimizer.param_groups]

@@ -10,7 +10,7 @@ import shlex
 import socket
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Collection
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -76,7 +76,7 @@ def add_start(output_dir: str, flags: dict, device: torch.device, **more) -> Non
     }
     path, content = Path(output_dir) / "run.json", {"starts": [*read(output_dir), start]}
     with surviving_disk_errors(f"{path} was NOT written"):
-        replace(path, lambda file: file.write(json.dumps(content, indent=2).encode() + b"\n"))
+        replace(path, lambda file: file.write(json.dumps(content, indent=2, default=str).encode() + b"\n"))
 
 
 def read(output_dir: str) -> list[dict]:
@@ -104,9 +104,9 @@ def set_earlier_aside(output_dir: str, start_epoch: int) -> None:
             set_aside(path, earlier)
 
 
-def list_bad_images(output_dir: str, messages: Iterable[str]) -> None:
+def list_bad_images(output_dir: str, messages: Collection[str]) -> None:
     """Add to output_dir/bad_images.txt, a line each, what is not in it."""
-    if output_dir and is_main_process():
+    if messages and output_dir and is_main_process():
         path = Path(output_dir) / "bad_images.txt"
         with surviving_disk_errors(f"{path} was NOT written"):
             known = path.read_text(errors="surrogateescape").splitlines() if path.exists() else []

@@ -65,9 +65,6 @@ class Run:
     A run has an id, which its checkpoints and run.json carry. It goes on by itself from checkpoints of this id alone;
     files of other runs in its folder stay, under another name where theirs is needed.
 
-    Args:
-        flags: the script's arguments by name.
-
     Attributes:
         resume_from: the checkpoint that it goes on from, or None.
         start_epoch: the first epoch still to be done, once `begin` was called.
@@ -83,8 +80,7 @@ class Run:
         self.id, self.new, self.resume_from, depth = from_main_process(self._choose)
         if flags.get("depth") is None:
             flags["depth"] = depth
-        self.kept: Path | None = None
-        self._newest: Path | None = None  # saved or resumed, and not yet known to be good
+        self.kept = self._newest = None  # the latter: saved or resumed, and not yet known to be good
 
     def _choose(self) -> tuple[str | None, bool, Path | None, int | None]:
         """The run's id, whether it is a new one, the checkpoint to go on from, and its --depth.
@@ -207,8 +203,7 @@ class Run:
         if folder and self.new:
             record.set_earlier_aside(folder, self.start_epoch)
         if folder:
-            resumed_from = self.resume_from and str(self.resume_from)
-            record.add_start(folder, self.flags, self.amp.device, run=self.id, resumed_from=resumed_from)
+            record.add_start(folder, self.flags, self.amp.device, run=self.id, resumed_from=self.resume_from)
 
     def _bad_images(self) -> dict[int, str]:
         """Of all processes, in this epoch; all call it together."""
@@ -217,17 +212,16 @@ class Run:
     def _tell_bad(self, epoch: int) -> str:
         """Tell and list the unreadable images of an epoch; what to stop with where they are too many, else ''."""
         bad, count = self._bad_images(), self.loader.sampler.num_samples
-        if not bad:
-            return ""
         self.loader.bad.told.update(bad.values())  # by another process
         record.list_bad_images(self.output_dir, bad.values())
         listed = f", see {self.output_dir}/bad_images.txt" if self.output_dir else ""
         found = f"{len(bad)} of {count} images were unreadable in epoch {epoch}{listed}"
-        if len(bad) <= self.loader.max_bad:
+        if len(bad) > self.loader.max_bad:
+            enough = math.ceil(1000 * len(bad) / count) / 1000
+            return f"--max_bad_images {self.flags['max_bad_images']}: {found}; mend them, or give {enough}"
+        if bad:
             log.info("%s", found)
-            return ""
-        enough = math.ceil(1000 * len(bad) / count) / 1000
-        return f"--max_bad_images {self.flags['max_bad_images']}: {found}; mend them, or give {enough}"
+        return ""
 
     def due(self, epoch: int, freq: int) -> bool:
         """Whether something is to be done after this epoch that is done every `freq` of them, and after the last."""
@@ -341,6 +335,6 @@ class Run:
 
     def _best_so_far(self) -> str:
         """For console lines: ', best acc1 ...', or '' before the first evaluation."""
-        said = {suffix: self.best.get(f"epoch{suffix}", -1) for suffix in BEST_NAMES}
-        told = (f", best acc1{x} {self.best[f'acc1{x}']:.2f} in epoch {e}" for x, e in said.items() if e >= 0)
-        return "".join(told)
+        epochs = {x: self.best.get(f"epoch{x}", -1) for x in BEST_NAMES}
+        said = [f", best acc1{x} {self.best[f'acc1{x}']:.2f} in epoch {e}" for x, e in epochs.items() if e >= 0]
+        return "".join(said)
