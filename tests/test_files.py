@@ -124,6 +124,7 @@ def test_encodings_of_lists(images, encoding):
     ("text", "labels"),
     [
         ("path,label\na/0.png,cat\n", ["cat"]),
+        ("path;label\r\na/0.png;cat\r\n", ["cat"]),
         ("Image\tClass\r\na/0.png\tbig, cat\r\n", ["big, cat"]),
         ('"c/with blank, so/4.png","big, cat"\n5.png,dog\n', ["big, cat", "dog"]),
         ('"c/with blank, so/4.png" cat\n', ["cat"]),

@@ -176,7 +176,7 @@ DAMAGE = r"cut short or damaged at byte [\d,]+ of [\d,]+: all that follows a/\d\
 @pytest.mark.parametrize(
     ("how", "reason"),
     [
-        ("empty", "empty file"), ("text", ""), ("compressed", "compressed: unpack it to a plain"),
+        ("empty", "empty file"), ("text", ""), ("compressed", "compressed: unpack it"),
         ("cut in an image", DAMAGE), ("cut in a header", DAMAGE), ("cut between images", DAMAGE),
         ("damaged header", DAMAGE), ("zeros", DAMAGE),
     ],
@@ -192,6 +192,16 @@ def test_bad_tars(tmp_path, how, reason, shards):
     path.write_bytes(damage(path.read_bytes(), how))
     with pytest.raises(UsageError, match=rf"^--data_path {path}: not a tar of images \({reason}"):
         open_tar(str(tmp_path if shards > 1 else path), "--data_path", 3)
+
+
+@pytest.mark.parametrize("name", ["x.tgz", "x.tar.gz", "x.tar.xz", "x.zip", "x.tar"])
+@pytest.mark.parametrize("whole", [True, False])
+def test_compressed_tars_are_to_be_unpacked(tmp_path, name, whole):
+    """Whether the file is given or the folder that holds nothing else."""
+    (tmp_path / name).write_bytes(b"PK\3\4" if name.endswith("zip") else gzip.compress(b"x" * 2000))
+    path = tmp_path / name if whole or name.endswith("zip") else tmp_path
+    with pytest.raises(UsageError, match=rf"{name}: not a tar of images \(compressed: unpack it"):
+        open_tar(str(path), "--data_path", 3)
 
 
 def test_tars_without_images(tmp_path):

@@ -18,7 +18,7 @@ log = logging.getLogger("fcmae")
 MANY_CLASSES = 1000  # beyond which a list of fewer images holds ids, not numbers of classes
 LOOKED_FOR = 100_000  # files of a list, before training; a network file system takes a minute for so many
 DEPTHS = {8: "bytes", 16: "shares of what 8 or 16 bits can hold", 32: "numbers as they are"}
-LINE = "a line is the path of an image, then, after a tab, a comma or a space, its label"
+LINE = "a line is the path of an image, then, after a tab, a comma, a semicolon or a space, its label"
 
 
 class ImageFiles(Dataset):
@@ -221,14 +221,14 @@ def _lines(file: str, source: str) -> list[str]:
 
 
 def split_line(line: str) -> tuple[str, str]:
-    """Path and label ("": none) of a list's line, by csv's rules: after the path, a tab, a comma or a space.
+    """Path and label ("": none) of a list's line by csv's rules, split at a tab, comma, semicolon or space.
 
     A path may hold blanks and commas, quoted or not.
     """
     line = line.strip()
     if line.lower().endswith(EXTENSIONS):
         return line, ""
-    for delimiter in "\t, ":
+    for delimiter in "\t,; ":
         try:
             *path, label = next(csv.reader([line], delimiter=delimiter)) if '"' in line else line.split(delimiter)
         except csv.Error:  # too long: no list
@@ -242,7 +242,7 @@ def split_line(line: str) -> tuple[str, str]:
 
 
 def _is_header(line: str) -> bool:
-    return any(mark in line for mark in ",\t") and not any(mark in line for mark in "./\\")
+    return any(mark in line for mark in ",;\t") and not any(mark in line for mark in "./\\")
 
 
 def number_labels(

@@ -22,8 +22,8 @@ from .images import EXTENSIONS, IMAGE_EXTENSIONS, BadImage, hidden
 
 log = logging.getLogger("fcmae")
 
-TARS = (".tar", ".tar.gz", ".tgz")  # compressed ones to be refused by name
-COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")
+TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")  # compressed ones to be refused by name
+COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"PK\3\4")
 opened = lru_cache(256)(partial(open, mode="rb", buffering=0))  # of many shards, not all at a time
 
 
@@ -117,7 +117,7 @@ def _scan(flag: str, path: str) -> tuple[dict[str, tuple[int, int, str]], Counte
     try:
         with open(path, "rb") as file:
             if os.pread(file.fileno(), 6, 0).startswith(COMPRESSED):
-                raise ValueError("compressed: unpack it to a plain .tar, whose images can be read at random")
+                raise ValueError("compressed: unpack it, to a folder or to a plain .tar, which is read at random")
             tar = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115
             while (member := _next(tar, name)) is not None:
                 tar.members.clear()  # of a million, gigabytes
