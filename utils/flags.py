@@ -61,6 +61,10 @@ def add_shared_arguments(
     )
     add_bool(group, "--pin_mem", True, "page-locked host memory for faster copies to the GPU")
     add_file_arguments(group)
+    group.add_argument(
+        "--max_bad_images", type=fraction, default=0.01,
+        help="share of unreadable training images above which the run ends after the epoch; where not given, 4 may be",
+    )  # fmt: skip
     _add_run_arguments(parser)
 
 
@@ -70,10 +74,6 @@ def add_file_arguments(group) -> None:
         "--depth", type=int, choices=(8, 16, 32), default=None,
         help="read files as bytes (8), shares of what 8 or 16 bits can hold (16), or numbers as they are (32); "
         "where not given: as most of a sample are",
-    )  # fmt: skip
-    group.add_argument(
-        "--max_bad_images", type=fraction, default=0.01,
-        help="share of unreadable training images above which the run ends after the epoch; where not given, 4 may be",
     )  # fmt: skip
     nodata_help = "value of pixels without data, in files that do not say; they become the mean (--nodata=-1e38)"
     group.add_argument("--nodata", type=finite, default=None, help=nodata_help)
