@@ -5,12 +5,11 @@ import logging
 import os
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import lru_cache
 from itertools import islice
 from operator import add
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -33,6 +32,7 @@ WITHOUT_EXTRA = "is a TIFF beyond Pillow: pip install tifffile imagecodecs"
 
 Image.MAX_IMAGE_PIXELS = None  # `check_size` it is
 warnings.filterwarnings("ignore", module=r"PIL\.")  # a line on stderr for each odd file, otherwise
+warnings.filterwarnings("ignore", "The given buffer is not writable")  # nor written to
 for _library in ("PIL", "tifffile"):
     logging.getLogger(_library).setLevel(logging.CRITICAL)
 
@@ -51,12 +51,13 @@ class Stored(NamedTuple):
     pages: int = 1
 
 
+@np.errstate(all="ignore")
 def read_stored(content: bytes, path: str, in_chans: int, nodata: float | None, max_pixels: int) -> Stored:
     """Read a file whose name ends as that of `path`; in_chans: what to make of 8-bit colour, pages and axes.
 
     Raises whatever decoders run into; ValueError: a file of another kind, or of more pixels.
     """
-    is_tiff, suffix = content.startswith(TIFFS), Path(path).suffix.lower()
+    is_tiff, suffix = content.startswith(TIFFS), os.path.splitext(path)[1].lower()
     try:
         if suffix in ARRAY_EXTENSIONS:
             stored = Stored(_read_array(content, in_chans, max_pixels), suffix[1:])
@@ -247,25 +248,27 @@ def _fast_decoders() -> dict[bytes, Callable[[bytes, str], torch.Tensor]]:
 
 
 def _as_tensor(content: bytes | bytearray) -> torch.Tensor:
-    return torch.frombuffer(bytearray(content), dtype=torch.uint8)
+    return torch.frombuffer(content, dtype=torch.uint8)  # which is only read: no copy
 
 
 FAST_DECODERS = _fast_decoders()
 
 
-def _segments(jpeg: bytes) -> Iterator[tuple[int, int]]:
-    """Marker and place of what comes before the pixels."""
+def _frame_header(jpeg: bytes) -> int:
+    """Place of the segment that tells height and width. Raises IndexError where there is none."""
     place = len(JPEG)
-    while jpeg[place : place + 1] == b"\xff" and place + 9 < len(jpeg):
-        yield jpeg[place + 1], place
-        place += 2 + int.from_bytes(jpeg[place + 2 : place + 4], "big")
+    while jpeg[place] == 0xFF and jpeg[place + 1] not in START_OF_FRAME:
+        place += 2 + (jpeg[place + 2] << 8 | jpeg[place + 3])
+    return place if jpeg[place] == 0xFF else len(jpeg)
 
 
 def _without_exif(jpeg: bytes) -> bytearray:
     """Its EXIF segments under another marker, as torchcodec turns images by the orientation in them."""
-    changed = bytearray(jpeg)
-    for marker, place in _segments(jpeg):
-        changed[place + 1] = 0xEF if marker == 0xE1 else marker
+    changed, place = bytearray(jpeg), len(JPEG)
+    while changed[place : place + 1] == b"\xff" and place + 4 <= len(changed):  # segments: marker, length, content
+        if changed[place + 1] == 0xE1:
+            changed[place + 1] = 0xEF
+        place += 2 + int.from_bytes(changed[place + 2 : place + 4], "big")
     return changed
 
 
@@ -273,33 +276,37 @@ def fast_jpeg(content: bytes, in_chans: int, max_pixels: int) -> torch.Tensor | 
     """Pixels of a JPEG, uint8 (1 or 3, H, W); None: another file, or one that Pillow may read or say what it is."""
     if not content.startswith(JPEG) or in_chans not in (1, 3) or JPEG not in FAST_DECODERS:
         return None
-    place = next((place for marker, place in _segments(content) if marker in START_OF_FRAME), None)
-    if place is None:
-        return None
-    height, width = (int.from_bytes(content[place + k : place + k + 2], "big") for k in (5, 7))
-    with suppress(Exception):
+    try:
+        place = _frame_header(content)
+        height, width = content[place + 5] << 8 | content[place + 6], content[place + 7] << 8 | content[place + 8]
         check_size(width, height, max_pixels)
         return FAST_DECODERS[JPEG](content, "RGB" if in_chans == 3 else "GRAY")
-    return None
+    except Exception:
+        return None
 
 
-@contextmanager
-def stderr_kept(said: list[str]) -> Iterator[None]:
-    """Append to `said` what decoders written in C would write to stderr, without the name of a file."""
-    spool, stderr = _spool(os.getpid()), os.dup(2)
-    os.dup2(spool.fileno(), 2)
-    try:
-        yield
-    finally:
-        os.dup2(stderr, 2)
-        os.close(stderr)
-        if spool.seek(0, os.SEEK_END):
-            spool.seek(0)
-            said += spool.read().decode(errors="replace").splitlines()
-            spool.seek(0)
-            spool.truncate()
+class StderrKept:
+    """A context that keeps what decoders written in C would write to stderr, without the name of a file: `said`."""
+
+    said: Sequence[str] = ()
+
+    def __enter__(self) -> "StderrKept":
+        self.stderr = os.dup(2)
+        os.dup2(_spool(), 2)
+        return self
+
+    def __exit__(self, *_) -> None:
+        os.dup2(self.stderr, 2)
+        os.close(self.stderr)
+        if size := os.lseek(_spool(), 0, os.SEEK_CUR):
+            self.said = os.pread(_spool(), size, 0).decode(errors="replace").splitlines()
+            os.lseek(_spool(), 0, os.SEEK_SET)
 
 
-@lru_cache(1)
-def _spool(_process: int):
-    return tempfile.TemporaryFile()
+@lru_cache
+def _spool() -> int:
+    with tempfile.TemporaryFile() as file:
+        return os.dup(file.fileno())
+
+
+os.register_at_fork(after_in_child=_spool.cache_clear)  # which would share its position

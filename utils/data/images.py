@@ -86,7 +86,7 @@ def load_image(path: str) -> Image.Image:
 def read_file(path: str) -> bytes:
     """The content of a file. Raises BadImage where there is none."""
     try:
-        with open(path, "rb") as file:
+        with open(path, "rb", buffering=0) as file:
             return file.read()
     except OSError as error:
         raise BadImage(path, error.strerror or str(error)) from error
@@ -108,25 +108,23 @@ def decode(content: bytes, path: str, reading: Reading) -> torch.Tensor:
     return _decode(content, path, reading)[0]
 
 
-@np.errstate(all="ignore")
-def _decode(content: bytes, path: str, reading: Reading) -> tuple[torch.Tensor, Stored]:
-    """`decode`, and what it is made of."""
-    said: list[str] = []
+def _decode(content: bytes, path: str, reading: Reading) -> tuple[torch.Tensor, Stored | None]:
+    """`decode`, and what it is made of; None: a JPEG, in which nothing is to be changed."""
+    stderr = formats.StderrKept()
     try:
-        with formats.stderr_kept(said):
+        with stderr:
             pixels = formats.fast_jpeg(content, reading.in_chans, reading.max_pixels)
             if pixels is None:
                 stored = formats.read_stored(content, path, reading.in_chans, reading.nodata, reading.max_pixels)
-        if said and any("Corrupt JPEG" in line and "extraneous" not in line for line in said):
+        if stderr.said and any("Corrupt JPEG" in line and "extraneous" not in line for line in stderr.said):
             raise ValueError("is damaged:")
         if pixels is not None:
-            stored = Stored(pixels.numpy(), "JPEG")
-            if reading.depth in (None, 8) and reading.nodata is None:
-                return pixels, stored
-            stored = stored._replace(holes=without_data(stored.pixels, reading.nodata))
+            if reading.depth == 8 and reading.nodata is None:
+                return pixels, None
+            stored = Stored(pixels.numpy(), "JPEG", holes=without_data(pixels.numpy(), reading.nodata))
         return _to_tensor(stored, reading), stored
     except Exception as error:  # on damaged files, decoders raise whatever they run into
-        raise BadImage(path, " ".join([_words(error), *said])) from error
+        raise BadImage(path, " ".join([_words(error), *stderr.said])) from error
 
 
 def survey(dataset, reading: Reading, source: str) -> Survey:
@@ -176,6 +174,7 @@ def to_tensor(image: Image.Image | torch.Tensor, in_chans: int = 3) -> torch.Ten
         raise UsageError(str(error)) from error
 
 
+@np.errstate(all="ignore")
 def _to_tensor(stored: Stored, reading: Reading) -> torch.Tensor:
     pixels, holes, name, depth = stored.pixels, stored.holes, stored.pixels.dtype.name, reading.depth
     scale = SCALES.get(name, 1)

@@ -128,10 +128,11 @@ def random_resized_crop(image: torch.Tensor, size: int, min_crop: float) -> torc
 
 def resize_data(image: torch.Tensor, resize: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
     """An image (C, H, W) resized: what has no data, NaN, counts for nothing, and is where most of a pixel has none."""
-    if image.dtype == torch.uint8 or not (holes := image.isnan()).any():
-        return resize(image)
-    share = resize((~holes).to(image.dtype))
-    return torch.where(share > 0.5, resize(image.masked_fill(holes, 0)) / share, torch.nan)
+    resized = resize(image)
+    if image.dtype == torch.uint8 or not resized.sum().isnan():  # which any NaN makes NaN
+        return resized
+    share = resize(1 - image.isnan().to(image.dtype))
+    return torch.where(share > 0.5, resize(image.nan_to_num(0.0)) / share, torch.nan)
 
 
 def fill(image: torch.Tensor) -> torch.Tensor:
