@@ -13,11 +13,11 @@ from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
 
 from utils.args import given
 from utils.data import sampling, transforms
-from utils.data.files import ClassFolders, ImageFiles, ImageList, describe
+from utils.data.files import ClassFolders, ImageFiles, ImageList, ImageTree, describe
 from utils.data.images import Reading, Survey, load_image, survey, to_tensor
 from utils.data.sampling import StepLoader, StepSampler, TrainSamples
 from utils.data.shapes import Shapes
-from utils.data.tars import open_tar, open_unlabelled, tar_shards
+from utils.data.tars import open_tar, tar_shards
 from utils.data.transforms import MEAN_STD_HINT, Augmentation, Normalise
 from utils.distributed import check_same, get_rank, get_world_size, main_process_first
 from utils.errors import UsageError, suggest
@@ -83,7 +83,9 @@ def unlabelled_files(args) -> ImageFiles:
     if args.data_set == "IMNET" and not os.path.isdir(root):
         instead = "for any folder of images give --data_set image_folder"
         raise UsageError(f"{flag} {args.data_path}: has no folder 'train'; {instead}")
-    return open_unlabelled(root, flag, args.in_chans)
+    if tar_shards(root):
+        return open_tar(root, flag, args.in_chans, labelled=False)
+    return ImageTree(root, flag, args.in_chans)
 
 
 def build_dataset(is_train: bool, args, classes: list[str] | None = None) -> tuple[Dataset, int]:

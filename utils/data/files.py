@@ -230,10 +230,10 @@ def split_line(line: str) -> tuple[str, str]:
         return line, ""
     for delimiter in "\t,; ":
         try:
-            *path, label = next(csv.reader([line], delimiter=delimiter)) if '"' in line else line.split(delimiter)
+            *fields, label = next(csv.reader([line], delimiter=delimiter)) if '"' in line else line.split(delimiter)
         except csv.Error:  # too long: no list
             break
-        path = delimiter.join(path).strip(", ")
+        path = delimiter.join(fields).strip(", ")
         if path.lower().endswith(EXTENSIONS):
             return path, label.strip()
         if line[0] == '"' and label.lower().endswith(EXTENSIONS):

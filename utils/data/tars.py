@@ -17,7 +17,7 @@ import numpy as np
 
 from ..distributed import main_process_first
 from ..errors import UsageError
-from .files import ImageFiles, ImageTree, arrays_beside, extension, is_folder, number_classes, number_labels
+from .files import ImageFiles, arrays_beside, extension, is_folder, number_classes, number_labels
 from .images import EXTENSIONS, IMAGE_EXTENSIONS, BadImage, hidden
 
 log = logging.getLogger("fcmae")
@@ -204,11 +204,6 @@ def open_tar(
     else:
         dataset.classes, dataset.targets = number_labels(labels, dataset.paths, source, classes or [], nb_classes)
     return dataset
-
-
-def open_unlabelled(root: str, flag: str, in_chans: int) -> ImageFiles:
-    """All images of a folder, however nested, or of tars, as `tar_shards` finds them, each with the label 0."""
-    return open_tar(root, flag, in_chans, labelled=False) if tar_shards(root) else ImageTree(root, flag, in_chans)
 
 
 def _class_folders(names: list[str], classes: list[str]) -> list[str]:
