@@ -12,7 +12,7 @@ import torch
 from torchvision.transforms.functional import pil_to_tensor
 
 import datasets
-from tests.pictures import finetune_args, picture, pixels, save
+from tests.pictures import finetune_args, picture, pixels, pretrain_args, save
 from tests.small_runs import load, records
 from utils.data.files import ClassFolders, ImageList, ImageTree, list_files
 from utils.data.tars import open_tar
@@ -243,6 +243,11 @@ def test_folders_that_cannot_be_listed(tree, logs, monkeypatch):
     assert f"'{tree}/b/deep' is left out: Permission denied" in logs.text
     with pytest.raises(UsageError, match="class folder 'b' holds no images"):
         ClassFolders(str(tree), "--data_path")
+    (tree / "b").rename(tree / "root-deep")
+    args = pretrain_args(data_set="image_folder", data_path=tree / "root-deep")
+    with pytest.raises(UsageError, match="root-deep: holds no images"):
+        datasets.build_pretrain_dataset(args)
+    assert "root-deep' is left out: Permission denied" in logs.text
 
 
 def test_deep_folders_and_long_names(tmp_path):

@@ -32,7 +32,10 @@ def tar_shards(path: str) -> list[str]:
     if not os.path.isdir(path):
         found = [path] if os.path.isfile(path) else sorted(filter(os.path.isfile, glob.glob(path, recursive=True)))
         return found or [path] * path.endswith(TARS)
-    entries = [entry for entry in os.scandir(path) if not hidden(entry.name)]
+    try:
+        entries = [entry for entry in os.scandir(path) if not hidden(entry.name)]
+    except OSError:  # told of the folder
+        return []
     if any(is_folder(entry) or entry.name.lower().endswith(EXTENSIONS) for entry in entries):
         return []
     return sorted(entry.path for entry in entries if entry.name.endswith(TARS))
