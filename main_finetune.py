@@ -1,9 +1,12 @@
 """Fine-tuning and evaluation of ConvNeXt V2 classifiers.
 
 python main_finetune.py @recipes/demo_finetune.args
+python main_finetune.py --data_set image_folder --data_path TRAIN --eval_data_path VAL --finetune base.pth
 python main_finetune.py @recipes/finetune_base.args --finetune base.pth --data_path /data/imagenet --output_dir out/ft
 python main_finetune.py @recipes/linear_probe.args --finetune base.pth --data_path /data/imagenet --output_dir out/lp
 python main_finetune.py --eval true --resume out/ft/checkpoint-best.pth --data_path /data/imagenet
+
+--help lists all flags; recipes/ holds the published settings.
 """
 
 import logging
@@ -14,7 +17,7 @@ from pathlib import Path
 import torch
 from timm.data import Mixup
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
-from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
+from timm.optim import OptimInfo, create_optimizer_v2, get_optimizer_info, list_optimizers
 from timm.utils import ModelEmaV3
 from torch import nn
 from torch.utils.data import DataLoader
@@ -26,10 +29,10 @@ from models.convnextv2 import SIZES, ConvNeXtV2, compile_blocks, layer_id, name_
 from models.linear_probe import LinearProbe
 from utils import distributed, errors, flags, weights
 from utils.amp import Amp
-from utils.args import ArgumentParser, check_shared_arguments, effective_lr, given, tell_without_effect
+from utils.args import ArgumentParser, check_shared_arguments, effective_lr, given, tell_idle
 from utils.data.sampling import StepLoader, first_of_each_class
 from utils.data.transforms import SMALL_INPUT_SIZE
-from utils.errors import UsageError, suggest
+from utils.errors import UsageError, refuse, suggest
 from utils.lr_sched import Schedule
 from utils.param_groups import param_groups
 from utils.run import Run, open_run, to_evaluate
@@ -37,24 +40,19 @@ from utils.settings import as_trained
 
 log = logging.getLogger("fcmae")
 
-TRAINING_ALONE = (
-    "update_freq epochs start_epoch grad_checkpointing fused kernels lr blr min_lr warmup_epochs warmup_steps "
-    "weight_decay weight_decay_end min_crop log_dir wandb save_ckpt save_ckpt_freq save_ckpt_steps save_ckpt_num "
-    "stem_average images_per_class head_init_scale drop_path layer_decay layer_decay_type linear_probe opt opt_eps "
-    "opt_betas momentum clip_grad color_jitter aa smoothing train_interpolation reprob remode recount resplit mixup "
-    "cutmix cutmix_minmax mixup_prob mixup_switch_prob mixup_mode model_ema model_ema_decay model_ema_force_cpu "
-    "eval_freq disable_eval max_bad_images"
-)
-EVALUATION = "eval_freq dist_eval eval_data_path eval_list crop_pct model_ema_eval"
+
+def training_parser() -> ArgumentParser:
+    """The flags that --eval true does not read."""
+    parser = ArgumentParser("Fine-tuning and evaluation of ConvNeXt V2. @FILE reads arguments from a file (recipes/).")
+    flags.add_training_arguments(parser)
+    parser.set_defaults(epochs=100, warmup_epochs=20, blr=5e-4, min_lr=1e-6, min_crop=0.08)
+    flags.add_finetune_arguments(parser)
+    return parser
 
 
 def get_args_parser() -> ArgumentParser:
-    parser = ArgumentParser("Fine-tuning and evaluation of ConvNeXt V2. @FILE reads arguments from a file (recipes/).")
-    flags.add_shared_arguments(
-        parser, epochs=100, warmup_epochs=20, blr=5e-4, min_lr=1e-6, min_crop=0.08, data_sets=datasets.DATA_SETS_HELP
-    )
-    flags.add_finetune_arguments(parser)
-    flags.add_augmentation_arguments(parser)
+    parser = training_parser()
+    flags.add_shared_arguments(parser, datasets.DATA_SETS_HELP)
     flags.add_evaluation_arguments(parser)
     return parser
 
@@ -62,51 +60,52 @@ def get_args_parser() -> ArgumentParser:
 def check_args(args) -> None:
     """Refuse impossible arguments before anything is built. Raises UsageError."""
     check_shared_arguments(args, list(SIZES))
-    if not args.eval:
-        datasets.mean_std(args)
-        if args.input_size <= SMALL_INPUT_SIZE and (idle := {"min_crop", "train_interpolation"} & given(args)):
-            raise UsageError(f"--{min(idle)}: has no effect at --input_size {SMALL_INPUT_SIZE} and below; leave it out")
-    depths = SIZES[args.model]["depths"]
-    opt = args.opt.lower().removeprefix("lookahead_")
-    if opt not in list_optimizers():
-        raise UsageError(f"--opt {args.opt}: unknown to timm{suggest(opt, list_optimizers())}")
-    if get_optimizer_info(opt).second_order:
-        raise UsageError(f"--opt {args.opt}: needs second derivatives, which are not computed here; try adamw or lamb")
-    if args.layer_decay_type == "group" and args.layer_decay < 1 and depths != (3, 3, 27, 3):
-        raise UsageError(
-            f"--layer_decay_type group: is made for depths 3,3,27,3 (base, large, huge), {args.model} has "
-            f"{','.join(map(str, depths))}; give --layer_decay_type single"
-        )
-    if mixes(args) and args.batch_size % 2:
-        raise UsageError(f"--batch_size {args.batch_size}: must be even, Mixup and CutMix pair the images of a batch")
-    if args.linear_probe:
-        check_linear_probe(args)
-    if args.finetune and not Path(args.finetune).is_file():
-        raise UsageError(f"--finetune {args.finetune}: no such file")
-    if args.finetune and args.resume:
-        raise UsageError("--finetune and --resume: give one; --finetune starts a run, --resume continues one")
-    if args.eval and args.disable_eval:
-        raise UsageError("--eval true and --disable_eval true leave nothing to do")
-    if args.model_ema_eval and not args.model_ema and not args.eval:
-        raise UsageError("--model_ema_eval true: there is no average without --model_ema true")
-
-
-def without_effect(args) -> list[tuple[str, object, str]]:
-    """The rows of `tell_without_effect`."""
+    refuse(args.eval and args.disable_eval, "--eval true and --disable_eval true leave nothing to do")
     if args.eval:
-        return [
-            (TRAINING_ALONE, True, "with --eval true"),
-            ("output_dir auto_resume", args.resume or args.finetune, "with --eval true of a named file"),
-        ]
-    opt, cutmix = get_optimizer_info(args.opt.lower().removeprefix("lookahead_")), args.cutmix > 0 or args.cutmix_minmax
+        return
+    datasets.build_transform(True, args)
+    if args.input_size <= SMALL_INPUT_SIZE and (idle := {"min_crop", "train_interpolation"} & given(args)):
+        raise UsageError(f"--{min(idle)}: has no effect at --input_size {SMALL_INPUT_SIZE} and below; leave it out")
+    second_order = "needs second derivatives, which are not computed here; try adamw or lamb"
+    refuse(optimizer_info(args.opt).second_order, f"--opt {args.opt}: {second_order}")
+    depths = SIZES[args.model]["depths"]
+    grouped = args.layer_decay_type == "group" and args.layer_decay < 1
+    made_for = "is made for depths 3,3,27,3 (base, large, huge); give --layer_decay_type single"
+    refuse(grouped and depths != (3, 3, 27, 3), f"--layer_decay_type group: {made_for}")
+    sides = args.cutmix_minmax or (0, 1)
+    refuse(sides[0] > sides[1], f"--cutmix_minmax {sides[0]} {sides[1]}: the smaller side comes first")
+    pairs = "must be even, as Mixup and CutMix pair images, and a linear probe's batch norm needs two"
+    refuse(args.batch_size % batch_divisor(args), f"--batch_size {args.batch_size}: {pairs}")
+    whole_network = {"layer_decay": 1, "drop_path": 0, "grad_checkpointing": False, "model_ema": False}
+    for name, without in whole_network.items() if args.linear_probe else ():
+        frozen = "and --linear_probe true: one layer is trained, the encoder is frozen; leave out"
+        refuse(getattr(args, name) != without, f"--{name} {getattr(args, name)} {frozen} --{name}")
+    no_average = args.model_ema_eval and not args.model_ema
+    refuse(no_average, "--model_ema_eval true: there is no average without --model_ema true")
+
+
+def optimizer_info(opt: str) -> OptimInfo:
+    """What timm knows of an optimizer. Raises UsageError if nothing."""
+    name, known = opt.lower().removeprefix("lookahead_"), list_optimizers()
+    refuse(name not in known, f"--opt {opt}: unknown to timm{suggest(name, known)}")
+    return get_optimizer_info(name)
+
+
+def idle_flags(args, use_amp: bool) -> list[tuple[str, object, str]]:
+    """The rows of `tell_idle`."""
+    training, cutmix = " ".join(vars(training_parser().parse_args([]))), args.cutmix > 0 or args.cutmix_minmax
+    opt, of_opt = optimizer_info(args.opt), f"with --opt {args.opt}"
     return [
+        (training, args.eval, "with --eval true"),
+        ("stem_average", args.eval, "with --eval true"),
+        ("output_dir auto_resume", args.eval and (args.resume or args.finetune), "with --eval true of a named file"),
         ("warmup_epochs", args.warmup_steps >= 0, "beside --warmup_steps"),
-        ("model_key model_prefix stem_average", not args.finetune, "without --finetune"),
+        ("model_key model_prefix stem_average", not (args.finetune or args.eval), "without --finetune"),
         ("head_init_scale", args.linear_probe, "with --linear_probe true"),
         ("layer_decay_type", args.layer_decay == 1, "with --layer_decay 1"),
-        ("opt_eps", not opt.has_eps, f"with --opt {args.opt}"),
-        ("opt_betas", not opt.has_betas, f"with --opt {args.opt}"),
-        ("momentum", not opt.has_momentum, f"with --opt {args.opt}"),
+        ("opt_eps", not opt.has_eps, of_opt),
+        ("opt_betas", not opt.has_betas, of_opt),
+        ("momentum", not opt.has_momentum, of_opt),
         ("color_jitter", args.aa and "3a" not in args.aa, "beside --aa; give --aa '' for it"),
         ("remode recount resplit", not args.reprob, "with --reprob 0"),
         ("cutmix", args.cutmix_minmax, "beside --cutmix_minmax"),
@@ -114,43 +113,29 @@ def without_effect(args) -> list[tuple[str, object, str]]:
         ("mixup_switch_prob", not (args.mixup > 0 and cutmix), "unless both --mixup and --cutmix are on"),
         ("model_ema_decay model_ema_force_cpu", not args.model_ema, "without --model_ema true"),
         ("dist_eval", distributed.get_world_size() == 1, "on one process"),
-        (EVALUATION, args.disable_eval, "with --disable_eval true"),
-    ]
-
-
-def check_linear_probe(args) -> None:
-    """Refuse what only the training of a whole network can use. Raises UsageError."""
-    for name, without in (("layer_decay", 1), ("drop_path", 0), ("grad_checkpointing", False), ("model_ema", False)):
-        if getattr(args, name) != without:
-            raise UsageError(
-                f"--{name} {getattr(args, name)} and --linear_probe true: the encoder is frozen, one linear layer is "
-                f"trained; leave out --{name}"
-            )
-    if args.batch_size % 2:
-        raise UsageError(f"--batch_size {args.batch_size}: must be even, batch norm needs two images in every batch")
+        ("eval_freq dist_eval eval_data_path eval_list crop_pct model_ema_eval", args.disable_eval,
+         "with --disable_eval true"),
+        *flags.idle_flags(args, use_amp),
+    ]  # fmt: skip
 
 
 def build_optimizer(model: ConvNeXtV2, args, lr: float) -> torch.optim.Optimizer:
     """timm's optimizer over this project's parameter groups, fused where torch has it so."""
-    ids = {}
-    if args.layer_decay < 1:
-        ids = {
-            "layer_id": partial(layer_id, depths=model.depths, layer_decay_type=args.layer_decay_type),
-            "num_layer_ids": num_layer_ids(model.depths, args.layer_decay_type),
-        }
-    groups = param_groups(model.named_parameters(), args.weight_decay, args.layer_decay, **ids)
-    if args.opt.lower().endswith(("lars", "larc")):
+    kind = args.layer_decay_type
+    layer = (partial(layer_id, depths=model.depths, layer_decay_type=kind), num_layer_ids(model.depths, kind))
+    layers = layer if args.layer_decay < 1 else ()
+    groups = param_groups(model.named_parameters(), args.weight_decay, args.layer_decay, *layers)
+    name = args.opt.lower()
+    if name.endswith(("lars", "larc")):
         for group in groups:  # matrices alone, as in MAE, and those without weight decay too, which timm leaves out
             group["always_adapt"] = group["decays"]
-    options = {"eps": args.opt_eps}  # timm leaves out what an optimizer does not have
+    options = {"eps": args.opt_eps, "momentum": args.momentum}  # timm leaves out what an optimizer does not have
     if args.opt_betas:
         options["betas"] = tuple(args.opt_betas)
-    if args.opt.lower() in ("adam", "adamw") and next(model.parameters()).device.type != "mps":
+    if name in ("adam", "adamw") and next(model.parameters()).device.type != "mps":
         options["fused"] = True
     try:
-        return create_optimizer_v2(
-            groups, opt=args.opt, lr=lr, weight_decay=args.weight_decay, momentum=args.momentum, **options
-        )
+        return create_optimizer_v2(groups, opt=args.opt, lr=lr, weight_decay=args.weight_decay, **options)
     except (AssertionError, ImportError, IndexError, RuntimeError, TypeError, ValueError) as error:
         raise UsageError(f"--opt {args.opt}: {error}") from error
 
@@ -160,19 +145,16 @@ def mixes(args) -> bool:
     return args.mixup > 0 or args.cutmix > 0 or bool(args.cutmix_minmax)
 
 
+def batch_divisor(args) -> int:
+    """Pairs are mixed; a linear probe's batch norm needs two images."""
+    return 2 if mixes(args) or args.linear_probe else 1
+
+
 def build_mixup(args, nb_classes: int) -> Mixup | None:
     if not mixes(args):
         return None
-    return Mixup(
-        mixup_alpha=args.mixup,
-        cutmix_alpha=args.cutmix,
-        cutmix_minmax=args.cutmix_minmax,
-        prob=args.mixup_prob,
-        switch_prob=args.mixup_switch_prob,
-        mode=args.mixup_mode,
-        label_smoothing=args.smoothing,
-        num_classes=nb_classes,
-    )
+    strengths = args.mixup, args.cutmix, args.cutmix_minmax, args.mixup_prob, args.mixup_switch_prob
+    return Mixup(*strengths, mode=args.mixup_mode, label_smoothing=args.smoothing, num_classes=nb_classes)
 
 
 def build_criterion(args, mixup: Mixup | None) -> nn.Module:
@@ -203,13 +185,11 @@ def build_loaders(args) -> tuple[StepLoader, DataLoader | None, int, list[str] |
     classes = getattr(dataset, "classes", None)
     if args.images_per_class is not None:
         dataset = first_of_each_class(dataset, args.images_per_class, f"--data_set {args.data_set}")
-    loader = datasets.build_train_loader(dataset, args, batch_divisor=2 if mixes(args) or args.linear_probe else 1)
-    eval_loader = None
-    if not args.disable_eval:
-        eval_dataset, _ = datasets.build_dataset(False, args, classes)
-        eval_loader = datasets.build_eval_loader(eval_dataset, args, spread=args.dist_eval)
-    counts = loader.sampler.num_samples, nb_classes, loader.global_batch, len(loader)
-    log.info("%d images of %d classes, %d per optimizer step, %d steps per epoch", *counts)
+    loader = datasets.build_train_loader(dataset, args, batch_divisor=batch_divisor(args))
+    if args.disable_eval:
+        return loader, None, nb_classes, classes and list(classes)
+    eval_dataset, _ = datasets.build_dataset(False, args, classes)
+    eval_loader = datasets.build_eval_loader(eval_dataset, args, spread=args.dist_eval)
     return loader, eval_loader, nb_classes, classes and list(classes)
 
 
@@ -303,9 +283,8 @@ def train(args, amp: Amp, run: Run) -> None:
 def main(args) -> None:
     check_args(args)
     with distributed.process_group(args) as device:
-        use_amp = device.type == "cuda" if args.use_amp is None else args.use_amp
-        amp = Amp(device, use_amp, getattr(torch, args.amp_dtype), args.clip_grad)
-        tell_without_effect(args, use_amp, without_effect(args))
+        amp = Amp(device, args.use_amp, getattr(torch, args.amp_dtype), args.clip_grad)
+        tell_idle(args, idle_flags(args, amp.enabled))
         if args.eval:
             evaluate_only(args, amp)
             return
@@ -315,10 +294,5 @@ def main(args) -> None:
 
 if __name__ == "__main__":
     if len(sys.argv) == 1:
-        sys.exit(
-            "Fine-tune the encoder of the pre-training demo:  python main_finetune.py @recipes/demo_finetune.args\n"
-            "or your own:  python main_finetune.py --data_set image_folder --data_path TRAIN --eval_data_path VAL "
-            "--finetune CKPT\n"
-            "python main_finetune.py --help lists all arguments; recipes/ holds the published settings."
-        )
+        sys.exit(__doc__)
     errors.run_cli(lambda: main(get_args_parser().parse_args()))

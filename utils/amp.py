@@ -10,14 +10,15 @@ class Amp:
 
     Args:
         device: where the model is.
-        enabled: False computes in the parameters' own precision.
+        enabled: False computes in the parameters' own precision; None: on CUDA alone.
         dtype: torch.bfloat16, which needs no loss scaling, or torch.float16.
         clip_grad: largest L2 norm of all gradients together, or None.
     """
 
-    def __init__(self, device: torch.device, enabled: bool, dtype: torch.dtype, clip_grad: float | None = None):
-        self.device, self.enabled, self.dtype, self.clip_grad = device, enabled, dtype, clip_grad
-        self.scaler = torch.amp.GradScaler(device.type, enabled=enabled and dtype == torch.float16)
+    def __init__(self, device: torch.device, enabled: bool | None, dtype: torch.dtype, clip_grad: float | None = None):
+        self.device, self.dtype, self.clip_grad = device, dtype, clip_grad
+        self.enabled = device.type == "cuda" if enabled is None else enabled
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.enabled and dtype == torch.float16)
 
     def autocast(self) -> AbstractContextManager:
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.enabled)

@@ -1,19 +1,53 @@
-"""The command line that both entry scripts share: argument groups, booleans, argument files, and their checks."""
+"""How flags are parsed and checked: spellings that people know, argument files, ranges, errors of one line."""
 
 import argparse
 import contextlib
 import logging
 import math
+import os
 import re
 import shlex
-from collections.abc import Callable, Iterator
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
 from .distributed import main_process_first
-from .errors import UsageError, suggest
+from .errors import UsageError, refuse, suggest
 
 log = logging.getLogger("fcmae")
+
+SYNONYMS = {  # what MAE, timm and others call a flag of this project
+    **dict.fromkeys(("--accum_iter", "--grad_accum_steps", "--gradient_accumulation_steps"), "--update_freq"),
+    **dict.fromkeys(("-b", "--bs", "--batch_size_per_gpu"), "--batch_size"),
+    **dict.fromkeys(("-j", "--workers"), "--num_workers"),
+    **dict.fromkeys(("--data_dir", "--data", "--train_dir"), "--data_path"),
+    **dict.fromkeys(("--val_dir", "--val_path"), "--eval_data_path"),
+    **dict.fromkeys(("--img_size", "--image_size"), "--input_size"),
+    **dict.fromkeys(("--amp", "--mixed_precision"), "--use_amp"),
+    **dict.fromkeys(("--save_freq", "--save_interval"), "--save_ckpt_freq"),
+    **dict.fromkeys(("--output", "--save_dir"), "--output_dir"),
+    **dict.fromkeys(("--num_epochs", "--max_epochs"), "--epochs"),
+    "--learning_rate": "--lr", "--wd": "--weight_decay", "--dataset": "--data_set", "--num_classes": "--nb_classes",
+    "--optimizer": "--opt", "--label_smoothing": "--smoothing", "--interpolation": "--train_interpolation",
+    "--auto_augment": "--aa", "--checkpoint_hist": "--save_ckpt_num", "--recovery_interval": "--save_ckpt_steps",
+    "--torchcompile": "--compile", "--evaluate": "--eval", "--val_interval": "--eval_freq",
+    "--drop_path_rate": "--drop_path", "--clip_grad_norm": "--clip_grad", "--max_grad_norm": "--clip_grad",
+    "--gradient_checkpointing": "--grad_checkpointing", "--picture_freq": "--vis_freq",
+}  # fmt: skip
+WEIGHTS = "nothing is downloaded; give a file of weights to --finetune, in pre-training to --initial_checkpoint"
+HINTS = {  # what others have a flag for, and what does it here
+    **dict.fromkeys(("--pretrained", "--pretrained_weights", "--finetune", "--initial_checkpoint"), WEIGHTS),
+    **dict.fromkeys(("--val_split", "--train_split", "--val_ratio"), "--eval_data_path or --eval_list names the images"),
+    **dict.fromkeys(("--log_wandb", "--use_wandb"), "--wandb PROJECT"),
+    **dict.fromkeys(("--scale", "--ratio"), "--min_crop is the smallest share of an image that is cropped"),
+    **dict.fromkeys(("--sched", "--lr_scheduler"), "the schedule is a cosine after --warmup_epochs, down to --min_lr"),
+    **dict.fromkeys(("--gpu", "--gpus", "--gpu_id"), "--device cuda:N, or torchrun --nproc_per_node=N for several"),
+    "--drop": "--drop_path", "--fp16": "--use_amp true --amp_dtype float16", "--bf16": "--use_amp true",
+    "--warmup_lr": "the warm-up begins at 0", "--no_aug": "--aa '' --reprob 0 --min_crop 1",
+}  # fmt: skip
 
 
 class Arguments(argparse.Namespace):
@@ -28,77 +62,97 @@ def given(args: argparse.Namespace) -> frozenset[str]:
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse with `@file` arguments, defaults in --help, and errors of one line that suggest the nearest flag."""
+    """argparse with `@file` arguments, hyphens as good as underscores, others' names, and errors of one line."""
 
     def __init__(self, description: str):
-        super().__init__(
-            description=description,
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-            fromfile_prefix_chars="@",
-            allow_abbrev=False,
-        )
-
-    def convert_arg_line_to_args(self, line: str) -> list[str]:
-        """One or several words per line, as a shell would split them; # starts a comment."""
-        try:
-            return shlex.split(line, comments=True)
-        except ValueError as error:
-            self.error(f"argument file: {error} in the line {line}")
+        formatter = argparse.ArgumentDefaultsHelpFormatter
+        super().__init__(description=description, formatter_class=formatter, allow_abbrev=False)
 
     def parse_args(self, args=None) -> Arguments:
+        words = [self._known(word) for word in self._read(sys.argv[1:] if args is None else args)]
         names = [action.dest for action in self._actions if action.default is not argparse.SUPPRESS]
-        parsed, unknown = self.parse_known_args(args, Arguments(**dict.fromkeys(names)))  # None: not given
+        parsed, unknown = self.parse_known_args(words, Arguments(**dict.fromkeys(names)))  # None: not given
         if unknown:
             flag = unknown[0].split("=")[0]
-            self.error(f"unknown argument {flag}{suggest(flag, self._option_string_actions)}; see --help")
+            hint = f": {HINTS[flag]}" if flag in HINTS else suggest(flag, self._option_string_actions)
+            self.error(f"unknown argument {flag}{hint}; see --help")
         parsed.given = frozenset(name for name in names if getattr(parsed, name) is not None)
         vars(parsed).update({name: self.get_default(name) for name in names if name not in parsed.given})
         return parsed
 
+    def _read(self, words: Iterable[str], files: tuple[str, ...] = ()) -> Iterator[str]:
+        """The words, with those of @FILE in its place: one or several per line, as a shell splits them; # comments."""
+        for word in words:
+            if not word.startswith("@"):
+                yield word
+                continue
+            if word in files:
+                self.error(f"argument file {word[1:]}: reads itself")
+            try:
+                lines = Path(word[1:]).read_text("utf-8-sig").splitlines()
+            except (OSError, ValueError) as error:
+                self.error(f"argument file {word[1:]}: cannot be read ({error})")
+            for line in lines:
+                try:
+                    inner = shlex.split(line, comments=True)
+                except ValueError as error:
+                    self.error(f"argument file {word[1:]}: {error} in the line {line}")
+                yield from self._read(inner, (*files, word))
+
+    def _known(self, word: str) -> str:
+        """A word, its flag as it is called here; --no_FLAG is --FLAG=false."""
+        flag, equals, value = word.partition("=")
+        if flag.startswith("--"):
+            flag = "--" + flag[2:].replace("-", "_")
+        options, plain = self._option_string_actions, flag.replace("--no_", "--", 1)
+        if flag not in options and not equals and plain in options:
+            return f"{plain}=false"
+        if flag not in options and SYNONYMS.get(flag) in options:
+            flag = SYNONYMS[flag]
+        return f"{flag}{equals}{value}"
+
     def error(self, message: str) -> NoReturn:
-        message = re.sub(r"^argument (\S+): (\S*: must be )", r"\1 \2", message)  # --flag value: must be ...
+        message = re.sub(r"^argument (\S+): (.*: must be )", r"\1 \2", " ".join(message.split()))  # --flag value: ...
         self.exit(2, f"error: {message}\n")
 
 
-def boolean(text: str) -> bool:
-    """true/false, yes/no, on/off or 1/0, in any case."""
-    if text.lower() in ("true", "yes", "on", "1", "t", "y"):
-        return True
-    if text.lower() in ("false", "no", "off", "0", "f", "n"):
-        return False
-    raise argparse.ArgumentTypeError(f"{text!r} is not a boolean: give true or false")
+def _type(parse: Callable[[str], object], fits: Callable[[object], bool], wanted: str) -> Callable[[str], object]:
+    """An argparse type that refuses, in one line, what does not fit."""
 
-
-def seed(text: str) -> int:
-    """An argparse type: 32 bits, since larger numbers would draw what others draw."""
-    if text.isdecimal() and int(text) < 2**32:
-        return int(text)
-    raise argparse.ArgumentTypeError(f"{text!r} is not a seed: give a whole number from 0 to {2**32 - 1}")
-
-
-def _number(kind: type, ranged: str, fits: Callable[[float], bool]) -> Callable[[str], int | float]:
-    def parse(text: str) -> int | float:
+    def check(text: str) -> object:
         try:
-            value = kind(text)
-        except ValueError:
+            value = parse(text)
+        except (KeyError, ValueError):
             value = math.nan
-        if not math.isfinite(value) or not fits(value):
-            raise argparse.ArgumentTypeError(f"{text}: must be {ranged}")
+        if not fits(value):
+            raise argparse.ArgumentTypeError(f"{text or repr(text)}: must be {wanted}")
         return value
 
-    return parse
+    return check
 
 
-def at_least(least: int) -> Callable[[str], int | float]:
-    """An argparse type: a whole number from `least` on."""
-    return _number(int, f"a whole number, at least {least}", lambda x: x >= least)
+def whole(least: int, most: int = 10**9) -> Callable[[str], int]:
+    """An argparse type: a whole number from `least` to `most`."""
+    return _type(int, lambda x: least <= x <= most, f"a whole number from {least} to {most}")
 
 
-finite = _number(float, "a number", lambda x: True)
-not_negative = _number(float, "a number, at least 0", lambda x: x >= 0)
-positive = _number(float, "a number above 0", lambda x: x > 0)
-fraction = _number(float, "a number from 0 to 1", lambda x: 0 <= x <= 1)
-share = _number(float, "a number above 0 and at most 1", lambda x: 0 < x <= 1)
+def matching(pattern: str, wanted: str) -> Callable[[str], str]:
+    """An argparse type: text that a pattern matches whole."""
+    return _type(str, partial(re.fullmatch, pattern), wanted)
+
+
+finite = _type(float, lambda x: -1e39 <= x <= 1e39, "a finite number")
+not_negative = _type(float, lambda x: 0 <= x <= 1e9, "a number from 0 to 1e9")
+positive = _type(float, lambda x: 0 < x <= 1e9, "a number above 0, at most 1e9")
+fraction = _type(float, lambda x: 0 <= x <= 1, "a number from 0 to 1")
+share = _type(float, lambda x: 0 < x <= 1, "a number above 0, at most 1")
+below_one = _type(float, lambda x: 0 <= x < 1, "a number from 0 on, below 1")
+seed = whole(0, 2**32 - 1)  # larger numbers would draw what others draw
+device = matching(r"auto|cpu|mps|cuda(:\d{1,3})?", "auto, cpu, mps, cuda or cuda:N")
+
+BOOLEANS = dict.fromkeys(("true", "yes", "on", "1", "t", "y"), True)
+BOOLEANS |= dict.fromkeys(("false", "no", "off", "0", "f", "n"), False)
+boolean = _type(lambda text: BOOLEANS[text.lower()], lambda x: isinstance(x, bool), "true or false")
 
 
 def add_bool(group, flag: str, default: bool | None, help: str) -> None:
@@ -107,22 +161,21 @@ def add_bool(group, flag: str, default: bool | None, help: str) -> None:
 
 
 def check_shared_arguments(args: argparse.Namespace, models: list[str]) -> None:
-    """Refuse what cannot work, before anything is built or written.
-
-    Raises:
-        UsageError: names the flag, its value and what would be right.
-    """
-    if args.model not in models:
-        raise UsageError(f"--model {args.model}: unknown{suggest(args.model, models)}; one of {', '.join(models)}")
-    if getattr(args, "warmup_steps", -1) < 0 and args.warmup_epochs >= args.epochs:
-        raise UsageError(
-            f"--warmup_epochs {args.warmup_epochs}: must be less than --epochs {args.epochs}, "
-            "or the learning rate never reaches its peak"
-        )
+    """Refuse, in a line, what cannot work, before anything is built or written. Raises UsageError."""
+    known = f"unknown{suggest(args.model, models)}; one of {', '.join(models)}"
+    refuse(args.model not in models, f"--model {args.model}: {known}")
+    warms_up = f"must be less than --epochs {args.epochs}, or the learning rate never reaches its peak"
+    late = args.warmup_epochs >= args.epochs and getattr(args, "warmup_steps", -1) < 0
+    refuse(late, f"--warmup_epochs {args.warmup_epochs}: {warms_up}")
+    begins = f"--start_epoch {args.start_epoch}: must be less than --epochs {args.epochs}"
+    refuse(args.start_epoch >= args.epochs and not args.resume, begins)
     if not getattr(args, "eval", False):  # then the checkpoint tells what is not given
         check_image_arguments(args)
-    if args.resume and not Path(args.resume).is_file():
-        raise UsageError(f"--resume {args.resume}: no such file")
+    starts = [name for name in ("finetune", "initial_checkpoint", "resume") if getattr(args, name, "")]
+    refuse(len(starts) > 1, f"--{' and --'.join(starts)}: give one; the first starts a run, --resume continues one")
+    for name in starts:
+        file = getattr(args, name)
+        refuse(not os.path.isfile(file), f"--{name} {file}: no such file")
     if args.wandb:
         try:
             from wandb import init  # noqa: F401  (which a mere folder of this name has not)
@@ -131,46 +184,32 @@ def check_shared_arguments(args: argparse.Namespace, models: list[str]) -> None:
 
 
 def check_image_arguments(args: argparse.Namespace) -> None:
-    """What `check_shared_arguments` refuses of the size of images, their crop, mean and deviation."""
-    if args.input_size < 8 * args.stem_stride:
-        least = f"the model's total stride {8 * args.stem_stride} (8 * stem_stride)"
-        raise UsageError(f"--input_size {args.input_size}: must be at least {least}")
-    if args.crop_pct is not None and not 0 < args.crop_pct <= 1:
-        raise UsageError(f"--crop_pct {args.crop_pct}: must be above 0 and at most 1")
-    if bool(args.mean) != bool(args.std):
-        raise UsageError(f"--{'mean' if args.mean else 'std'}: give --mean and --std, or neither")
+    """What `check_shared_arguments` refuses of the images, of flags or of a checkpoint. Raises UsageError."""
+    stride = 8 * args.stem_stride
+    least = f"must be at least the model's total stride {stride} (8 * stem_stride)"
+    refuse(args.input_size < stride, f"--input_size {args.input_size}: {least}")
+    cropped = f"--crop_pct {args.crop_pct}: must be above 0 and at most 1"
+    refuse(args.crop_pct is not None and not 0 < args.crop_pct <= 1, cropped)
+    refuse(bool(args.mean) != bool(args.std), f"--{'mean' if args.mean else 'std'}: give --mean and --std, or neither")
     for name in ("mean", "std") if args.mean else ():
-        values = getattr(args, name)
-        if len(values) != args.in_chans:
-            raise UsageError(f"--{name}: has {len(values)} numbers, --in_chans {args.in_chans} needs {args.in_chans}")
-        if name == "std" and not min(values) > 0:
-            raise UsageError(f"--std {min(values)}: must be above 0")
-    if args.mean and "imagenet_default_mean_and_std" in given(args):
-        raise UsageError("--imagenet_default_mean_and_std: has no effect beside --mean; give one or the other")
+        count = len(getattr(args, name))
+        needed = f"has {count} numbers, --in_chans {args.in_chans} needs {args.in_chans}"
+        refuse(count != args.in_chans, f"--{name}: {needed}")
+    refuse(args.std and not min(args.std) > 0, f"--std {args.std}: must be above 0")
+    both = args.mean and "imagenet_default_mean_and_std" in given(args)
+    refuse(both, "--imagenet_default_mean_and_std: has no effect beside --mean; give one or the other")
 
 
-def tell_without_effect(args: argparse.Namespace, use_amp: bool, rows: list[tuple[str, object, str]]) -> None:
-    """Name the given flags, defaults never, that do nothing in this combination, in a line for each reason.
+def tell_idle(args: argparse.Namespace, rows: Iterable[tuple[str, object, str]]) -> None:
+    """Name the given flags, defaults never, that nothing reads in this combination, in a line for each reason.
 
-    rows: of each script's own flags, (their names, whether they do nothing, beside what).
+    rows: (the flags' names, whether they are idle, the reason).
     """
     left = set(given(args))  # each is named once
-    saving, data = "save_ckpt_freq save_ckpt_steps save_ckpt_num", f"with --data_set {args.data_set}"
-    for flags, idle, beside in [
-        *rows,
-        ("blr", args.lr is not None, "beside --lr"),
-        ("start_epoch", args.resume, "beside --resume"),
-        (f"save_ckpt auto_resume {saving}", not args.output_dir, "without --output_dir"),
-        (saving, not args.save_ckpt, "with --save_ckpt false"),
-        ("amp_dtype", not use_amp, "without mixed precision"),
-        ("kernels", not args.fused, "with --fused false"),
-        ("data_path", args.data_set == "shapes", data),
-        ("depth nodata max_pixels", args.data_set not in ("IMNET", "image_folder"), data),
-        ("eval_data_path", args.data_set.startswith(("shapes", "CIFAR")), data),
-    ]:
-        if idle and (names := [name for name in flags.split() if name in left]):
-            left.difference_update(names)
-            log.warning("--%s: %s no effect %s", ", --".join(names), "has" if len(names) == 1 else "have", beside)
+    for names, idle, reason in rows:
+        if idle and (found := [name for name in names.split() if name in left]):
+            left.difference_update(found)
+            log.warning("--%s: no effect %s", ", --".join(found), reason)
 
 
 def effective_lr(args: argparse.Namespace, world_size: int) -> float:
@@ -181,7 +220,7 @@ def effective_lr(args: argparse.Namespace, world_size: int) -> float:
 
 
 @contextlib.contextmanager
-def prepared_output_dir(output_dir: str) -> Iterator[None]:
+def prepared_output_dir(output_dir: str | None, flag: str = "--output_dir") -> Iterator[None]:
     """Around a run: creates the folder, and takes it away again if nothing came of it.
 
     Raises:
@@ -195,11 +234,9 @@ def prepared_output_dir(output_dir: str) -> Iterator[None]:
         missing = [folder for folder in (path, *path.parents) if not folder.exists()]
         try:
             path.mkdir(parents=True, exist_ok=True)
-            probe = path / ".writable"
-            probe.touch()
-            probe.unlink(missing_ok=True)  # another process may have been faster
+            tempfile.TemporaryFile(dir=path).close()
         except OSError as error:
-            raise UsageError(f"--output_dir {output_dir}: cannot be written ({error.strerror})") from error
+            raise UsageError(f"{flag} {output_dir}: cannot be written ({error.strerror})") from error
     try:
         yield
     finally:

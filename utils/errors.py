@@ -18,6 +18,12 @@ class NonFiniteLoss(RuntimeError):
     """The loss became NaN or infinite."""
 
 
+def refuse(wrong: object, message: str) -> None:
+    """Raise UsageError if something is wrong."""
+    if wrong:
+        raise UsageError(message)
+
+
 def suggest(name: str, known: Iterable[str]) -> str:
     """' (did you mean X?)' where one of the known names is close, else ''."""
     close = difflib.get_close_matches(name, list(known), n=1)

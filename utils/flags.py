@@ -1,197 +1,193 @@
-"""The flags of both entry scripts, by groups; how they are parsed and checked is in utils/args.py."""
+"""The flags of both entry scripts, by groups, and which of them do nothing; utils/args.py parses and checks them."""
 
-from .args import ArgumentParser, add_bool, at_least, finite, fraction, not_negative, positive, seed, share
+from argparse import Namespace
+from collections.abc import Callable
+from functools import partial
+
+from .args import (
+    ArgumentParser,
+    add_bool,
+    below_one,
+    device,
+    finite,
+    fraction,
+    matching,
+    not_negative,
+    positive,
+    seed,
+    share,
+    whole,
+)
 from .data.images import Reading
 from .weights import MODEL_KEY
 
 CROP_HELP = "evaluation crop; where not given: 224/256, 1 up to 32 px, from 384 px on the whole, warped to a square"
+DEVICE_HELP = "auto (cuda, else mps, else cpu), cpu, mps, cuda or cuda:N"
 
 
-def add_shared_arguments(
-    parser: ArgumentParser, *, epochs: int, warmup_epochs: int, blr: float, min_lr: float, min_crop: float,
-    data_sets: str,
-):  # fmt: skip
-    """The arguments of both scripts; the keywords are the defaults in which they differ."""
-    group = parser.add_argument_group("training")
-    group.add_argument("--batch_size", type=at_least(1), default=64, help="images per process and forward pass")
-    group.add_argument("--update_freq", type=at_least(1), default=1, help="batches accumulated for one optimizer step")
-    group.add_argument("--epochs", type=at_least(1), default=epochs, help="length of the run")
-    group.add_argument("--start_epoch", type=at_least(0), default=0, help="first epoch; a resume sets it")
-    group.add_argument("--seed", type=seed, default=0, help="everything random follows from it")
+def add_group(parser: ArgumentParser, title: str, description: str | None = None) -> tuple[Callable, Callable]:
+    """What adds a flag, and what adds a boolean one, to a new group of --help."""
+    group = parser.add_argument_group(title, description)
+    return group.add_argument, partial(add_bool, group)
 
-    group = parser.add_argument_group("model")
+
+def add_shared_arguments(parser: ArgumentParser, data_sets: str) -> None:
+    """What both scripts have in all modes; data_sets: the help of --data_set."""
+    add, add_switch = add_group(parser, "model")
     sizes = "atto,femto,pico,nano,tiny,base,large,huge"
-    group.add_argument("--model", default="convnextv2_base", help=f"convnextv2_{{{sizes}}}")
-    group.add_argument("--in_chans", type=at_least(1), default=3, help="channels of the images")
-    group.add_argument("--input_size", type=at_least(1), default=224, help="side of the training images in pixels")
+    add("--model", default="convnextv2_base", help=f"convnextv2_{{{sizes}}}")
+    add("--in_chans", type=whole(1, 4096), default=3, help="channels of the images")
+    add("--input_size", type=whole(1, 16384), default=224, help="side of the training images in pixels")
     stem_help = "kernel and stride of the stem; 2 or 1 suit images below 100 pixels"
-    group.add_argument("--stem_stride", type=int, default=4, choices=(4, 2, 1), help=stem_help)
-    add_bool(group, "--grad_checkpointing", False, "recompute activations in backward: less memory, more time")
-    add_bool(group, "--fused", True, "gradients written by hand where a block's layers are the plain ones: faster")
-    kernels_help = "the depthwise convolution's on a GPU; auto: the checkpoint's that is resumed, else the library's"
-    group.add_argument("--kernels", default="auto", choices=("auto", "library", "triton"), help=kernels_help)
-    add_bool(group, "--compile", False, "compile the model's blocks with torch.compile")
+    add("--stem_stride", type=int, default=4, choices=(4, 2, 1), help=stem_help)
+    average_help = "average the checkpoint's stem over its channels where --in_chans differs"
+    add_switch("--stem_average", False, average_help)
+    add_switch("--compile", False, "compile the model's blocks with torch.compile")
 
-    group = parser.add_argument_group("learning rate and weight decay")
-    group.add_argument("--lr", type=not_negative, default=None, help="absolute learning rate; overrides --blr")
-    group.add_argument(
-        "--blr", type=not_negative, default=blr, help="base rate: lr = blr * batch_size * update_freq * processes / 256"
-    )
-    group.add_argument("--min_lr", type=not_negative, default=min_lr, help="learning rate at the end of the cosine")
-    group.add_argument("--warmup_epochs", type=at_least(0), default=warmup_epochs, help="epochs of linear warm-up")
-    group.add_argument("--weight_decay", type=not_negative, default=0.05, help="weight decay of kernels and matrices")
-
-    group = parser.add_argument_group("data")
-    group.add_argument("--data_path", default=None, help="folder of training images, or of .tar shards; a .tar; a glob")
-    group.add_argument("--data_set", default="IMNET", help=data_sets)
+    add, add_switch = add_group(parser, "data")
+    add("--data_path", default=None, help="folder of training images, or of .tar shards; a .tar; a glob")
+    add("--eval_data_path", default=None, help="class folders of the images that are evaluated")
+    add("--data_set", default="IMNET", help=data_sets)
     list_help = "file with an image per line: its path below --data_path, and after a tab, space or comma its label"
-    group.add_argument("--train_list", default=None, help=list_help)
-    group.add_argument("--eval_list", default=None, help="the same for evaluation, below --eval_data_path if given")
-    group.add_argument("--mean", type=finite, nargs="+", default=None, help="of each channel; ImageNet's for 8-bit RGB")
-    group.add_argument(
-        "--std", type=positive, nargs="+", default=None, help="of each channel; ImageNet's for 8-bit RGB"
-    )
-    group.add_argument("--crop_pct", type=share, default=None, help=CROP_HELP)
-    group.add_argument(
-        "--min_crop", type=share, default=min_crop,
-        help="smallest share of an image that a training crop takes; in fine-tuning, above 32 px",
-    )  # fmt: skip
-    group.add_argument(
-        "--num_workers", type=at_least(0), default=10, help="loader processes; change no result but a stream's"
-    )
-    add_bool(group, "--pin_mem", True, "page-locked host memory for faster copies to the GPU")
-    add_file_arguments(group)
-    group.add_argument(
-        "--max_bad_images", type=fraction, default=0.01,
-        help="share of unreadable training images above which the run ends after the epoch; where not given, 4 may be",
-    )  # fmt: skip
-    _add_run_arguments(parser)
+    add("--train_list", default=None, help=list_help)
+    add("--eval_list", default=None, help="the same for evaluation, below --eval_data_path if given")
+    add("--nb_classes", type=whole(1), default=None, help="number of classes, where the data does not tell")
+    add("--mean", type=finite, nargs="+", default=None, help="of each channel; ImageNet's for 8-bit RGB")
+    add("--std", type=positive, nargs="+", default=None, help="of each channel; ImageNet's for 8-bit RGB")
+    add("--crop_pct", type=share, default=None, help=CROP_HELP)
+    add("--batch_size", type=whole(1), default=64, help="images per process and forward pass")
+    add("--num_workers", type=whole(0, 1024), default=10, help="loader processes; change no result but a stream's")
+    add_switch("--pin_mem", True, "page-locked host memory for faster copies to the GPU")
+    add_file_arguments(add)
+
+    add, add_switch = add_group(parser, "device and precision")
+    add("--seed", type=seed, default=0, help="everything random follows from it")
+    add("--device", type=device, default="auto", help=DEVICE_HELP)
+    add_switch("--use_amp", None, "mixed precision; where not given: on cuda")
+    add("--amp_dtype", default="bfloat16", choices=("bfloat16", "float16"), help="mixed-precision type")
+
+    add, add_switch = add_group(parser, "processes", "torchrun, mpirun and srun fill these in from their environment")
+    add("--world_size", type=whole(1), default=1, help="number of processes, where no launcher tells")
+    add("--local_rank", type=whole(-1), default=-1, help="rank of this process, where no launcher tells")
+    add_switch("--dist_on_itp", False, "take the ranks from OpenMPI's environment")
+    url = matching(r"env://|tcp://.+:\d+|file://.+", "env://, tcp://HOST:PORT or file://PATH")
+    add("--dist_url", type=url, default="env://", help="where processes meet: env:// or tcp://HOST:PORT")
+
+    add, add_switch = add_group(parser, "run")
+    add("--output_dir", default="", help="folder for checkpoints, logs, pictures; empty: save nothing")
+    add("--resume", default="", help="checkpoint file to continue from")
+    add_switch("--auto_resume", True, "continue from the newest good checkpoint in --output_dir")
 
 
-def add_file_arguments(group) -> None:
+def add_file_arguments(add: Callable) -> None:
     """How image files are read; also of tools."""
-    group.add_argument(
-        "--depth", type=int, choices=(8, 16, 32), default=None,
-        help="read files as bytes (8), shares of what 8 or 16 bits can hold (16), or numbers as they are (32); "
-        "where not given: as most of a sample are",
-    )  # fmt: skip
+    depth_help = "read files as bytes (8), shares of what 8 or 16 bits can hold (16), or numbers as they are (32)"
+    add("--depth", type=int, choices=(8, 16, 32), default=None, help=f"{depth_help}; where not given: as most are")
     nodata_help = "value of pixels without data, in files that do not say; they become the mean (--nodata=-1e38)"
-    group.add_argument("--nodata", type=finite, default=None, help=nodata_help)
-    group.add_argument(
-        "--max_pixels", type=at_least(1), default=Reading.max_pixels, help="larger images are refused from their header"
-    )
+    add("--nodata", type=finite, default=None, help=nodata_help)
+    pixels_help = "larger images are refused from their header"
+    add("--max_pixels", type=whole(1, 10**12), default=Reading.max_pixels, help=pixels_help)
 
 
-def _add_run_arguments(parser: ArgumentParser) -> None:
-    group = parser.add_argument_group("checkpoints and logs")
-    group.add_argument("--output_dir", default="", help="folder for checkpoints, logs, pictures; empty: save nothing")
-    group.add_argument("--log_dir", default=None, help="folder for TensorBoard; --output_dir where not given")
-    group.add_argument("--wandb", default="", metavar="PROJECT", help="send the curves to Weights & Biases as well")
-    group.add_argument("--resume", default="", help="checkpoint file to continue from")
-    add_bool(group, "--auto_resume", True, "continue from the newest good checkpoint in --output_dir")
-    add_bool(group, "--save_ckpt", True, "save checkpoints")
-    group.add_argument("--save_ckpt_freq", type=at_least(1), default=1, help="epochs between checkpoints")
-    group.add_argument(
-        "--save_ckpt_steps", type=at_least(0), default=0, help="optimizer steps between checkpoints as well"
-    )
-    group.add_argument(
-        "--save_ckpt_num",
-        type=at_least(1),
-        default=3,
-        help="checkpoints kept; one more until the newest has shown itself good",
-    )
+def add_training_arguments(parser: ArgumentParser) -> None:
+    """What both scripts read in training alone."""
+    add, add_switch = add_group(parser, "training")
+    add("--update_freq", type=whole(1), default=1, help="batches accumulated for one optimizer step")
+    add("--epochs", type=whole(1), help="length of the run")
+    add("--start_epoch", type=whole(0), default=0, help="first epoch; a resume sets it")
+    add_switch("--fused", True, "gradients written by hand where a block's layers are the plain ones: faster")
+    kernels_help = "the depthwise convolution's on a GPU; auto: the checkpoint's that is resumed, else the library's"
+    add("--kernels", default="auto", choices=("auto", "library", "triton"), help=kernels_help)
+    add_switch("--grad_checkpointing", False, "recompute activations in backward: less memory, more time")
+    bad_help = "share of unreadable images above which the run ends after the epoch; where not given, 4 may be"
+    add("--max_bad_images", type=fraction, default=0.01, help=bad_help)
+    add("--min_crop", type=share, help="smallest share of an image that a crop takes; in fine-tuning, above 32 px")
 
-    group = parser.add_argument_group("device and precision")
-    group.add_argument("--device", default="auto", help="auto (cuda, else mps, else cpu), or a torch device")
-    add_bool(group, "--use_amp", None, "mixed precision; where not given: on cuda")
-    group.add_argument("--amp_dtype", default="bfloat16", choices=("bfloat16", "float16"), help="mixed-precision type")
+    add, _ = add_group(parser, "learning rate and weight decay")
+    add("--lr", type=not_negative, default=None, help="absolute learning rate; overrides --blr")
+    add("--blr", type=not_negative, help="base rate: lr = blr * batch_size * update_freq * processes / 256")
+    add("--min_lr", type=not_negative, help="learning rate at the end of the cosine")
+    add("--warmup_epochs", type=whole(0), help="epochs of linear warm-up")
+    add("--weight_decay", type=not_negative, default=0.05, help="weight decay of kernels and matrices")
 
-    group = parser.add_argument_group("processes", "torchrun, mpirun and srun fill these in from their environment")
-    group.add_argument("--world_size", type=at_least(1), default=1, help="number of processes, where no launcher tells")
-    group.add_argument("--local_rank", type=int, default=-1, help="rank of this process, where no launcher tells")
-    add_bool(group, "--dist_on_itp", False, "take the ranks from OpenMPI's environment")
-    group.add_argument("--dist_url", default="env://", help="where processes meet: env:// or tcp://HOST:PORT")
+    add, add_switch = add_group(parser, "checkpoints and logs")
+    add_switch("--save_ckpt", True, "save checkpoints")
+    add("--save_ckpt_freq", type=whole(1), default=1, help="epochs between checkpoints")
+    add("--save_ckpt_steps", type=whole(0), default=0, help="optimizer steps between checkpoints as well")
+    num_help = "checkpoints kept; one more until the newest has shown itself good"
+    add("--save_ckpt_num", type=whole(1), default=3, help=num_help)
+    add("--log_dir", default=None, help="folder for TensorBoard; --output_dir where not given")
+    add("--wandb", default="", metavar="PROJECT", help="send the curves to Weights & Biases as well")
 
 
 def add_finetune_arguments(parser: ArgumentParser) -> None:
-    """Of fine-tuning: the start, the network, the optimizer."""
-    group = parser.add_argument_group("fine-tuning")
-    group.add_argument("--finetune", default="", help="checkpoint whose encoder to start from; the head is new")
-    group.add_argument("--model_key", default=MODEL_KEY, help="where a checkpoint holds its weights, by preference")
-    group.add_argument("--model_prefix", default="", help="take only the weights under this prefix, without it")
-    add_bool(group, "--stem_average", False, "average the checkpoint's stem over its channels where --in_chans differs")
-    group.add_argument(
-        "--images_per_class",
-        type=at_least(1),
-        default=None,
-        help="train on the first so many images of each class alone",
-    )
+    """What fine-tuning reads in training alone: the network, the optimizer, augmentation, the moving average."""
+    add, add_switch = add_group(parser, "fine-tuning")
+    add("--images_per_class", type=whole(1), default=None, help="train on the first so many images of each class alone")
     head_help = "the head, which is new, starts with std 0.02 times this"
-    group.add_argument("--head_init_scale", type=not_negative, default=0.001, help=head_help)
-    group.add_argument("--drop_path", type=fraction, default=0.0, help="stochastic depth of the last block")
-    group.add_argument("--layer_decay", type=share, default=1.0, help="learning-rate factor per layer below the head")
-    group.add_argument(
-        "--layer_decay_type", choices=("single", "group"), default="single",
-        help="count blocks one by one, or, for depths 3,3,27,3, in groups",
-    )  # fmt: skip
-    add_bool(group, "--linear_probe", False, "freeze the encoder, train a linear head; see recipes/linear_probe.args")
-    group = parser.add_argument_group("optimizer")
-    group.add_argument("--opt", default="adamw", help="any optimizer of timm's factory")
-    group.add_argument("--opt_eps", type=not_negative, default=1e-8, help="the optimizer's epsilon")
-    group.add_argument(
-        "--opt_betas", type=fraction, nargs="+", default=None, help="the optimizer's betas, if not its own"
-    )
-    group.add_argument("--momentum", type=fraction, default=0.9, help="momentum of optimizers that have one")
-    group.add_argument("--clip_grad", type=positive, default=None, help="largest norm of the gradient")
-    group.add_argument(
-        "--warmup_steps", type=at_least(-1), default=-1, help="warm-up in steps; overrides --warmup_epochs"
-    )
-    group.add_argument(
-        "--weight_decay_end", type=not_negative, default=None, help="weight decay at the end of a half cosine"
-    )
+    add("--head_init_scale", type=not_negative, default=0.001, help=head_help)
+    add("--drop_path", type=below_one, default=0.0, help="stochastic depth of the last block")
+    add("--layer_decay", type=share, default=1.0, help="learning-rate factor per layer below the head")
+    type_help = "count blocks one by one, or, for depths 3,3,27,3, in groups"
+    add("--layer_decay_type", choices=("single", "group"), default="single", help=type_help)
+    add_switch("--linear_probe", False, "freeze the encoder, train a linear head; see recipes/linear_probe.args")
+    add("--eval_freq", type=whole(1), default=1, help="epochs between evaluations; the last always has one")
+    add_switch("--disable_eval", False, "train without evaluating")
 
+    add, _ = add_group(parser, "optimizer")
+    add("--opt", default="adamw", help="any optimizer of timm's factory")
+    add("--opt_eps", type=fraction, default=1e-8, help="the optimizer's epsilon")
+    add("--opt_betas", type=below_one, nargs="+", default=None, help="the optimizer's betas, if not its own")
+    add("--momentum", type=below_one, default=0.9, help="momentum of optimizers that have one")
+    add("--clip_grad", type=positive, default=None, help="largest norm of the gradient")
+    add("--warmup_steps", type=whole(-1), default=-1, help="warm-up in steps; overrides --warmup_epochs")
+    add("--weight_decay_end", type=not_negative, default=None, help="weight decay at the end of a half cosine")
 
-def add_augmentation_arguments(parser: ArgumentParser) -> None:
-    """Of fine-tuning."""
-    group = parser.add_argument_group("augmentation")
-    group.add_argument("--color_jitter", type=not_negative, default=None, help="strength; only without --aa")
-    group.add_argument("--aa", default="rand-m9-mstd0.5-inc1", help="timm auto-augment policy; '' for none")
-    group.add_argument("--smoothing", type=fraction, default=0.1, help="label smoothing")
-    group.add_argument(
-        "--train_interpolation", choices=("random", "bilinear", "bicubic"), default="bicubic",
-        help="of the random crop, above 32 px",
-    )  # fmt: skip
-    group.add_argument("--reprob", type=fraction, default=0.25, help="chance that a rectangle of the image is erased")
-    group.add_argument("--remode", choices=("const", "rand", "pixel"), default="pixel", help="what fills it")
-    group.add_argument("--recount", type=at_least(1), default=1, help="rectangles erased")
-    add_bool(group, "--resplit", False, "leave a clean half of the images, drawn anew each epoch, unerased")
-    group.add_argument("--mixup", type=not_negative, default=0.0, help="Mixup's alpha; 0: none")
-    group.add_argument("--cutmix", type=not_negative, default=0.0, help="CutMix's alpha; 0: none")
-    group.add_argument(
-        "--cutmix_minmax", type=fraction, nargs=2, default=None, help="CutMix's smallest and largest side"
-    )
-    group.add_argument("--mixup_prob", type=fraction, default=1.0, help="chance of either per batch")
-    group.add_argument("--mixup_switch_prob", type=fraction, default=0.5, help="chance of CutMix where both are on")
-    group.add_argument("--mixup_mode", choices=("batch", "pair", "elem"), default="batch", help="what shares a mix")
+    add, add_switch = add_group(parser, "augmentation")
+    add("--color_jitter", type=not_negative, default=None, help="strength; only without --aa")
+    add("--aa", default="rand-m9-mstd0.5-inc1", help="timm auto-augment policy; '' for none")
+    add("--smoothing", type=below_one, default=0.1, help="label smoothing")
+    kinds, crops = ("random", "bilinear", "bicubic"), "of the random crop, above 32 px"
+    add("--train_interpolation", choices=kinds, default="bicubic", help=crops)
+    add("--reprob", type=fraction, default=0.25, help="chance that a rectangle of the image is erased")
+    add("--remode", choices=("const", "rand", "pixel"), default="pixel", help="what fills it")
+    add("--recount", type=whole(1, 1000), default=1, help="rectangles erased")
+    add_switch("--resplit", False, "leave a clean half of the images, drawn anew each epoch, unerased")
+    add("--mixup", type=not_negative, default=0.0, help="Mixup's alpha; 0: none")
+    add("--cutmix", type=not_negative, default=0.0, help="CutMix's alpha; 0: none")
+    add("--cutmix_minmax", type=fraction, nargs=2, default=None, help="CutMix's smallest and largest side")
+    add("--mixup_prob", type=fraction, default=1.0, help="chance of either per batch")
+    add("--mixup_switch_prob", type=fraction, default=0.5, help="chance of CutMix where both are on")
+    add("--mixup_mode", choices=("batch", "pair", "elem"), default="batch", help="what shares a mix")
+
+    add, add_switch = add_group(parser, "moving average of the weights")
+    add_switch("--model_ema", False, "keep an exponential moving average of the weights")
+    add("--model_ema_decay", type=fraction, default=0.9999, help="its decay per optimizer step")
+    add_switch("--model_ema_force_cpu", False, "keep it on the CPU")
 
 
 def add_evaluation_arguments(parser: ArgumentParser) -> None:
-    """Of fine-tuning: the moving average, and what is evaluated."""
-    group = parser.add_argument_group("moving average of the weights")
-    add_bool(group, "--model_ema", False, "keep an exponential moving average of the weights")
-    group.add_argument("--model_ema_decay", type=fraction, default=0.9999, help="its decay per optimizer step")
-    add_bool(group, "--model_ema_force_cpu", False, "keep it on the CPU")
-    add_bool(group, "--model_ema_eval", False, "evaluate it after each epoch, beside the model")
-    group = parser.add_argument_group("evaluation data")
-    group.add_argument(
-        "--nb_classes", type=at_least(1), default=None, help="number of classes, where the data does not tell"
-    )
-    group.add_argument("--eval_data_path", default=None, help="folder of the validation class folders")
-    add_bool(group, "--imagenet_default_mean_and_std", True, "normalise as ImageNet models do; false: as Inception")
+    """What fine-tuning also reads with --eval true."""
+    add, add_switch = add_group(parser, "weights and evaluation")
+    add("--finetune", default="", help="checkpoint whose encoder to start from; the head is new")
+    add("--model_key", default=MODEL_KEY, help="where a checkpoint holds its weights, by preference")
+    add("--model_prefix", default="", help="take only the weights under this prefix, without it")
     eval_help = "only evaluate --resume, or --finetune with its head; model and images are as in its training"
-    add_bool(group, "--eval", False, eval_help)
-    group.add_argument(
-        "--eval_freq", type=at_least(1), default=1, help="epochs between evaluations; the last always has one"
-    )
-    add_bool(group, "--dist_eval", True, "spread the evaluation over the processes")
-    add_bool(group, "--disable_eval", False, "train without evaluating")
+    add_switch("--eval", False, eval_help)
+    add_switch("--dist_eval", True, "spread the evaluation over the processes")
+    add_switch("--model_ema_eval", False, "evaluate the moving average after each epoch, beside the model")
+    add_switch("--imagenet_default_mean_and_std", True, "normalise as ImageNet models do; false: as Inception")
+
+
+def idle_flags(args: Namespace, use_amp: bool) -> list[tuple[str, object, str]]:
+    """Of the flags of both scripts, the rows of `tell_idle`."""
+    saving, data = "save_ckpt_freq save_ckpt_steps save_ckpt_num", f"with --data_set {args.data_set}"
+    return [
+        ("blr", args.lr is not None, "beside --lr"),
+        ("start_epoch", args.resume, "beside --resume"),
+        (f"save_ckpt auto_resume {saving}", not args.output_dir, "without --output_dir"),
+        (saving, not args.save_ckpt, "with --save_ckpt false"),
+        ("amp_dtype", not use_amp, "without mixed precision"),
+        ("data_path", args.data_set == "shapes", data),
+        ("eval_data_path", args.data_set.startswith(("shapes", "CIFAR")), data),
+    ]
