@@ -296,7 +296,9 @@ def build_train_loader(
     max_bad = getattr(args, "max_bad_images", 0.01) * num_samples
     if "max_bad_images" not in given(args):  # of a small folder, a few are more than 1 %
         max_bad = max(max_bad, 4)
-    return StepLoader(loader, sampler, batch_transform, max_bad)
+    steps = StepLoader(loader, sampler, batch_transform, max_bad)
+    log.info("%d images, %d per optimizer step, %d steps per epoch", num_samples, steps.global_batch, len(steps))
+    return steps
 
 
 def build_eval_loader(dataset: Dataset, args, spread: bool) -> DataLoader:

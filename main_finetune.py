@@ -122,8 +122,9 @@ def idle_flags(args, use_amp: bool) -> list[tuple[str, object, str]]:
 def build_optimizer(model: ConvNeXtV2, args, lr: float) -> torch.optim.Optimizer:
     """timm's optimizer over this project's parameter groups, fused where torch has it so."""
     kind = args.layer_decay_type
-    layer = (partial(layer_id, depths=model.depths, layer_decay_type=kind), num_layer_ids(model.depths, kind))
-    layers = layer if args.layer_decay < 1 else ()
+    layers = ()
+    if args.layer_decay < 1:
+        layers = (partial(layer_id, depths=model.depths, layer_decay_type=kind), num_layer_ids(model.depths, kind))
     groups = param_groups(model.named_parameters(), args.weight_decay, args.layer_decay, *layers)
     name = args.opt.lower()
     if name.endswith(("lars", "larc")):

@@ -36,13 +36,14 @@ from engine_pretrain import train_one_epoch
 from models import convnextv2, fcmae, fused
 from tools.baselines import MaskedAutoencoderViT, masked_dense_features
 from utils.amp import Amp
-from utils.args import ArgumentParser, Arguments, add_bool, at_least
+from utils.args import ArgumentParser, Arguments, add_bool, device, fraction, whole
 from utils.data.files import ImageTree
 from utils.data.images import load_image
 from utils.data.sampling import Batch, StepLoader, StepSampler, TrainSamples, collate
 from utils.data.transforms import BICUBIC, Normalise, mean_std, pretrain_transform
 from utils.distributed import pick_device
 from utils.errors import UsageError, run_cli
+from utils.flags import DEVICE_HELP
 from utils.lr_sched import Schedule
 from utils.param_groups import param_groups
 from utils.run import Run
@@ -287,18 +288,18 @@ def get_args_parser() -> ArgumentParser:
     add = parser.add_argument
     add("--what", choices=FORMS, default="encoder", help="which comparison; see the top of the file")
     add("--model", choices=convnextv2.SIZES, default="convnextv2_atto", metavar="SIZE", help="convnextv2_SIZE")
-    add("--batch_size", type=at_least(1), default=8, help="images per step")
-    add("--input_size", type=at_least(32), default=224, help="side of the images in pixels")
-    add("--mask_ratio", type=float, default=0.6, help="share of patches that FCMAE removes")
+    add("--batch_size", type=whole(1), default=8, help="images per step")
+    add("--input_size", type=whole(32), default=224, help="side of the images in pixels")
+    add("--mask_ratio", type=fraction, default=0.6, help="share of patches that FCMAE removes")
     add("--data_path", help="for the loader: a folder of images, however nested")
-    add("--num_workers", type=at_least(0), default=0, help="for the loader: its processes")
-    add("--device", default="auto", help="auto (cuda, else mps, else cpu), or a torch device")
+    add("--num_workers", type=whole(0, 1024), default=0, help="for the loader: its processes")
+    add("--device", type=device, default="auto", help=DEVICE_HELP)
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="bfloat16 is autocast")
     add("--compile", choices=("no", "yes", "both"), default="no", help="run the forms eagerly, compiled, or both ways")
     add_bool(parser, "--fused", True, "the hand-written gradients of models/fused.py; false: the plain model")
     add_bool(parser, "--grad_checkpointing", False, "recompute the encoder's activations in backward")
-    add("--repeats", type=at_least(1), default=9, help="timed rounds")
-    add("--threads", type=at_least(1), default=2, help="CPU threads; the loader takes one")
+    add("--repeats", type=whole(1), default=9, help="timed rounds")
+    add("--threads", type=whole(1), default=2, help="CPU threads; the loader takes one")
     add("--vary", nargs="+", metavar="WORD", help="a flag and its values, such as mask_ratio 0.4 0.6 0.8")
     add("--json", help="file that gets the measurements as JSON lines as well")
     add_bool(parser, "--memory", True, "measure memory as well, but not of the loader")

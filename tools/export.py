@@ -24,7 +24,7 @@ import datasets
 from models.convnextv2 import ConvNeXtV2, name_of
 from tools.probe import add_image_arguments
 from utils import layouts, weights
-from utils.args import ArgumentParser, add_bool
+from utils.args import ArgumentParser, add_bool, not_negative, whole
 from utils.errors import UsageError, run_cli
 from utils.settings import as_trained, eval_crop
 
@@ -310,9 +310,11 @@ def get_args_parser() -> ArgumentParser:
     add_image_arguments(parser)
     ema_help = "take the moving average of the weights (model_ema); where not given: of checkpoint-best-ema.pth"
     add_bool(parser, "--ema", None, ema_help)
-    parser.add_argument("--num_classes", type=int, default=None, help="0 leaves the head out; without, as in the file")
+    parser.add_argument(
+        "--num_classes", type=whole(0), default=None, help="0: no head; where not given, as in the file"
+    )
     tolerance_help = "difference that passes, as a share of the largest output"
-    parser.add_argument("--tolerance", type=float, default=1e-4, help=tolerance_help)
+    parser.add_argument("--tolerance", type=not_negative, default=1e-4, help=tolerance_help)
     return parser
 
 

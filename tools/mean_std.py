@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import datasets
-from utils.args import ArgumentParser, at_least
+from utils.args import ArgumentParser, whole
 from utils.data.sampling import EvalLoader, random_subset, with_transform
 from utils.errors import UsageError, run_cli
 from utils.flags import add_file_arguments
@@ -66,11 +66,11 @@ def get_args_parser() -> ArgumentParser:
     parser = ArgumentParser(__doc__.splitlines()[0])
     parser.add_argument("--data_path", required=True, help="folder of images, however nested, or of .tar shards")
     parser.add_argument("--train_list", default=None, help="list of images below --data_path")
-    parser.add_argument("--in_chans", type=at_least(1), default=3, help="channels of the images")
+    parser.add_argument("--in_chans", type=whole(1), default=3, help="channels of the images")
     images_help = "so many, drawn at random, are enough; 0: all"
-    parser.add_argument("--images", "--max_images", type=at_least(0), default=10000, help=images_help)
-    parser.add_argument("--num_workers", type=at_least(0), default=0, help="loader processes")
-    add_file_arguments(parser)
+    parser.add_argument("--images", "--max_images", type=whole(0), default=10000, help=images_help)
+    parser.add_argument("--num_workers", type=whole(0, 1024), default=0, help="loader processes")
+    add_file_arguments(parser.add_argument)
     parser.set_defaults(data_set="image_folder")
     return parser
 

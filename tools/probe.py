@@ -26,11 +26,11 @@ from engine_finetune import top_k
 from models.convnextv2 import Encoder
 from utils import weights
 from utils.amp import Amp
-from utils.args import ArgumentParser, add_bool, seed
+from utils.args import ArgumentParser, add_bool, device, finite, positive, seed, share, whole
 from utils.data.sampling import random_subset
 from utils.distributed import pick_device, setup_logging
 from utils.errors import UsageError, run_cli
-from utils.flags import CROP_HELP
+from utils.flags import CROP_HELP, DEVICE_HELP
 from utils.knn import extract, knn_votes, pooled_features
 from utils.settings import as_trained
 
@@ -53,12 +53,12 @@ def load_encoder(args) -> Encoder:
 
 def add_image_arguments(parser: ArgumentParser) -> None:
     """The flags that a checkpoint completes."""
-    parser.add_argument("--input_size", type=int, default=224, help="side of the images, if not as in training")
-    parser.add_argument("--crop_pct", type=float, default=None, help=f"as in training, else: {CROP_HELP}")
-    for name in ("--mean", "--std"):
+    parser.add_argument("--input_size", type=whole(1, 16384), default=224, help="side of the images; as in training")
+    parser.add_argument("--crop_pct", type=share, default=None, help=f"as in training, else: {CROP_HELP}")
+    for name, kind in (("--mean", finite), ("--std", positive)):
         normalised = "of each channel; where not given: as in training, else ImageNet's"
-        parser.add_argument(name, type=float, nargs="+", default=None, help=normalised)
-    parser.add_argument("--nodata", type=float, default=None, help="value of pixels without data; as in training")
+        parser.add_argument(name, type=kind, nargs="+", default=None, help=normalised)
+    parser.add_argument("--nodata", type=finite, default=None, help="value of pixels without data; as in training")
 
 
 def fit_linear(
@@ -132,10 +132,10 @@ def get_args_parser() -> ArgumentParser:
     parser = ArgumentParser(__doc__.splitlines()[0])
     parser.add_argument("--checkpoint", required=True, help="file of any layout; its shapes tell the model")
     parser.add_argument("--method", choices=("knn", "linear", "both"), default="both", help="classifier to use")
-    parser.add_argument("--k", type=int, default=20, help="nearest training images that vote")
-    parser.add_argument("--temperature", type=float, default=0.07, help="of the votes' weights")
+    parser.add_argument("--k", type=whole(1), default=20, help="nearest training images that vote")
+    parser.add_argument("--temperature", type=positive, default=0.07, help="of the votes' weights")
     add_bool(parser, "--random_init", False, "compare with random weights of the same shapes")
-    parser.add_argument("--max_images", type=int, default=None, help="of each split at most so many, picked at random")
+    parser.add_argument("--max_images", type=whole(10), default=None, help="of each split at most so many, at random")
     parser.add_argument("--data_set", default="shapes", help=datasets.DATA_SETS_HELP)
     parser.add_argument("--data_path", default=None, help="folder of the training data")
     parser.add_argument(
@@ -143,23 +143,20 @@ def get_args_parser() -> ArgumentParser:
     )
     for name, of in (("--train_list", "--data_path"), ("--eval_list", "--eval_data_path if given")):
         parser.add_argument(name, default=None, help=f"file with a line per image: its path below {of}, and its label")
-    parser.add_argument("--nb_classes", type=int, default=None, help="number of classes, where the data does not tell")
+    parser.add_argument(
+        "--nb_classes", type=whole(1), default=None, help="number of classes, if the data does not tell"
+    )
     add_image_arguments(parser)
-    parser.add_argument("--batch_size", type=int, default=64, help="images per forward pass")
-    parser.add_argument("--num_workers", type=int, default=10, help="loader processes")
+    parser.add_argument("--batch_size", type=whole(1), default=64, help="images per forward pass")
+    parser.add_argument("--num_workers", type=whole(0, 1024), default=10, help="loader processes")
     add_bool(parser, "--pin_mem", True, "page-locked host memory for faster copies to the GPU")
-    parser.add_argument("--device", default="auto", help="auto (cuda, else mps, else cpu), or a torch device")
+    parser.add_argument("--device", type=device, default="auto", help=DEVICE_HELP)
     add_bool(parser, "--use_amp", None, "mixed precision; where not given: on cuda")
     parser.add_argument("--seed", type=seed, default=0, help="of the random weights")
     return parser
 
 
 def check_args(args) -> None:
-    for name, least in {"k": 1, "max_images": 10, "batch_size": 1, "num_workers": 0}.items():
-        if getattr(args, name) is not None and getattr(args, name) < least:
-            raise UsageError(f"--{name} {getattr(args, name)}: must be at least {least}")
-    if not args.temperature > 0:
-        raise UsageError(f"--temperature {args.temperature}: must be above 0, such as 0.07")
     if args.data_set in ("IMNET", "image_folder") and not args.data_path:
         raise UsageError(f"--data_set {args.data_set} needs --data_path; --data_set shapes needs no data")
 

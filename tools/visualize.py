@@ -26,13 +26,14 @@ from models.fcmae import FCMAE, num_visible
 from tools.probe import add_image_arguments, load_encoder
 from utils import weights
 from utils.amp import Amp
-from utils.args import ArgumentParser, add_bool, prepared_output_dir, seed
+from utils.args import ArgumentParser, add_bool, device, fraction, prepared_output_dir, seed, whole
 from utils.data.files import ImageTree
 from utils.data.images import BadImage, Reading, decode, read_file
 from utils.data.sampling import shuffled_indices
 from utils.data.shapes import Shapes
 from utils.distributed import pick_device, setup_logging
 from utils.errors import UsageError, run_cli
+from utils.flags import DEVICE_HELP
 from utils.pictures import reconstructions, shown, tile
 
 
@@ -183,12 +184,12 @@ def get_args_parser() -> ArgumentParser:
     add_bool(parser, "--features", False, "write features.png")
     add_bool(parser, "--diversity", False, "write diversity.png and print its numbers; needs matplotlib")
     parser.add_argument("--images", nargs="+", default=None, help="image files or folders; without, drawn shapes")
-    parser.add_argument("--max_images", type=int, default=8, help="at most so many, from anywhere in a folder")
-    parser.add_argument("--mask_ratios", type=float, nargs="+", default=[0.4, 0.6, 0.75], help="of the reconstructions")
+    parser.add_argument("--max_images", type=whole(1), default=8, help="at most so many, from anywhere in a folder")
+    parser.add_argument("--mask_ratios", type=fraction, nargs="+", default=[0.4, 0.6, 0.75], help="of reconstructions")
     parser.add_argument("--seeds", type=seed, nargs="+", default=[0], help="of the masks; each has rows of its own")
     parser.add_argument("--output_dir", default="output/pictures", help="folder for the pictures")
     add_image_arguments(parser)
-    parser.add_argument("--device", default="auto", help="auto (cuda, else mps, else cpu), or a torch device")
+    parser.add_argument("--device", type=device, default="auto", help=DEVICE_HELP)
     add_bool(parser, "--use_amp", None, "mixed precision; where not given: on cuda")
     return parser
 
@@ -196,8 +197,6 @@ def get_args_parser() -> ArgumentParser:
 def check_args(args, patch_size: int) -> None:
     if not (args.reconstructions or args.features or args.diversity):
         raise UsageError("nothing to draw: give --reconstructions, --features or --diversity, or several of them")
-    if args.max_images < 1:
-        raise UsageError(f"--max_images {args.max_images}: must be at least 1")
     if args.reconstructions and args.input_size % patch_size:
         raise UsageError(f"--input_size {args.input_size}: must be a multiple of the model's patch size {patch_size}")
     for ratio in args.mask_ratios if args.reconstructions else ():

@@ -3,21 +3,20 @@
 import argparse
 import contextlib
 import logging
-import math
 import os
 import re
 import shlex
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 from .distributed import main_process_first
 from .errors import UsageError, refuse, suggest
 
 log = logging.getLogger("fcmae")
+T = TypeVar("T")
 
 SYNONYMS = {  # what MAE, timm and others call a flag of this project
     **dict.fromkeys(("--accum_iter", "--grad_accum_steps", "--gradient_accumulation_steps"), "--update_freq"),
@@ -40,7 +39,7 @@ SYNONYMS = {  # what MAE, timm and others call a flag of this project
 WEIGHTS = "nothing is downloaded; give a file of weights to --finetune, in pre-training to --initial_checkpoint"
 HINTS = {  # what others have a flag for, and what does it here
     **dict.fromkeys(("--pretrained", "--pretrained_weights", "--finetune", "--initial_checkpoint"), WEIGHTS),
-    **dict.fromkeys(("--val_split", "--train_split", "--val_ratio"), "--eval_data_path or --eval_list names the images"),
+    **dict.fromkeys(("--val_split", "--train_split", "--val_ratio"), "--eval_data_path or --eval_list names them"),
     **dict.fromkeys(("--log_wandb", "--use_wandb"), "--wandb PROJECT"),
     **dict.fromkeys(("--scale", "--ratio"), "--min_crop is the smallest share of an image that is cropped"),
     **dict.fromkeys(("--sched", "--lr_scheduler"), "the schedule is a cosine after --warmup_epochs, down to --min_lr"),
@@ -116,17 +115,15 @@ class ArgumentParser(argparse.ArgumentParser):
         self.exit(2, f"error: {message}\n")
 
 
-def _type(parse: Callable[[str], object], fits: Callable[[object], bool], wanted: str) -> Callable[[str], object]:
+def _type(parse: Callable[[str], T], fits: Callable[[T], object], wanted: str) -> Callable[[str], T]:
     """An argparse type that refuses, in one line, what does not fit."""
 
-    def check(text: str) -> object:
-        try:
+    def check(text: str) -> T:
+        with contextlib.suppress(KeyError, ValueError):
             value = parse(text)
-        except (KeyError, ValueError):
-            value = math.nan
-        if not fits(value):
-            raise argparse.ArgumentTypeError(f"{text or repr(text)}: must be {wanted}")
-        return value
+            if fits(value):
+                return value
+        raise argparse.ArgumentTypeError(f"{text or repr(text)}: must be {wanted}")
 
     return check
 
@@ -138,7 +135,7 @@ def whole(least: int, most: int = 10**9) -> Callable[[str], int]:
 
 def matching(pattern: str, wanted: str) -> Callable[[str], str]:
     """An argparse type: text that a pattern matches whole."""
-    return _type(str, partial(re.fullmatch, pattern), wanted)
+    return _type(str, re.compile(pattern).fullmatch, wanted)
 
 
 finite = _type(float, lambda x: -1e39 <= x <= 1e39, "a finite number")
@@ -152,7 +149,7 @@ device = matching(r"auto|cpu|mps|cuda(:\d{1,3})?", "auto, cpu, mps, cuda or cuda
 
 BOOLEANS = dict.fromkeys(("true", "yes", "on", "1", "t", "y"), True)
 BOOLEANS |= dict.fromkeys(("false", "no", "off", "0", "f", "n"), False)
-boolean = _type(lambda text: BOOLEANS[text.lower()], lambda x: isinstance(x, bool), "true or false")
+boolean = _type(lambda text: BOOLEANS[text.lower()], lambda x: True, "true or false")
 
 
 def add_bool(group, flag: str, default: bool | None, help: str) -> None:

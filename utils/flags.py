@@ -188,6 +188,8 @@ def idle_flags(args: Namespace, use_amp: bool) -> list[tuple[str, object, str]]:
         (f"save_ckpt auto_resume {saving}", not args.output_dir, "without --output_dir"),
         (saving, not args.save_ckpt, "with --save_ckpt false"),
         ("amp_dtype", not use_amp, "without mixed precision"),
+        ("kernels", not args.fused, "with --fused false"),
         ("data_path", args.data_set == "shapes", data),
+        ("depth nodata max_pixels", args.data_set not in ("IMNET", "image_folder"), data),
         ("eval_data_path", args.data_set.startswith(("shapes", "CIFAR")), data),
     ]

@@ -75,8 +75,9 @@ class Run:
         self.flags, self.amp, self.interrupts = flags, amp, interrupts
         self.seed, self.output_dir, self.start_epoch = flags["seed"], flags["output_dir"], flags["start_epoch"]
         self.saves = bool(self.output_dir and flags["save_ckpt"])
-        self.log, self.best, self.epoch_progress, self.ema = RunLog(), {}, None, None
-        self._content = None
+        self.log, self.best, self.ema = RunLog(), {}, None
+        self.epoch_progress: dict | None = None
+        self._content: dict | None = None
         self.id, self.new, self.resume_from, depth = from_main_process(self._choose)
         if flags.get("depth") is None:
             flags["depth"] = depth

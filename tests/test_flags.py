@@ -1,0 +1,82 @@
+"""Every flag of every script and tool: what it takes of odd values, from the parsers themselves; others' names."""
+
+import importlib
+import re
+
+import pytest
+
+import main_finetune
+import main_pretrain
+from utils.args import HINTS, SYNONYMS
+
+TOOLS = ("benchmark", "export", "mean_std", "plot", "probe", "visualize")
+VALUES = ("", "nan", "inf", "-inf", "-1", "0", "1.5", "1e308", str(2**64), str(10**40), "text")
+
+# Which flags take such a value; the others refuse it, but for those of TEXT, which are checked where they are used.
+MEANT = {
+    "0": "mask_ratio mask_ratios color_jitter cutmix cutmix_minmax drop_path head_init_scale knn_freq "
+    "lr blr min_lr local_rank max_bad_images mean mixup mixup_prob mixup_switch_prob momentum decoder_depth "
+    "model_ema_decay nodata num_workers opt_betas opt_eps reprob save_ckpt_steps seed seeds smoothing start_epoch "
+    "vis_freq warmup_epochs warmup_steps weight_decay weight_decay_end images tolerance num_classes max_requeues",
+    str(2**64): "mean nodata",
+    "-1": "mean nodata local_rank warmup_steps",
+    "1.5": "lr blr min_lr weight_decay weight_decay_end mean std nodata clip_grad color_jitter mixup cutmix "
+    "head_init_scale temperature tolerance mem_gb",
+}
+TEXT = (
+    "model data_path eval_data_path data_set train_list eval_list output_dir resume log_dir wandb initial_checkpoint "
+    "finetune model_key model_prefix opt aa checkpoint checkpoints output job_dir partition account qos constraint "
+    "comment setup exclude nodelist mail_user sbatch keys folders images runs json memory_of vary x"
+)
+
+
+def parsers() -> dict:
+    found = {script.__name__: script.get_args_parser() for script in (main_pretrain, main_finetune)}
+    return found | {name: importlib.import_module(f"tools.{name}").get_args_parser() for name in TOOLS}
+
+
+PARSERS = parsers()
+FLAGS = [
+    (name, action.option_strings[0])
+    for name, parser in PARSERS.items()
+    for action in parser._actions
+    if action.option_strings and "--help" not in action.option_strings
+]
+
+
+@pytest.mark.parametrize(("script", "flag"), FLAGS)
+def test_odd_values_are_refused_or_meant(script, flag, capsys):
+    """Refused in one line that names the flag and the value."""
+    action = PARSERS[script]._option_string_actions[flag]
+    if action.dest in TEXT.split() and action.type is None and not action.choices:
+        return
+    for value in VALUES:
+        meant = action.dest in MEANT.get(value, "").split() or (action.const is True and value == "0")
+        parser = main_pretrain.ArgumentParser("")
+        parser._add_action(action)
+        words = [flag, *[value] * action.nargs] if isinstance(action.nargs, int) else [f"{flag}={value}"]
+        if meant:
+            parser.parse_args(words)
+            continue
+        with pytest.raises(SystemExit, match="2"):
+            parser.parse_args(words)
+        line = capsys.readouterr().err
+        assert re.fullmatch(r"error: .*\n", line)
+        assert flag in line
+        assert value in line or action.nargs == 2  # of which argparse takes -inf for a flag
+
+
+@pytest.mark.parametrize("script", [main_pretrain, main_finetune])
+def test_others_names(script, capsys):
+    """A synonym is the flag's, with hyphens too; a hint names a flag that is there."""
+    parser = script.get_args_parser()
+    for name, flag in SYNONYMS.items():
+        assert name not in parser._option_string_actions
+        if flag in parser._option_string_actions:
+            assert parser._known(f"{name.replace('_', '-')}=3" if name[1] == "-" else f"{name}=3") == f"{flag}=3"
+    assert parser.parse_args(["-b", "3", "--accum-iter=2", "--no-fused"]).update_freq == 2
+    for name in HINTS.keys() - parser._option_string_actions.keys():
+        with pytest.raises(SystemExit, match="2"):
+            parser.parse_args([name])
+        line = capsys.readouterr().err
+        assert re.fullmatch(f"error: unknown argument {name}: .+; see --help\n", line)
