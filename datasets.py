@@ -1,5 +1,6 @@
 """Data sets, transforms and loaders by the names and values in `args`, which utils/data/, below, does not see."""
 
+import logging
 import os
 from collections import Counter
 from collections.abc import Callable
@@ -23,6 +24,8 @@ from utils.distributed import check_same, get_rank, get_world_size, main_process
 from utils.errors import UsageError, suggest
 from utils.interrupts import ignore_signals
 from utils.settings import eval_crop, mean_std
+
+log = logging.getLogger("fcmae")
 
 FOLDERS = ("IMNET", "image_folder")
 DATA_SETS = (*FOLDERS, "CIFAR", "CIFAR10", "shapes")

@@ -124,13 +124,13 @@ def test_the_loaders_crops_are_pillows(folder):
     [
         ("--model convnextv2_atta", "argument --model: invalid choice: 'convnextv2_atta'"),
         ("--input_size 100", "--input_size 100: must be a multiple of 32"),
-        ("--repeats 0", "--repeats 0: must be a whole number, at least 1"),
+        ("--repeats 0", "--repeats 0: must be a whole number from 1"),
         ("--mask_ratio 1", "--mask_ratio: mask_ratio 1.0 keeps 0 of 49"),
         ("--what loader", "--what loader: needs --data_path"),
         ("--what loader --data_path nowhere", "--data_path nowhere: no such folder"),
         ("--vary colour 1 2", "unknown argument --colour"),
         ("--vary batch_size", "--vary batch_size: give its values"),
-        ("--vary batch_size two", "--batch_size two: must be a whole number, at least 1"),
+        ("--vary batch_size two", "--batch_size two: must be a whole number from 1"),
     ],
 )
 def test_mistakes_are_one_line(call, flags, message):

@@ -53,8 +53,8 @@ def tool(module, capsys, *words):
     ("flags", "message"),
     [
         (("--data_path", "{}/nowhere"), "no such folder"),
-        (("--data_path", "{}", "--in_chans", "0"), "--in_chans 0: must be a whole number, at least 1"),
-        (("--data_path", "{}", "--images", "-1"), "--max_images -1: must be a whole number, at least 0"),
+        (("--data_path", "{}", "--in_chans", "0"), "--in_chans 0: must be a whole number from 1"),
+        (("--data_path", "{}", "--images", "-1"), "--max_images -1: must be a whole number from 0"),
         (("--data_path", "{}/same"), r"channel 0 \(of 0 to 2\) is the same everywhere"),
         (("--data_path", "{}/bad"), "of a sample of 1 files 1 are unreadable"),
     ],

@@ -44,6 +44,7 @@ from utils.data.transforms import BICUBIC, Normalise, mean_std, pretrain_transfo
 from utils.distributed import pick_device
 from utils.errors import UsageError, run_cli
 from utils.flags import DEVICE_HELP
+from utils.interrupts import Interrupts
 from utils.lr_sched import Schedule
 from utils.param_groups import param_groups
 from utils.run import Run
@@ -158,7 +159,7 @@ def engine_steps(args, device, compiled) -> Step:
     model, imgs, mask = build_fcmae(args, device, compiled)
     loader = SameBatch([[Batch([imgs, torch.zeros(len(imgs)), mask], 1.0, True)]] * ENGINE_STEPS)
     optimizer, amp = optimizer_and_amp(args, device, model)
-    training_run = Run(vars(main_pretrain.get_args_parser().parse_args([])), amp)
+    training_run = Run(vars(main_pretrain.get_args_parser().parse_args([])), amp, Interrupts())
 
     def steps() -> int:
         train_one_epoch(model, loader, optimizer, Schedule(1e-4, 0.0, 1, 10), training_run, 0)
