@@ -160,6 +160,7 @@ def engine_steps(args, device, compiled) -> Step:
     loader = SameBatch([[Batch([imgs, torch.zeros(len(imgs)), mask], 1.0, True)]] * ENGINE_STEPS)
     optimizer, amp = optimizer_and_amp(args, device, model)
     training_run = Run(vars(main_pretrain.get_args_parser().parse_args([])), amp, Interrupts())
+    training_run.begin(model, optimizer, loader)
 
     def steps() -> int:
         train_one_epoch(model, loader, optimizer, Schedule(1e-4, 0.0, 1, 10), training_run, 0)
