@@ -19,7 +19,7 @@ from utils.data.images import Reading, Survey, load_image, survey, to_tensor
 from utils.data.sampling import StepLoader, StepSampler, TrainSamples
 from utils.data.shapes import Shapes
 from utils.data.tars import open_tar, tar_shards
-from utils.data.transforms import MEAN_STD_HINT, Augmentation, Normalise
+from utils.data.transforms import MEAN_STD_HINT, Normalise
 from utils.distributed import check_same, get_rank, get_world_size, main_process_first
 from utils.errors import UsageError, suggest
 from utils.interrupts import ignore_signals
@@ -53,15 +53,15 @@ def build_transform(is_train: bool, args, eight_bit: bool = True) -> Callable:
     mean, std = mean_std(args)
     if not is_train:
         return transforms.eval_transform(args.input_size, args.in_chans, eval_crop(args), mean, std)
-    augmentation = Augmentation(
-        scale=(args.min_crop, 1.0),
-        auto_augment=args.aa or None,
-        color_jitter=args.color_jitter,
-        interpolation=args.train_interpolation,
-        re_prob=args.reprob / 2 if args.resplit else args.reprob,  # of images, a half drawn anew each epoch is clean
-        re_mode=args.remode,
-        re_count=args.recount,
-    )
+    augmentation = {
+        "scale": (args.min_crop, 1.0),
+        "auto_augment": args.aa or None,
+        "color_jitter": args.color_jitter,
+        "interpolation": args.train_interpolation,
+        "re_prob": args.reprob / 2 if args.resplit else args.reprob,  # of images, a half drawn anew each epoch is clean
+        "re_mode": args.remode,
+        "re_count": args.recount,
+    }
     return transforms.train_transform(args.input_size, args.in_chans, augmentation, mean, std, eight_bit)
 
 

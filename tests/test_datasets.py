@@ -22,6 +22,7 @@ import datasets
 import main_finetune
 import main_pretrain
 from datasets import TrainSamples
+from models import fcmae
 from tests.pictures import MEAN, STD, broken_files, finetune_args, levels, picture, pretrain_args, save
 from tests.small_runs import COMMON, load, same
 from tests.test_transforms import POLICIES
@@ -489,3 +490,26 @@ def test_what_the_training_data_hold_is_told_on_a_screen(tmp_path, logs):
     logs.clear()
     datasets.build_dataset(False, finetune_args(eval_data_path=tmp_path, **flags), ["ant", "bee", "cat"])
     assert logs.text.count("\n") == 1  # what is left out
+
+
+def test_no_data_from_the_file_to_the_loss(tmp_path, logs):
+    """Of 8-bit colour, so that ImageNet's mean and std do: pictures without data above, as their tag has it."""
+    tifffile = pytest.importorskip("tifffile")
+    for i in range(6):
+        array = np.asarray(picture(64, 64, seed=i)) // 2 + 1
+        array[:32] = 0
+        tifffile.imwrite(tmp_path / f"{i}.tif", array, photometric="rgb", extratags=[(42113, "s", 0, "0", True)])
+    args = pretrain_args(data_set="image_folder", data_path=tmp_path, input_size=32, min_crop=1.0, stem_stride=1)
+    dataset = datasets.build_pretrain_dataset(args)
+    assert (args.depth, dataset.reading.in_chans) == (16, 3)
+    assert "no data in 50 %" in logs.text
+    torch.manual_seed(0)
+    imgs = datasets.build_batch_transform(args, torch.device("cpu"))(torch.stack([dataset[i][0] for i in range(6)]))
+    assert imgs[:, :, :15].isnan().all()
+    assert not imgs[:, :, 17:].isnan().any()
+    model = fcmae.FCMAE(3, (1, 1, 1, 1), (8, 8, 8, 8), decoder_embed_dim=16, patch_size=8)
+    assert model(imgs)[0] > 0
+    args = pretrain_args(data_set="image_folder", data_path=tmp_path, input_size=32, depth=8)
+    assert datasets.build_pretrain_dataset(args)[0][0].dtype == torch.uint8  # the mean takes its place
+    args = finetune_args(data_set="image_folder", data_path=tmp_path, input_size=32)
+    assert not any(datasets.build_transform(False, args)(dataset[i][0]).isnan().any() for i in range(6))

@@ -18,7 +18,6 @@ from torchvision.transforms.functional import to_pil_image
 import datasets
 from tests.pictures import MEAN, STD, finetune_args, levels, picture, pretrain_args
 from utils.data.transforms import (
-    Augmentation,
     Normalise,
     eval_transform,
     pretrain_transform,
@@ -237,7 +236,8 @@ def test_pixels_without_data_count_for_nothing():
     found = eval_transform(size, 2, 1.0, (100.0, 200.0), (50.0, 50.0))(image)
     assert set(found[0].unique().round().tolist()) == {0, 4}
     assert set(found[1].unique().round().tolist()) == {0, 2}
-    augmentation = Augmentation((0.3, 1.0), None, None, "bicubic", 0, "pixel", 1)
+    names = ("scale", "auto_augment", "color_jitter", "interpolation", "re_prob", "re_mode", "re_count")
+    augmentation = dict(zip(names, ((0.3, 1.0), None, None, "bicubic", 0, "pixel", 1), strict=True))
     found = train_transform(size, 2, augmentation, (100.0, 200.0), (50.0, 50.0), eight_bit=False)(image)
     assert set(found[1].unique().round().tolist()) <= {0, 2}
 

@@ -3,7 +3,6 @@
 import logging
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 
 import timm.data
@@ -26,19 +25,6 @@ ASPECT, TRIES = (3 / 4, 4 / 3), 10  # of random crops, as torchvision's
 MEAN_STD_HINT = "--mean and --std, which python tools/mean_std.py --data_path FOLDER --in_chans {} computes"
 AUTO_AUGMENT = "rand-m9-mstd0.5-inc1"
 SMALL_INPUT_SIZE = 32  # up to here, a random resized crop of fine-tuning would leave nothing to see
-
-
-@dataclass(frozen=True)
-class Augmentation:
-    """How fine-tuning augments, as timm calls it; scale: least and largest share of an image that is cropped."""
-
-    scale: tuple[float, float]
-    auto_augment: str | None
-    color_jitter: float | None
-    interpolation: str
-    re_prob: float
-    re_mode: str
-    re_count: int
 
 
 class Normalise:
@@ -90,29 +76,30 @@ def eval_transform(size: int, in_chans: int, crop_pct: float | None, mean, std) 
     return v2.Compose([partial(to_tensor, in_chans=in_chans), *crop, Normalise(mean, std), fill])
 
 
-def train_transform(
-    size: int, in_chans: int, augmentation: Augmentation, mean, std, eight_bit: bool = True
-) -> Callable:
+def train_transform(size: int, in_chans: int, augmentation: dict, mean, std, eight_bit: bool = True) -> Callable:
     """The augmented, normalised image of fine-tuning; what is not 8-bit RGB is cropped, flipped and erased alone.
+
+    Args:
+        augmentation: scale, auto_augment, color_jitter, interpolation, re_prob, re_mode and re_count, as timm's.
 
     Raises:
         UsageError: an auto-augment policy that timm does not know, or that is not for such images.
     """
     if in_chans == 3 and eight_bit:
         return _timm_transform(size, augmentation, mean, std)
-    flags = {"aa": augmentation.auto_augment, "color_jitter": augmentation.color_jitter}
-    for flag, value in (flags | {"train_interpolation": augmentation.interpolation}).items():
+    for flag, name in (("aa", "auto_augment"), ("color_jitter",) * 2, ("train_interpolation", "interpolation")):
+        value = augmentation[name]
         if value and value not in (AUTO_AUGMENT, "bicubic"):
             raise UsageError(f"--{flag} {value}: is for 8-bit RGB images, which these are not; leave it out")
-    if augmentation.auto_augment:
-        log.info("--aa %s: is made for 8-bit RGB images, so it is off", augmentation.auto_augment)
+    if augmentation["auto_augment"]:
+        log.info("--aa %s: is made for 8-bit RGB images, so it is off", augmentation["auto_augment"])
     if size <= SMALL_INPUT_SIZE:
         resize = partial(resize_data, resize=v2.Resize(size, BICUBIC))
         crop = [middle, resize, v2.RandomCrop(size, padding=4), v2.RandomHorizontalFlip()]
     else:
-        crop = [partial(random_resized_crop, size=size, min_crop=augmentation.scale[0])]
+        crop = [partial(random_resized_crop, size=size, min_crop=augmentation["scale"][0])]
     erase = RandomErasing(
-        augmentation.re_prob, mode=augmentation.re_mode, max_count=augmentation.re_count, device="cpu"
+        augmentation["re_prob"], mode=augmentation["re_mode"], max_count=augmentation["re_count"], device="cpu"
     )
     return transforms.Compose([partial(to_tensor, in_chans=in_chans), *crop, Normalise(mean, std), fill, erase])
 
@@ -166,11 +153,11 @@ def sample_box(height: int, width: int, min_crop: float) -> tuple[int, int, int,
     return (height - h) // 2, (width - w) // 2, h, w, mirror < 0.5
 
 
-def _timm_transform(size: int, augmentation: Augmentation, mean, std) -> Callable:
+def _timm_transform(size: int, augmentation: dict, mean, std) -> Callable:
     try:
-        transform = timm.data.create_transform(size, is_training=True, mean=mean, std=std, **vars(augmentation))
+        transform = timm.data.create_transform(size, is_training=True, mean=mean, std=std, **augmentation)
     except (AssertionError, KeyError, ValueError) as error:
-        raise UsageError(f"--aa {augmentation.auto_augment}: no policy of timm's; one is {AUTO_AUGMENT}") from error
+        raise UsageError(f"--aa {augmentation['auto_augment']}: no policy of timm's; one is {AUTO_AUGMENT}") from error
     if size <= SMALL_INPUT_SIZE:
         bicubic = transforms.Resize(size, BICUBIC)  # does nothing to images of that size
         transform.transforms[0] = transforms.Compose([middle, bicubic, transforms.RandomCrop(size, padding=4)])
