@@ -12,6 +12,7 @@ import torch
 from PIL import Image, ImageOps
 
 from tests.pictures import picture, pixels
+from utils.data.formats import FAST_DECODERS
 from utils.data.images import BadImage, Reading, decode, survey
 from utils.errors import UsageError
 
@@ -209,6 +210,18 @@ def test_decoders_are_quiet(capfd):
     for behind in (b"\0\0\0", b""):
         content = file.getvalue().replace(b"\xff\xda", behind + b"\xff\xda", 1)
         assert torch.equal(load(content, 3, "x.jpg"), pixels(Image.open(file)))
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.skipif(not FAST_DECODERS, reason="Pillow says nothing")
+def test_what_libjpeg_says_of_damage_is_reported(capfd):
+    """A JPEG in which a stretch of pixels is missing decodes, to grey below it."""
+    file = io.BytesIO()
+    picture(200, 200).save(file, "JPEG", quality=97)
+    content = file.getvalue()
+    start = content.index(b"\xff\xda") + 200
+    with pytest.raises(BadImage, match=r"^x\.jpg: is damaged: Corrupt JPEG data: premature end of data segment$"):
+        load(content[:start] + content[-2:], 3, "x.jpg")
     assert capfd.readouterr().err == ""
 
 
