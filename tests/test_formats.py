@@ -169,6 +169,11 @@ def test_pages():
         assert torch.equal(load(file.getvalue(), channels), true(array[0, ..., 0]).expand(channels, 20, 30))
     with pytest.raises(BadImage, match="has 1 channel"):
         load(file.getvalue(), 2)
+    file = io.BytesIO()
+    with tifffile.TiffWriter(file) as writer:
+        for i, kind in enumerate((0, 1, 0)):
+            writer.write(array[i, ..., 0], photometric="minisblack", subfiletype=kind, metadata=None)
+    assert torch.equal(load(file.getvalue(), 2), true(array[:3:2, ..., 0]))
     fax = noise((3, 20, 30), "uint8") > 99
     assert torch.equal(load(tiff(fax), 3), torch.from_numpy(fax[:1] * np.uint8(255)).expand(3, 20, 30))
     index = noise((3, 20, 30), "uint8")

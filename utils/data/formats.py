@@ -152,7 +152,7 @@ def _plain_tiff(image: Image.Image) -> bool:
     tag, channels, bits = image.tag_v2.get, len(image.getbands()), max(image.tag_v2.get(258, (1,)))
     eight_bit = bits <= 8 and image.mode in ("1", "L", "P", "RGB", "CMYK", "YCbCr")
     plain = eight_bit or (image.mode, bits, tag(262)) == ("I;16", 16, 1)
-    plain &= (tag(277, channels), tag(284, 1), set(tag(339, (1,))), tag(254, 0) & 5) == (channels, 1, {1}, 0)
+    plain &= (tag(277, channels), set(tag(339, (1,))), tag(254, 0) & 5) == (channels, {1}, 0)
     return plain and GDAL_NODATA not in image.tag_v2 and (channels > 1 or image.n_frames == 1)
 
 
