@@ -19,11 +19,25 @@ from utils.seeding import seed_all
 log = logging.getLogger("fcmae")
 
 
+class WithLoss(torch.nn.Module):
+    """A classifier and its loss as one module: they are compiled as one graph."""
+
+    def __init__(self, classifier: torch.nn.Module, criterion: Callable):
+        super().__init__()
+        self.classifier, self.criterion = classifier, criterion
+
+    def forward(self, imgs: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The loss, in float32, and the logits."""
+        logits = self.classifier(imgs)
+        with torch.autocast(imgs.device.type, enabled=False):
+            return self.criterion(logits.float(), labels), logits
+
+
 def train_one_epoch(
-    model: torch.nn.Module, loader, criterion: Callable, optimizer: torch.optim.Optimizer, schedule: Schedule, run: Run,
-    epoch: int, mixup: Mixup | None = None,
+    model: torch.nn.Module, loader, optimizer: torch.optim.Optimizer, schedule: Schedule, run: Run, epoch: int,
+    mixup: Mixup | None = None,
 ) -> dict[str, float]:  # fmt: skip
-    """Train for one epoch on a `StepLoader` whose samples are (image, label).
+    """Train a `WithLoss` for one epoch on a `StepLoader` whose samples are (image, label).
 
     The weights' moving average, where the run has one, is updated after each optimizer step.
 
@@ -49,14 +63,13 @@ def train_one_epoch(
                 imgs, labels = mixup(imgs, labels)
             with accumulate(model, batch.last):
                 with amp.autocast():
-                    logits = model(imgs)
-                loss = criterion(logits.float(), labels)
+                    loss, logits = model(imgs, labels)
                 amp.backward(loss * batch.loss_weight)
             values = {"loss": loss} if mixup else {"loss": loss, "class_acc": top_k(logits, labels, 1)}
             tracker.update(step, len(imgs) if batch.loss_weight else 0, **values)
         grad_norm = amp.step(optimizer, with_norm=tracker.due(step))
         if run.ema:
-            run.ema.update(getattr(model, "module", model))
+            run.ema.update(getattr(model, "module", model).classifier)
         tracker.report(step, lr, grad_norm)
         run.step_done(tracker, step)
     share_buffers(model)

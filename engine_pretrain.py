@@ -21,6 +21,7 @@ def train_one_epoch(
         Interrupted: a signal came; the state after the last step is on disk.
     """
     model.train()
+    mask_ratio = getattr(model, "module", model).mask_ratio
     amp = run.amp
     tracker = run.tracker(("loss",), epoch, len(loader))
     lr = schedule.apply(optimizer, epoch + max(tracker.start_step - 1, 0) / len(loader))  # if no step is left to do
@@ -28,11 +29,12 @@ def train_one_epoch(
         lr = schedule.apply(optimizer, epoch + step / len(loader))
         for i, batch in enumerate(batches):
             seed_all(run.seed, epoch, step, get_rank(), i)  # here: without workers, to load a batch draws too
-            imgs, _, *mask = batch.data
-            imgs = loader.batch_transform(imgs.to(amp.device, non_blocking=True))
+            imgs, _, *mask = (x.to(amp.device, non_blocking=True) for x in batch.data)
+            imgs = loader.batch_transform(imgs)
+            given = {"mask": mask[0], "mask_ratio": mask_ratio} if mask else {}
             with accumulate(model, batch.last):
                 with amp.autocast():
-                    loss, _, _ = model(imgs, mask=mask[0] if mask else None)  # the mask stays on the CPU, see FCMAE
+                    loss, _, _ = model(imgs, **given)
                 amp.backward(loss * batch.loss_weight)
             tracker.update(step, len(imgs) if batch.loss_weight else 0, loss=loss)
         grad_norm = amp.step(optimizer, with_norm=tracker.due(step))

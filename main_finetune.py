@@ -23,9 +23,9 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import datasets
-from engine_finetune import evaluate, score, train_one_epoch
+from engine_finetune import WithLoss, evaluate, score, train_one_epoch
 from models import convnextv2, fused, kernels
-from models.convnextv2 import SIZES, ConvNeXtV2, compile_blocks, layer_id, name_of, num_layer_ids
+from models.convnextv2 import SIZES, ConvNeXtV2, layer_id, name_of, num_layer_ids
 from models.linear_probe import LinearProbe
 from utils import distributed, errors, flags, weights
 from utils.amp import Amp
@@ -240,7 +240,7 @@ def evaluate_only(args, amp: Amp) -> None:
     for header, model in scored.items():
         model.to(amp.device)
         if args.compile:
-            compile_blocks(model)
+            model.forward_features = torch.compile(model.forward_features)
         evaluate(model, loader, amp, header)
 
 
@@ -262,7 +262,6 @@ def train(args, amp: Amp, run: Run) -> None:
     optimizer = build_optimizer(model, args, lr)
     schedule = build_schedule(args, lr, len(loader))
     mixup = build_mixup(args, nb_classes)
-    criterion = build_criterion(args, mixup)
     order = {"--seed": args.seed, "Mixup or CutMix": mixes(args), "number of images": loader.sampler.num_samples}
     run.begin(model, optimizer, loader, ema=ema, classes=classes, order=order)
     if args.linear_probe and not args.finetune and not run.resume_from:
@@ -271,11 +270,9 @@ def train(args, amp: Amp, run: Run) -> None:
         "%s: %.2f M parameters, lr %.3g, epochs %d to %d on %s",
         args.model, sum(p.numel() for p in model.parameters()) / 1e6, lr, run.start_epoch, args.epochs - 1, amp.device,
     )  # fmt: skip
-    if args.compile:
-        compile_blocks(model)
-    wrapped = distributed.data_parallel(model)
+    wrapped = distributed.data_parallel(WithLoss(model, build_criterion(args, mixup)), args.compile)
     for epoch in run.epochs():
-        stats = train_one_epoch(wrapped, loader, criterion, optimizer, schedule, run, epoch, mixup)
+        stats = train_one_epoch(wrapped, loader, optimizer, schedule, run, epoch, mixup)
         evaluates = eval_loader is not None and run.due(epoch, args.eval_freq)
         scores = score(model, ema if args.model_ema_eval else None, eval_loader, amp) if evaluates else {}
         run.record(epoch, stats, scores)

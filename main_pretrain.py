@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 import datasets
 from engine_pretrain import train_one_epoch
 from models import fcmae, fused, kernels
-from models.convnextv2 import SIZES, compile_blocks, total_stride
+from models.convnextv2 import SIZES, total_stride
 from utils import distributed, errors, flags, weights
 from utils.amp import Amp
 from utils.args import ArgumentParser, check_shared_arguments, effective_lr, fraction, tell_idle, whole
@@ -158,9 +158,7 @@ def train(args, amp: Amp, run: Run) -> None:
         args.model, sum(p.numel() for p in model.parameters()) / 1e6, model.patch_size, lr, run.start_epoch,
         args.epochs - 1, device,
     )  # fmt: skip
-    if args.compile:
-        compile_blocks(model)
-    wrapped = distributed.data_parallel(model)
+    wrapped = distributed.data_parallel(model, args.compile)
     picture_of = picture_images(dataset, args) if shows(args) and distributed.is_main_process() else None
     for epoch in run.epochs():
         stats, scores = train_one_epoch(wrapped, loader, optimizer, schedule, run, epoch), {}

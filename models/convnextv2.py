@@ -1,6 +1,7 @@
 """ConvNeXt V2 (arXiv 2301.00808): one set of parameters, one Block and one forward for dense and for masked input."""
 
 import itertools
+import math
 from collections.abc import Iterator
 
 import torch
@@ -48,7 +49,7 @@ class Block(nn.Module):
         return self.pointwise(x, y)
 
     def pointwise(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """All but the depthwise convolution, whose output is y: what both layouts share, and torch.compile fuses."""
+        """All but the depthwise convolution, whose output is y: what both layouts share."""
         y = self.norm(y)
         positions = y.shape[:3]
         y = self.pwconv1(y.flatten(0, 2)).unflatten(0, positions)  # as rows: what counts operations expects them so
@@ -64,19 +65,12 @@ class Stage(nn.Sequential):
     grad_checkpointing = False
 
     def forward(self, x: torch.Tensor, visible: VisiblePatches | None = None) -> torch.Tensor:
+        recomputed = self.grad_checkpointing and torch.is_grad_enabled()
+        if recomputed and visible is not None:  # a compiled graph does not let what is recomputed build its tables
+            visible.row_index(side := math.isqrt(x.shape[2])), visible.window_index(side, 3)
         for block in self:
-            if self.grad_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, visible, use_reentrant=False)
-            else:
-                x = block(x, visible)
+            x = checkpoint(block, x, visible, use_reentrant=False) if recomputed else block(x, visible)
         return x
-
-
-def compile_blocks(model: nn.Module) -> None:
-    """Compile every block's pointwise part with torch.compile: blocks of one shape share one compiled kernel."""
-    for module in model.modules():
-        if isinstance(module, Block):
-            module.pointwise = torch.compile(module.pointwise, dynamic=False)
 
 
 def init_weights(module: nn.Module) -> None:

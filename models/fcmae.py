@@ -142,19 +142,18 @@ class FCMAE(nn.Module):
             imgs: (N, C, H, W), H and W multiples of the patch size; NaN where there is no data.
             labels: accepted for loaders that have them, and not used.
             mask_ratio: share of patches to remove; the constructor's (0.6) by default.
-            mask: (N, L) to use in place of a random one, every row with the same number of visible patches. On the CPU
-                its check costs nothing; on an accelerator it waits for the device.
+            mask: (N, L) to use in place of a random one, every row with the same number of visible patches. It is
+                checked, which on an accelerator waits for the device, unless mask_ratio tells what `random_mask` kept.
 
         Returns:
             loss (scalar, float32), pred (N, p*p*C, h, w), mask (N, L).
         """
-        len_keep = None
-        if mask is not None and mask.device.type == "cpu" and not mask.any():
-            raise ValueError("the mask removes no patch, so the loss is undefined")
         if mask is None:
             mask_ratio = self.mask_ratio if mask_ratio is None else mask_ratio
             mask = self.gen_random_mask(imgs, mask_ratio)
-            len_keep = num_visible(mask.shape[1], mask_ratio)
+        elif mask_ratio is None and not mask.any():
+            raise ValueError("the mask removes no patch, so the loss is undefined")
+        len_keep = None if mask_ratio is None else num_visible(mask.shape[1], mask_ratio)
         features = self.forward_encoder(imgs.masked_fill(imgs.isnan(), 0), mask, len_keep)
         pred = self.forward_decoder(features, mask)
         return self.forward_loss(imgs, pred, mask), pred, mask

@@ -100,7 +100,7 @@ def weight_grad(
             C=c, K=k, R=rows, MAP=patch_index is None, BM=lanes_per_step, BLOCK_C=block_c, num_warps=_WARPS,
         )  # fmt: skip
     total = partial.sum(dim=0)
-    return total[:-1].t().reshape(c, 1, k, k), total[-1]
+    return total[:-1].t().reshape(c, 1, k, k).contiguous(), total[-1]
 
 
 _WARPS = 4

@@ -11,6 +11,18 @@ import math
 import torch
 
 
+def gather_rows(x: torch.Tensor, rows: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """Visible patches of a map, by `VisiblePatches.row_index`: (N, h*s, w*s, C) -> shape, (N, K, s*s, C)."""
+    return x.reshape(-1, math.isqrt(shape[2]) * shape[3]).index_select(0, rows).view(shape)
+
+
+def scatter_rows(x: torch.Tensor, rows: torch.Tensor, maps: list[int]) -> torch.Tensor:
+    """The map of size [N, h*s, w*s], with zeros where there is no visible patch: (N, K, s*s, C) -> (*maps, C)."""
+    side, c = math.isqrt(x.shape[2]), x.shape[3]
+    flat = x.new_zeros(maps[0] * maps[1] * (maps[2] // side), side * c)
+    return flat.index_copy(0, rows, x.reshape(-1, side * c)).view(*maps, c)
+
+
 class VisiblePatches:
     """Which patches of a batch are visible, with the index tables of every stage (built on first use, then kept).
 
@@ -43,16 +55,13 @@ class VisiblePatches:
 
     def gather(self, x: torch.Tensor) -> torch.Tensor:
         """Visible patches of a map: (N, h*s, w*s, C) -> (N, K, s*s, C)."""
-        side, c = x.shape[1] // self.grid[0], x.shape[-1]
-        rows = x.reshape(-1, side * c).index_select(0, self.row_index(side))
-        return rows.view(self.batch, self.num_visible, side * side, c)
+        side = x.shape[1] // self.grid[0]
+        return gather_rows(x, self.row_index(side), (self.batch, self.num_visible, side * side, x.shape[-1]))
 
     def scatter(self, x: torch.Tensor) -> torch.Tensor:
         """The map with zeros at removed positions: (N, K, s*s, C) -> (N, h*s, w*s, C)."""
-        side, c, (h, w) = math.isqrt(x.shape[2]), x.shape[-1], self.grid
-        rows = x.new_zeros(self.batch * h * side * w, side * c)
-        rows = rows.index_copy(0, self.row_index(side), x.reshape(-1, side * c))
-        return rows.view(self.batch, h * side, w * side, c)
+        side = math.isqrt(x.shape[2])
+        return scatter_rows(x, self.row_index(side), [self.batch, *(side * length for length in self.grid)])
 
     def crop(self, imgs: torch.Tensor, patch_size: int) -> torch.Tensor:
         """Visible pixels: (N, C, h*p, w*p) -> (N*K, C, p, p), a small image per visible patch."""

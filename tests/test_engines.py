@@ -107,7 +107,7 @@ def finetune(model, loader, criterion=None, optimizer=None, amp=None, schedule=N
     optimizer, schedule = optimizer or adamw(model), schedule or Schedule(1e-3, 0, 0, 3)
     criterion = criterion or nn.CrossEntropyLoss()
     return engine_finetune.train_one_epoch(
-        model, loader, criterion, optimizer, schedule, plain_run(amp, ema), epoch, mixup
+        engine_finetune.WithLoss(model, criterion), loader, optimizer, schedule, plain_run(amp, ema), epoch, mixup
     )
 
 
@@ -174,12 +174,13 @@ def last_step(world_size, batch_size, monkeypatch, engine, build, sample_mask=No
     for rank in range(world_size):
         monkeypatch.setattr(datasets, "get_rank", lambda r=rank: r)
         model, loader = build(), train_loader(Noise(22, torch.float64), batch_size, sample_mask=sample_mask)
-        rest, names = ((nn.CrossEntropyLoss(),), 2) if engine is engine_finetune else ((), 1)
+        names = 1 + (engine is engine_finetune)
         sums = torch.zeros(2, names + 1, dtype=torch.float64)
         run = plain_run()
         run.epoch_progress = {"step": 1, "averages": [sums]}
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        stats = engine.train_one_epoch(model, loader, *rest, optimizer, constant(0.1), run, 0)
+        whole = engine_finetune.WithLoss(model, nn.CrossEntropyLoss()) if names == 2 else model
+        stats = engine.train_one_epoch(whole, loader, optimizer, constant(0.1), run, 0)
         counted.append(stats["loss"])
         state = weights(model)
         means = {name: (means[name] if means else 0) + value / world_size for name, value in state.items()}

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models import fcmae, fused
+from models import fcmae, fused, operators
 from models.convnextv2 import SIZES, Block
 from models.fcmae import FCMAE, convnextv2_atto, convnextv2_tiny, random_mask
 from models.visible import VisiblePatches
@@ -56,7 +56,7 @@ def form(request, monkeypatch):
     """A model as it is, and with both of the CPU's fast depthwise convolutions."""
     if request.param == "plain":
         return lambda model: model
-    monkeypatch.setattr(fused, "_fastest_backend", lambda *_: request.param)
+    monkeypatch.setattr(operators, "_fastest_backend", lambda *_: request.param)
     return lambda model: model if fused.enable(model) else pytest.fail("no block is fused")
 
 

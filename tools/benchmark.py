@@ -74,14 +74,13 @@ def build(args, device, compiled, room, **kwargs) -> nn.Module:
     model.set_grad_checkpointing(args.grad_checkpointing)
     if args.fused:
         fused.enable(model)
-    if compiled:
-        convnextv2.compile_blocks(model)
+    model.compile(disable=not compiled)
     return model
 
 
 def build_fcmae(args, device, compiled) -> tuple[fcmae.FCMAE, torch.Tensor, torch.Tensor]:
-    model = build(args, device, compiled, fcmae, norm_pix_loss=True)
-    return model, images(args, device), sample_mask(args, args.batch_size)
+    model = build(args, device, compiled, fcmae, norm_pix_loss=True, mask_ratio=args.mask_ratio)
+    return model, images(args, device), sample_mask(args, args.batch_size).to(device)
 
 
 def optimizer_and_amp(args, device, model: nn.Module) -> tuple[torch.optim.Optimizer, Amp]:
@@ -110,24 +109,24 @@ def step_of(args, device, model: nn.Module, loss_of: Callable[[], torch.Tensor],
 
 def visible_step(args, device, compiled) -> Step:
     model, imgs, mask = build_fcmae(args, device, compiled)
-    return step_of(args, device, model, lambda: model.forward_encoder(imgs, mask).float().square().mean())
+    features, kept = torch.compile(model.forward_encoder, disable=not compiled), int((mask[0] == 0).sum())
+    return step_of(args, device, model, lambda: features(imgs, mask, kept).float().square().mean())
 
 
 def dense_step(args, device, compiled) -> Step:
     model, imgs, mask = build_fcmae(args, device, False)
-    features, mask = torch.compile(masked_dense_features, disable=not compiled), mask.to(device)
+    features = torch.compile(masked_dense_features, disable=not compiled)
     return step_of(args, device, model, lambda: features(model.encoder, imgs, mask).float().square().mean())
 
 
 def fcmae_step(args, device, compiled) -> Step:
     model, imgs, mask = build_fcmae(args, device, compiled)
-    return step_of(args, device, model, lambda: model(imgs, mask=mask)[0])
+    return step_of(args, device, model, lambda: model(imgs, mask=mask, mask_ratio=args.mask_ratio)[0])
 
 
 def mae_step(args, device, compiled) -> Step:
     model, imgs = MaskedAutoencoderViT(args.input_size).to(device), images(args, device)
-    if compiled:
-        model.compile()
+    model.compile(disable=not compiled)
     return step_of(args, device, model, lambda: model(imgs))
 
 

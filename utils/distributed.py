@@ -191,11 +191,13 @@ def init_distributed(
     return picked
 
 
-def data_parallel(model: nn.Module) -> nn.Module:
+def data_parallel(model: nn.Module, compiled: bool) -> nn.Module:
     """The model under DistributedDataParallel where there are several processes; else the model itself.
 
-    device_ids stays empty: DDP would otherwise copy every input to the device, also the masks that are read on the CPU.
+    compiled: its forward pass becomes one graph, which draws the same random numbers.
     """
+    if compiled:
+        model.compile(options={"fallback_random": True})
     return DistributedDataParallel(model, gradient_as_bucket_view=True) if dist.is_initialized() else model
 
 

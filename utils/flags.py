@@ -42,7 +42,7 @@ def add_shared_arguments(parser: ArgumentParser, data_sets: str) -> None:
     add("--stem_stride", type=int, default=4, choices=(4, 2, 1), help=stem_help)
     average_help = "average the checkpoint's stem over its channels where --in_chans differs"
     add_switch("--stem_average", False, average_help)
-    add_switch("--compile", False, "compile the model's blocks with torch.compile")
+    add_switch("--compile", False, "compile model and loss as one graph with torch.compile")
 
     add, add_switch = add_group(parser, "data")
     add("--data_path", default=None, help="folder of training images, or of .tar shards; a .tar; a glob")

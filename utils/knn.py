@@ -94,6 +94,5 @@ def pooled_features(encoder: nn.Module, imgs: torch.Tensor) -> torch.Tensor:
 def knn_acc1(encoder: nn.Module, loaders: tuple[DataLoader, DataLoader], amp: Amp) -> float:
     """k-NN accuracy of the encoder as it is now, in percent; the random generators are left as they were."""
     encoder.eval()
-    # whole images would have compiled blocks compiled once more for each of their shapes
-    with torch.random.fork_rng(devices=[]), torch.compiler.set_stance("force_eager"):
+    with torch.random.fork_rng(devices=[]):
         return knn_accuracy(partial(pooled_features, encoder), encoder.dims[-1], *loaders, amp)
