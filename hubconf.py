@@ -1,7 +1,7 @@
 """What torch.hub offers: torch.hub.load(CLONE, "convnextv2_tiny", source="local", checkpoint="checkpoint-best.pth").
 
 The convnextv2_* entries give classifiers, or encoders where the file has no head; the fcmae_* entries masked
-autoencoders. Each takes `checkpoint`, a file of any layout, and `model_key`, where in it the weights are, such as
+autoencoders. Each takes `checkpoint`, weights of any layout, and `model_key`, where in it they are, such as
 "model_ema" (not needed for checkpoint-best-ema.pth). What the file tells (channels, stem stride, classes, the
 decoder's size) need not be given; further arguments are those of `ConvNeXtV2` and `FCMAE`, and come before the file's.
 """
@@ -28,30 +28,24 @@ def _own(package: str) -> str:
     return name
 
 
-convnextv2, fcmae, weights = (
-    importlib.import_module(f"{_own(package)}.{name}")
-    for package, name in (("models", "convnextv2"), ("models", "fcmae"), ("utils", "weights"))
-)
+convnextv2, fcmae = (importlib.import_module(f"{_own('models')}.{name}") for name in ("convnextv2", "fcmae"))
+weights = importlib.import_module(f"{_own('utils')}.weights")
 
 dependencies = ["torch", "torchvision", "timm", "safetensors"]
 
 
-def _classifier_arguments(config: weights.BackboneConfig) -> dict:
-    return {"in_chans": config.in_chans, "stem_stride": config.stem_stride, "num_classes": config.num_classes}
+def _entry(name: str, factory):
+    def told(config: weights.BackboneConfig) -> dict:
+        if name.startswith("fcmae"):
+            return {"patch_size": convnextv2.total_stride(config.stem_stride), **config.decoder}
+        return {"stem_stride": config.stem_stride, "num_classes": config.num_classes}
 
-
-def _autoencoder_arguments(config: weights.BackboneConfig) -> dict:
-    patch_size = convnextv2.total_stride(config.stem_stride)
-    return {"in_chans": config.in_chans, "patch_size": patch_size, **config.decoder}
-
-
-def _entry(name: str, factory, arguments_of):
     def build(checkpoint=None, model_key: str = weights.MODEL_KEY, **kwargs):
         if checkpoint is None:
             return factory(**kwargs)
         try:
             model, report, *_ = weights.load_checkpoint(
-                checkpoint, lambda config: factory(**{**arguments_of(config), **kwargs}), model_key=model_key
+                checkpoint, lambda c: factory(**{"in_chans": c.in_chans, **told(c), **kwargs}), model_key=model_key
             )
         except weights.UsageError as error:
             raise ValueError(f"{name} from {error}") from error
@@ -61,12 +55,10 @@ def _entry(name: str, factory, arguments_of):
         return model
 
     build.__name__ = build.__qualname__ = name
-    build.__doc__ = f"{factory.__doc__} checkpoint: a file with its weights, in any layout; model_key: where in it."
+    build.__doc__ = f"{factory.__doc__} checkpoint: its weights, in any layout; model_key: where in the file."
     return build
 
 
-# torch.hub looks names up in this module
-for _size in convnextv2.SIZES:
-    _masked = _size.replace("convnextv2", "fcmae")
-    globals()[_size] = _entry(_size, getattr(convnextv2, _size), _classifier_arguments)
-    globals()[_masked] = _entry(_masked, getattr(fcmae, _size), _autoencoder_arguments)
+for _size in convnextv2.SIZES:  # torch.hub looks names up in this module
+    for _name, _module in ((_size, convnextv2), (_size.replace("convnextv2", "fcmae"), fcmae)):
+        globals()[_name] = _entry(_name, getattr(_module, _size))

@@ -18,8 +18,8 @@ from models.linear_probe import LinearProbe
 from tests.small_runs import TINY
 from tests.small_runs import load as load_file
 from utils.errors import UsageError
-from utils.layouts import convert, layout, to_backbone, to_huggingface, to_timm
-from utils.weights import SizeMismatch, infer_config, load, load_checkpoint, unwrap
+from utils.layouts import convert, recognise, to_backbone, to_huggingface, to_timm
+from utils.weights import infer_config, load, load_checkpoint, unwrap
 
 GOLDEN = Path(__file__).parent / "golden"
 fill_dense = runpy.run_path(str(GOLDEN / "fill.py"))["fill_dense"]

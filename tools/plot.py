@@ -4,7 +4,6 @@ python tools/plot.py output/finetune
 python tools/plot.py output/a output/b --keys train_loss test_acc1 --output compared.png
 """
 
-import importlib.util
 import json
 import logging
 import math
@@ -30,39 +29,20 @@ def get_args_parser() -> ArgumentParser:
 
 
 def read_log(folder: str) -> list[dict]:
-    """The records of a run's log.txt; a damaged line is reported and skipped.
-
-    Raises:
-        UsageError: no such folder, no log.txt in it, or no record in that.
-    """
+    """The records of a run's log.txt; a damaged line is reported and skipped. Raises UsageError where there is none."""
     path = Path(folder) / "log.txt"
     if not path.is_file():
         below = ", ".join(str(found.parent) for found in sorted(Path(folder).glob("*/log.txt")))
-        hint = f"; there is one in {below}" if below else "; give the --output_dir of a run"
-        raise UsageError(f"{folder}: holds no log.txt{hint}" if Path(folder).is_dir() else f"{folder}: no such folder")
+        raise UsageError(f"{folder}: holds no log.txt; give {below or 'the --output_dir of a run'}")
     records = []
     for number, line in enumerate(path.read_text(errors="replace").splitlines(), start=1):
         try:
-            record = json.loads(line)
-        except ValueError:
-            record = None
-        if isinstance(record, dict):
-            records.append(record)
-        elif line.strip():
+            records.append(dict(json.loads(line or "{}")))
+        except (TypeError, ValueError):
             log.warning("%s: line %d is damaged, skipped", path, number)
-    if not records:
+    if not any(records):
         raise UsageError(f"{path}: holds no records")
     return records
-
-
-def label_runs(folders: list[str]) -> list[str]:
-    """Each folder's name, or where two have the same name, their paths as given. Raises UsageError for one twice."""
-    names = [Path(folder).resolve().name for folder in folders]
-    if len(set(names)) == len(names):
-        return names
-    if twice := [folder for i, folder in enumerate(folders) if folder in folders[:i]]:
-        raise UsageError(f"{twice[0]}: given twice")
-    return folders
 
 
 def points(records: list[dict], x: str, key: str) -> list[tuple[float, float]]:
@@ -81,10 +61,9 @@ def choose_keys(runs: dict[str, list[dict]], keys: list[str] | None, x: str) -> 
     found = dict.fromkeys(key for records in runs.values() for record in records for key in record)
     count = {key: sum(bool(points(records, x, key)) for records in runs.values()) for key in found}
     known = [key for key in found if count[key] > 0] or list(found)
-    for flag, names in (("--x", [x]), ("--keys", keys or [])):
-        for name in names:
-            if name not in known:
-                raise UsageError(f"{flag} {name}: in none of the runs{suggest(name, known)}; {', '.join(known)}")
+    for flag, name in [("--x", x), *(("--keys", key) for key in keys or [])]:
+        if name not in known:
+            raise UsageError(f"{flag} {name}: in none of the runs{suggest(name, known)}; {', '.join(known)}")
     most = [key for key in known if 2 * count[key] > len(runs) and ("loss" in key or "acc" in key)]
     if not (keys or most):
         raise UsageError(f"--keys: no loss or accuracy is in most of the runs; give some of {', '.join(known)}")
@@ -109,11 +88,8 @@ def table(runs: dict[str, list[dict]], keys: list[str], x: str) -> str:
                 found = (f"{best[1]:.4g}", f"{best[0]:g}") if best else ("", "")
                 rows.append((key, label, f"{values[-1][1]:.4g}", *found))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    sides = ("<", "<", ">", ">", ">")
-    return "\n".join(
-        "  ".join(f"{word:{side}{width}}" for word, side, width in zip(row, sides, widths, strict=True)).rstrip()
-        for row in rows
-    )
+    line = "  ".join(f"{{:{side}{width}}}" for side, width in zip("<<>>>", widths, strict=True))
+    return "\n".join(line.format(*row).rstrip() for row in rows)
 
 
 def draw(runs: dict[str, list[dict]], keys: list[str], x: str):
@@ -140,15 +116,15 @@ def draw(runs: dict[str, list[dict]], keys: list[str], x: str):
 def main() -> None:
     args = get_args_parser().parse_args()
     setup_logging()
-    if args.output and importlib.util.find_spec("matplotlib") is None:
-        more = "pip install matplotlib; --output '' prints the table alone"
-        raise UsageError(f"--output {args.output}: needs a package more: {more}")
-    runs = {label: read_log(folder) for label, folder in zip(label_runs(args.runs), args.runs, strict=True)}
+    runs = {folder: read_log(folder) for folder in args.runs}
     keys = choose_keys(runs, args.keys, args.x)
     print(table(runs, keys, args.x))
     if args.output:
         try:
             draw(runs, keys, args.x).savefig(args.output, dpi=120)
+        except ImportError as error:
+            more = "pip install matplotlib; --output '' prints the table alone"
+            raise UsageError(f"--output {args.output}: needs a package more: {more}") from error
         except (OSError, ValueError) as error:  # no such folder; a format that matplotlib has not
             raise UsageError(f"--output {args.output}: cannot be written ({error})") from error
         print(f"curves in {args.output}")

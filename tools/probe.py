@@ -3,8 +3,7 @@
 python tools/probe.py --checkpoint output/demo_pretrain/checkpoint-1.pth --data_set shapes --random_init true
 python tools/probe.py --checkpoint base.pth --data_set IMNET --data_path /data/imagenet --method knn --max_images 50000
 
-The features are the last stage's on whole images, averaged over positions, from any checkpoint that the project reads;
-its shapes tell the model. k-NN needs no choice beyond k and the temperature. The linear classifier is a logistic
+The features are the last stage's on whole images, averaged over positions. The linear classifier is a logistic
 regression on standardised features, its L2 penalty picked on a held-out fifth of the training images.
 """
 
@@ -52,13 +51,24 @@ def load_encoder(args) -> Encoder:
 
 
 def add_image_arguments(parser: ArgumentParser) -> None:
-    """The flags that a checkpoint completes."""
+    """--checkpoint, and the flags that it completes."""
+    parser.add_argument("--checkpoint", required=True, help="file of any layout; its shapes tell the model")
     parser.add_argument("--input_size", type=whole(1, 16384), default=224, help="side of the images; as in training")
     parser.add_argument("--crop_pct", type=share, default=None, help=f"as in training, else: {CROP_HELP}")
     for name, kind in (("--mean", finite), ("--std", positive)):
         normalised = "of each channel; where not given: as in training, else ImageNet's"
         parser.add_argument(name, type=kind, nargs="+", default=None, help=normalised)
     parser.add_argument("--nodata", type=finite, default=None, help="value of pixels without data; as in training")
+
+
+def add_device_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("--device", type=device, default="auto", help=DEVICE_HELP)
+    add_bool(parser, "--use_amp", None, "mixed precision; where not given: on cuda")
+
+
+def pick_amp(args) -> Amp:
+    """What `add_device_arguments` asks for."""
+    return Amp(pick_device(args.device), args.use_amp, torch.bfloat16)
 
 
 def fit_linear(
@@ -69,8 +79,7 @@ def fit_linear(
     They minimise mean cross entropy + penalty / 2 * |weight|^2, which is convex, in at most 200 steps from `start`; a
     weak penalty may be stopped short.
     """
-    if start is None:
-        start = [features.new_zeros(num_classes, features.shape[1]), features.new_zeros(num_classes)]
+    start = start or [features.new_zeros(num_classes, features.shape[1]), features.new_zeros(num_classes)]
     weight, bias = parameters = [x.clone().requires_grad_() for x in start]
     optimizer = torch.optim.LBFGS(
         parameters, max_iter=200, tolerance_grad=1e-5, tolerance_change=1e-9, line_search_fn="strong_wolfe"
@@ -130,12 +139,12 @@ def probe(encoder: Encoder, loaders: tuple[DataLoader, DataLoader], methods: dic
 
 def get_args_parser() -> ArgumentParser:
     parser = ArgumentParser(__doc__.splitlines()[0])
-    parser.add_argument("--checkpoint", required=True, help="file of any layout; its shapes tell the model")
+    add_image_arguments(parser)
     parser.add_argument("--method", choices=("knn", "linear", "both"), default="both", help="classifier to use")
     parser.add_argument("--k", type=whole(1), default=20, help="nearest training images that vote")
     parser.add_argument("--temperature", type=positive, default=0.07, help="of the votes' weights")
     add_bool(parser, "--random_init", False, "compare with random weights of the same shapes")
-    parser.add_argument("--max_images", type=whole(10), default=None, help="of each split at most so many, at random")
+    parser.add_argument("--max_images", type=whole(10), default=None, help="of each split so many, picked at random")
     parser.add_argument("--data_set", default="shapes", help=datasets.DATA_SETS_HELP)
     parser.add_argument("--data_path", default=None, help="folder of the training data")
     parser.add_argument(
@@ -143,35 +152,24 @@ def get_args_parser() -> ArgumentParser:
     )
     for name, of in (("--train_list", "--data_path"), ("--eval_list", "--eval_data_path if given")):
         parser.add_argument(name, default=None, help=f"file with a line per image: its path below {of}, and its label")
-    parser.add_argument(
-        "--nb_classes", type=whole(1), default=None, help="number of classes, if the data does not tell"
-    )
-    add_image_arguments(parser)
+    parser.add_argument("--nb_classes", type=whole(1), default=None, help="number of classes, if the data does not tell")
     parser.add_argument("--batch_size", type=whole(1), default=64, help="images per forward pass")
     parser.add_argument("--num_workers", type=whole(0, 1024), default=10, help="loader processes")
     add_bool(parser, "--pin_mem", True, "page-locked host memory for faster copies to the GPU")
-    parser.add_argument("--device", type=device, default="auto", help=DEVICE_HELP)
-    add_bool(parser, "--use_amp", None, "mixed precision; where not given: on cuda")
+    add_device_arguments(parser)
     parser.add_argument("--seed", type=seed, default=0, help="of the random weights")
     return parser
 
 
-def check_args(args) -> None:
-    if args.data_set in ("IMNET", "image_folder") and not args.data_path:
-        raise UsageError(f"--data_set {args.data_set} needs --data_path; --data_set shapes needs no data")
-
-
 def main(args) -> None:
     setup_logging()
-    check_args(args)
-    encoder = load_encoder(args)
-    device = pick_device(args.device)
-    amp = Amp(device, device.type == "cuda" if args.use_amp is None else args.use_amp, torch.bfloat16)
+    encoder, amp = load_encoder(args), pick_amp(args)
     splits = (random_subset(x, args.max_images) for x in datasets.labelled_splits(args))
     loaders = tuple(datasets.build_eval_loader(split, args, spread=False) for split in splits)
     methods = {"knn": partial(knn_votes, k=args.k, temperature=args.temperature), "linear": linear_scores}
     methods = {name: method for name, method in methods.items() if args.method in (name, "both")}
     results = probe(encoder, loaders, methods, amp)
+    baseline = {}
     if args.random_init:
         torch.manual_seed(args.seed)
         fresh = Encoder(encoder.in_chans, encoder.depths, encoder.dims, stem_stride=encoder.stem_stride).eval()
@@ -181,11 +179,13 @@ def main(args) -> None:
         f"{args.checkpoint}: depths {encoder.depths}, dims {encoder.dims}, {args.input_size} px; "
         f"{train} training and {test} test images of {num_classes} classes"
     )
-    more = " random weights |" if args.random_init else ""
-    print(f"| method | top-1 | top-5 | chance |{more} seconds |\n|---|---|---|---|{'---|' * args.random_init}---|")
+    rows = [["method", "top-1", "top-5", "chance", *(["random weights"] if baseline else []), "seconds"]]
+    rows.append(["---"] * len(rows[0]))
     for name, (top1, top5, seconds) in results.items():
-        more = f" {baseline[name][0]:.2f} |" if args.random_init else ""
-        print(f"| {name} | {top1:.2f} | {top5:.2f} | {chance:.2f} |{more} {seconds:.1f} |")
+        more = [f"{baseline[name][0]:.2f}"] if baseline else []
+        rows.append([name, f"{top1:.2f}", f"{top5:.2f}", f"{chance:.2f}", *more, f"{seconds:.1f}"])
+    for row in rows:
+        print(f"| {' | '.join(row)} |")
 
 
 if __name__ == "__main__":

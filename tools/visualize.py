@@ -3,13 +3,13 @@
 python tools/visualize.py --checkpoint output/pretrain/checkpoint-799.pth --reconstructions --mask_ratios 0.4 0.6 0.75
 python tools/visualize.py --checkpoint finetuned.pth --features --diversity --images photos/
 
---reconstructions (of pre-training checkpoints): a row per image and seed: the image, then for each mask ratio the
-visible part and the prediction pasted into it. --features: a row per image: the image, then the first three principal
-components of each stage as red, green and blue; a stage's components are those of all images together, so one colour
-means the same thing in all of them. --diversity: the paper's feature cosine distance (section 3, figure 4), layer by
-layer. Without --images, drawn shapes are shown.
+--reconstructions: a row per image and seed: the image, then for each mask ratio the visible part and the prediction
+pasted into it. --features: a row per image: the image, then the first three principal components of each stage as red,
+green and blue, the same of all images. --diversity: the paper's feature cosine distance (section 3, figure 4) of each
+layer.
 """
 
+import contextlib
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -23,17 +23,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import datasets
 from models.convnextv2 import Block, Encoder, total_stride
 from models.fcmae import FCMAE, num_visible
-from tools.probe import add_image_arguments, load_encoder
+from tools.probe import add_device_arguments, add_image_arguments, load_encoder, pick_amp
 from utils import weights
 from utils.amp import Amp
-from utils.args import ArgumentParser, add_bool, device, fraction, prepared_output_dir, seed, whole
+from utils.args import ArgumentParser, add_bool, fraction, prepared_output_dir, seed, whole
 from utils.data.files import ImageTree
 from utils.data.images import BadImage, Reading, decode, read_file
 from utils.data.sampling import shuffled_indices
 from utils.data.shapes import Shapes
-from utils.distributed import pick_device, setup_logging
+from utils.distributed import setup_logging
 from utils.errors import UsageError, run_cli
-from utils.flags import DEVICE_HELP
 from utils.pictures import reconstructions, shown, tile
 
 
@@ -44,11 +43,13 @@ def load_images(args) -> torch.Tensor:
         dataset = Shapes("val", args.input_size, num_samples=args.max_images)
         return torch.stack([transform(dataset[i][0]) for i in range(len(dataset))])
     for path in args.images:
+        if not Path(path).exists():
+            raise UsageError(f"--images {path}: no such file or folder")
+        found = [path]
         if Path(path).is_dir():  # some from anywhere in it: the first may all be of one class
             found = ImageTree(path, "--images", args.in_chans).paths
-            paths += [found[i] for i in sorted(shuffled_indices(found)[: args.max_images].tolist())]
-        else:
-            paths.append(path)
+            found = [found[i] for i in sorted(shuffled_indices(found)[: args.max_images].tolist())]
+        paths += found
     for path in paths[: args.max_images]:
         try:
             image = decode(read_file(path), path, Reading(args.in_chans, nodata=args.nodata))
@@ -60,16 +61,12 @@ def load_images(args) -> torch.Tensor:
     return torch.stack(imgs)
 
 
-# ---- reconstructions -------------------------------------------------------------------------------------------------
-
-
 def load_fcmae(path: str, norm_pix_loss: bool) -> FCMAE:
     """The autoencoder of a pre-training checkpoint. Raises UsageError where the file holds no whole decoder."""
 
     def build(config: weights.BackboneConfig) -> FCMAE:
         if not config.decoder:
-            needs = "--reconstructions needs a pre-training checkpoint"
-            raise UsageError(f"--checkpoint {path}: holds no decoder; {needs}")
+            raise UsageError(f"--reconstructions: needs a pre-training checkpoint, {path} holds no decoder")
         sizes = {"in_chans": config.in_chans, "depths": config.depths, "dims": config.dims, **config.decoder}
         return FCMAE(**sizes, norm_pix_loss=norm_pix_loss, patch_size=total_stride(config.stem_stride))
 
@@ -86,9 +83,6 @@ def reconstruction_rows(
         rows.append(torch.cat([triples[0][:, :1], *(triple[:, 1:] for triple in triples)], dim=1))
     rows = torch.stack(rows, dim=1)  # (N, seeds, 1 + 2 * ratios, C, H, W)
     return tile(rows.flatten(0, 2), rows.shape[2])
-
-
-# ---- feature maps ----------------------------------------------------------------------------------------------------
 
 
 def principal_colours(maps: torch.Tensor) -> torch.Tensor:
@@ -120,9 +114,6 @@ def feature_rows(encoder: Encoder, imgs: torch.Tensor, amp: Amp, mean, std) -> t
     return tile(torch.stack(columns, dim=1).flatten(0, 1), len(columns))
 
 
-# ---- diversity of features -------------------------------------------------------------------------------------------
-
-
 def cosine_distance(x: torch.Tensor) -> torch.Tensor:
     """Mean cosine distance of all pairs of channels, per image: (N, H, W, C) -> (N,), from 0 (all alike) to 1.
 
@@ -138,31 +129,27 @@ def cosine_distance(x: torch.Tensor) -> torch.Tensor:
 @torch.no_grad()
 def feature_diversity(encoder: Encoder, imgs: torch.Tensor, amp: Amp, batch_size: int = 16) -> list[tuple]:
     """Per block: its name, and the mean cosine distance of its expanded features before and after GRN."""
-    sums, handles = defaultdict(float), []
-
-    def watch(name: str):
-        def hook(_module, _inputs, output):
-            sums[name] += float(cosine_distance(output).sum())
-
-        return hook
-
+    sums = defaultdict(float)
     blocks = [(name, module) for name, module in encoder.named_modules() if isinstance(module, Block)]
-    for name, block in blocks:
-        handles += [layer.register_forward_hook(watch(f"{name}.{part}")) for part, layer in
-                    (("act", block.act), ("grn", block.grn))]  # fmt: skip
-    try:
+    with contextlib.ExitStack() as stack:
+        for key, layer in [((name, part), getattr(block, part)) for name, block in blocks for part in ("act", "grn")]:
+
+            def add(_module, _inputs, output, key=key):
+                sums[key] += float(cosine_distance(output).sum())
+
+            stack.callback(layer.register_forward_hook(add).remove)
         for batch in imgs.split(batch_size):
             with amp.autocast():
                 encoder.forward_stages(batch.to(amp.device))
-    finally:
-        for handle in handles:
-            handle.remove()
-    return [(name, sums[f"{name}.act"] / len(imgs), sums[f"{name}.grn"] / len(imgs)) for name, _ in blocks]
+    return [(name, *(sums[name, part] / len(imgs) for part in ("act", "grn"))) for name, _ in blocks]
 
 
 def plot_diversity(rows: list[tuple], title: str, path: Path) -> None:
-    """Both columns of `feature_diversity` as lines over the layers."""
-    from matplotlib.figure import Figure  # not pyplot, which may look for a screen
+    """Both columns of `feature_diversity` as lines over the layers. Raises UsageError without matplotlib."""
+    try:
+        from matplotlib.figure import Figure  # not pyplot, which may look for a screen
+    except ImportError as error:
+        raise UsageError("--diversity: draws with matplotlib, which is missing: pip install matplotlib") from error
 
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
@@ -173,13 +160,10 @@ def plot_diversity(rows: list[tuple], title: str, path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-# ---- command line ----------------------------------------------------------------------------------------------------
-
-
 def get_args_parser() -> ArgumentParser:
     parser = ArgumentParser(__doc__.splitlines()[0])
     parser.set_defaults(norm_pix_loss=True)
-    parser.add_argument("--checkpoint", required=True, help="file of any layout; its shapes tell the model")
+    add_image_arguments(parser)
     add_bool(parser, "--reconstructions", False, "write reconstructions.png; of a pre-training checkpoint")
     add_bool(parser, "--features", False, "write features.png")
     add_bool(parser, "--diversity", False, "write diversity.png and print its numbers; needs matplotlib")
@@ -188,57 +172,47 @@ def get_args_parser() -> ArgumentParser:
     parser.add_argument("--mask_ratios", type=fraction, nargs="+", default=[0.4, 0.6, 0.75], help="of reconstructions")
     parser.add_argument("--seeds", type=seed, nargs="+", default=[0], help="of the masks; each has rows of its own")
     parser.add_argument("--output_dir", default="output/pictures", help="folder for the pictures")
-    add_image_arguments(parser)
-    parser.add_argument("--device", type=device, default="auto", help=DEVICE_HELP)
-    add_bool(parser, "--use_amp", None, "mixed precision; where not given: on cuda")
+    add_device_arguments(parser)
     return parser
 
 
-def check_args(args, patch_size: int) -> None:
-    if not (args.reconstructions or args.features or args.diversity):
-        raise UsageError("nothing to draw: give --reconstructions, --features or --diversity, or several of them")
-    if args.reconstructions and args.input_size % patch_size:
+def check_reconstructions(args, patch_size: int) -> None:
+    """Refuse sizes and mask ratios that leave no whole, or no removed, patches. Raises UsageError."""
+    if args.input_size % patch_size:
         raise UsageError(f"--input_size {args.input_size}: must be a multiple of the model's patch size {patch_size}")
-    for ratio in args.mask_ratios if args.reconstructions else ():
+    for ratio in args.mask_ratios:
         try:
             num_visible((args.input_size // patch_size) ** 2, ratio)
         except ValueError as error:
             raise UsageError(f"--mask_ratios {ratio}: {error}") from error
-    for path in args.images or ():
-        if not Path(path).exists():
-            raise UsageError(f"--images {path}: no such file or folder")
-    if args.diversity:
-        try:
-            import matplotlib.figure  # noqa: F401
-        except ImportError as error:
-            raise UsageError("--diversity: draws with matplotlib, which is missing: pip install matplotlib") from error
 
 
 def main(args) -> None:
     setup_logging()
+    if not (args.reconstructions or args.features or args.diversity):
+        raise UsageError("nothing to draw: give --reconstructions, --features or --diversity, or several of them")
     encoder = load_encoder(args)
-    check_args(args, encoder.patch_size)
-    device = pick_device(args.device)
-    amp = Amp(device, device.type == "cuda" if args.use_amp is None else args.use_amp, torch.bfloat16)
-    imgs, (mean, std) = load_images(args), datasets.mean_std(args)
+    if args.reconstructions:
+        check_reconstructions(args, encoder.patch_size)
+    amp, imgs, (mean, std) = pick_amp(args), load_images(args), datasets.mean_std(args)
     with prepared_output_dir(args.output_dir):
         folder, written = Path(args.output_dir), []
         if args.reconstructions:
-            model = load_fcmae(args.checkpoint, args.norm_pix_loss).to(device)
-            grid = reconstruction_rows(model, imgs, amp, mean, std, args.mask_ratios, args.seeds)
+            model = load_fcmae(args.checkpoint, args.norm_pix_loss).to(amp.device)
             written.append(folder / "reconstructions.png")
-            save_image(grid, written[-1])
-        encoder.to(device)
+            rows = reconstruction_rows(model, imgs, amp, mean, std, args.mask_ratios, args.seeds)
+            save_image(rows, written[-1])
+        encoder.to(amp.device)
         if args.features:
             written.append(folder / "features.png")
             save_image(feature_rows(encoder, imgs, amp, mean, std), written[-1])
         if args.diversity:
             rows = feature_diversity(encoder, imgs, amp)
+            written.append(folder / "diversity.png")
+            plot_diversity(rows, f"{Path(args.checkpoint).name}, {len(imgs)} images", written[-1])
             print("| layer | block | before GRN | after GRN |\n|---|---|---|---|")
             for layer, (name, before, after) in enumerate(rows, start=1):
                 print(f"| {layer} | {name} | {before:.4f} | {after:.4f} |")
-            written.append(folder / "diversity.png")
-            plot_diversity(rows, f"{Path(args.checkpoint).name}, {len(imgs)} images", written[-1])
         print("written:", *written)
 
 

@@ -1,10 +1,8 @@
 """How other code bases name and shape the parameters of a ConvNeXt V2: theirs as ours, ours as theirs, by tables.
 
-A layout is a line in LAYOUTS, an odd shape a line in SHAPES. What is converted may share memory with its source; a
-layout that is not known raises ValueError.
+A layout is a line in LAYOUTS, an odd shape a line in SHAPES. What is converted may share memory with its source.
 """
 
-import itertools
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -14,18 +12,18 @@ from torch import Tensor
 
 PROBE_EPS = 1e-6  # of the batch norm of models/linear_probe.py
 
-# Each row: how a parameter's name begins here, in timm, in transformers. # is a number. Rows are applied from top to
+# Each row: how a parameter's name begins here, in timm, in transformers. {} is a number. Rows are applied from top to
 # bottom, so no row may produce a name that a later row matches.
 NAMES = (
     ("downsample_layers.0.0.", "stem.0.", "embeddings.patch_embeddings."),
     ("downsample_layers.0.1.", "stem.1.", "embeddings.layernorm."),
-    ("downsample_layers.#.#.", "stages.#.downsample.#.", "encoder.stages.#.downsampling_layer.#."),
-    ("stages.#.#.dwconv.", "stages.#.blocks.#.conv_dw.", "encoder.stages.#.layers.#.dwconv."),
-    ("stages.#.#.norm.", "stages.#.blocks.#.norm.", "encoder.stages.#.layers.#.layernorm."),
-    ("stages.#.#.pwconv1.", "stages.#.blocks.#.mlp.fc1.", "encoder.stages.#.layers.#.pwconv1."),
-    ("stages.#.#.grn.gamma", "stages.#.blocks.#.mlp.grn.weight", "encoder.stages.#.layers.#.grn.weight"),
-    ("stages.#.#.grn.beta", "stages.#.blocks.#.mlp.grn.bias", "encoder.stages.#.layers.#.grn.bias"),
-    ("stages.#.#.pwconv2.", "stages.#.blocks.#.mlp.fc2.", "encoder.stages.#.layers.#.pwconv2."),
+    ("downsample_layers.{}.{}.", "stages.{}.downsample.{}.", "encoder.stages.{}.downsampling_layer.{}."),
+    ("stages.{}.{}.dwconv.", "stages.{}.blocks.{}.conv_dw.", "encoder.stages.{}.layers.{}.dwconv."),
+    ("stages.{}.{}.norm.", "stages.{}.blocks.{}.norm.", "encoder.stages.{}.layers.{}.layernorm."),
+    ("stages.{}.{}.pwconv1.", "stages.{}.blocks.{}.mlp.fc1.", "encoder.stages.{}.layers.{}.pwconv1."),
+    ("stages.{}.{}.grn.gamma", "stages.{}.blocks.{}.mlp.grn.weight", "encoder.stages.{}.layers.{}.grn.weight"),
+    ("stages.{}.{}.grn.beta", "stages.{}.blocks.{}.mlp.grn.bias", "encoder.stages.{}.layers.{}.grn.bias"),
+    ("stages.{}.{}.pwconv2.", "stages.{}.blocks.{}.mlp.fc2.", "encoder.stages.{}.layers.{}.pwconv2."),
     ("head.", "head.fc.", "classifier."),
     ("norm.", "head.norm.", "layernorm."),
 )
@@ -33,33 +31,31 @@ NAMES = (
 
 def _renamings(source: int, target: int) -> tuple[tuple[str, str], ...]:
     """Two columns of NAMES as regular expressions and what to put for them."""
-    rules = []
-    for row in NAMES:
-        group = itertools.count(1)
-        pattern = r"(\d+)".join(re.escape(part) for part in row[source].split("#"))
-        rules.append((f"^{pattern}", re.sub("#", lambda _, group=group: rf"\{next(group)}", row[target])))
-    return tuple(rules)
+    patterns = ("^" + row[source].replace(".", r"\.").format(r"(\d+)", r"(\d+)") for row in NAMES)
+    return tuple((pattern, row[target].format(r"\1", r"\2")) for pattern, row in zip(patterns, NAMES, strict=True))
 
 
 # layout: (a pattern that only its names match, renamings to ours in order). Every block of a ConvNeXt V2 has a name
 # that matches, no ConvNeXt V1 has one. The first match wins, so reference_sparse, what the reference's MinkowskiEngine
 # training saves, comes before fcmae, whose pattern it matches too. fcmae may be without a decoder.
 LAYOUTS = {
-    "reference_sparse": (r"\bstages\.\d+\.\d+\.dwconv\.kernel$", (
+    "reference_sparse": (r"(encoder\.)?stages\.\d+\.\d+\.dwconv\.kernel", (
         (r"^encoder\.", ""),
         (r"\.(ln|linear)\.", "."),
         (r"\.kernel$", ".weight"),
     )),
-    "fcmae": (r"^encoder\.stages\.\d+\.\d+\.grn\.gamma$", (
+    "fcmae": (r"encoder\.stages\.\d+\.\d+\.grn\.gamma", (
         (r"^encoder\.", ""),
     )),
-    "backbone": (r"^stages\.\d+\.\d+\.grn\.gamma$", ()),
-    "timm": (r"^stages[._]\d+\.blocks\.\d+\.mlp\.grn\.weight$", (
+    "backbone": (r"stages\.\d+\.\d+\.grn\.gamma", ()),
+    "timm": (r"stages[._]\d+\.blocks\.\d+\.mlp\.grn\.weight", (
         (r"^(stem|stages)_(\d+)\.", r"\1.\2."),  # of features_only models
         *_renamings(1, 0),
     )),
-    "huggingface": (r"^(convnextv2\.)?encoder\.stages\.\d+\.layers\.\d+\.grn\.weight$", (
+    "huggingface": (r"(convnextv2\.)?encoder\.stages\.\d+\.layers\.\d+\.grn\.(weight|gamma)", (
         (r"^convnextv2\.", ""),
+        (r"\.grn\.gamma$", ".grn.weight"),  # older ones
+        (r"\.grn\.beta$", ".grn.bias"),
         *_renamings(2, 0),
     )),
 }  # fmt: skip
@@ -88,25 +84,33 @@ def first_names(names: Iterable) -> str:
     return shown if len(names) <= 6 else f"{shown}, ... ({len(names)} in all)"
 
 
-def layout(state_dict: Mapping[str, Tensor]) -> str:
-    """Which of LAYOUTS the names follow, told by the one parameter that no other layout calls so.
+def recognise(state_dict: Mapping[str, Tensor]) -> tuple[str, str]:
+    """Which of LAYOUTS the names follow, and the prefix under which they do, such as `model.`, else ''.
 
-    Raises ValueError, naming a few parameters, when it is none (a ConvNeXt V1 for one: it has no GRN).
+    Raises ValueError, naming a few parameters, when it is none (a ConvNeXt V1 for one: it has no GRN), or several.
     """
     for kind, (signature, _) in LAYOUTS.items():
-        if any(re.search(signature, name) for name in state_dict):
-            return kind
+        found = [match[1] for name in state_dict if (match := re.fullmatch(rf"((?:.*?\.)??){signature}", name))]
+        if len(prefixes := sorted(set(found))) > 1:
+            shown = " and ".join(map(repr, prefixes))
+            raise ValueError(f"holds models under {shown}: give main_finetune.py a --model_prefix, or save one alone")
+        if prefixes:
+            return kind, prefixes[0]
     names = first_names(state_dict)
     raise ValueError(f"not a ConvNeXt V2 in a known layout ({', '.join(LAYOUTS)}); its names: {names}")
 
 
 def convert(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Every parameter of any layout by the name and shape in `ConvNeXtV2`; what is not of it, a decoder, goes along."""
-    _, renames = LAYOUTS[layout(state_dict)]
+    """Every parameter of any layout by the name and shape in `ConvNeXtV2`; what is not of it, a decoder, goes along.
+
+    Names without the prefix that `recognise` tells are of something else, and left out.
+    """
+    kind, prefix = recognise(state_dict)
     converted = {}
     for name, value in state_dict.items():
-        reshape = next((f for pattern, f in SHAPES if re.search(pattern, name)), None)
-        converted[_rename(name, renames)] = reshape(value) if reshape else value
+        if name.startswith(prefix):
+            reshape = next((f for pattern, f in SHAPES if re.search(pattern, name)), None)
+            converted[_rename(name.removeprefix(prefix), LAYOUTS[kind][1])] = reshape(value) if reshape else value
     return fold_batch_norm(converted)
 
 
@@ -132,14 +136,15 @@ def to_backbone(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {n: v for n, v in convert(state_dict).items() if re.match(r"(downsample_layers|stages|norm|head)\.", n)}
 
 
-def to_timm(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A backbone of any layout by the names and shapes of timm's convnextv2_* models; the inverse of `to_backbone`.
+def timm_has_conv_mlp(first_width: int) -> bool:
+    """Whether timm's model writes its linears as 1x1 convolutions; of sizes that timm has not, a convention."""
+    return first_width < 96
 
-    timm writes the linears of its sizes below tiny, told here by their first width, as 1x1 convolutions (`conv_mlp`).
-    """
-    state = to_backbone(state_dict)
+
+def to_timm(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A backbone of any layout by the names and shapes of timm's convnextv2_* models; the inverse of `to_backbone`."""
+    state, converted = to_backbone(state_dict), {}
     conv_mlp = timm_has_conv_mlp(len(state["downsample_layers.0.0.weight"]))
-    converted = {}
     for name, value in state.items():
         if ".grn." in name:
             value = value.flatten()
@@ -149,19 +154,13 @@ def to_timm(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return converted
 
 
-def timm_has_conv_mlp(first_width: int) -> bool:
-    """Whether timm's model writes its linears as 1x1 convolutions; of sizes that timm has not, a convention."""
-    return first_width < 96
-
-
 def to_huggingface(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A backbone of any layout by the names and shapes of transformers; the inverse of `to_backbone`.
 
     With a head those of ConvNextV2ForImageClassification, without one those of ConvNextV2Model.
     """
     state = to_backbone(state_dict)
-    prefix = "convnextv2." if "head.weight" in state else ""
-    return {
-        (prefix if not name.startswith("head.") else "") + _rename(name, TO_HUGGINGFACE): value
-        for name, value in state.items()
-    }
+    renamed = {_rename(name, TO_HUGGINGFACE): value for name, value in state.items()}
+    if "head.weight" in state:
+        renamed = {n if n.startswith("classifier.") else f"convnextv2.{n}": value for n, value in renamed.items()}
+    return renamed

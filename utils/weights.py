@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from .checkpoint import finite, read
 from .errors import UsageError
-from .layouts import convert, first_names, layout
+from .layouts import convert, first_names, recognise
 
 log = logging.getLogger("fcmae")
 
 MODEL_KEY = "model|module"
+OTHER_KEYS = ("state_dict", "model_state_dict", "model_ema", "state_dict_ema")  # of common trainers
 ENCODER, DECODER = r"(downsample_layers|stages)\.", r"(proj|decoder|pred)\.|mask_token$"
 
 
@@ -40,31 +41,22 @@ class BackboneConfig(NamedTuple):
         return f"depths {self.depths}, dims {self.dims}, {self.in_chans} channels and stem stride {self.stem_stride}"
 
 
-class SizeMismatch(ValueError):
-    """The backbone is whole, and of another size than the model's: `config` is the checkpoint's."""
-
-    def __init__(self, config: BackboneConfig, own: BackboneConfig):
-        super().__init__(f"it has {config}, the model has {own}")
-        self.config, self.own = config, own
-
-
 class Report(NamedTuple):
     """What `load` did, by the names of the model's parameters."""
 
     layout: str
-    averaged: int  # channels that the stem of the checkpoint was averaged over; 0: it fits
     loaded: list[str]
     unexpected_keys: list[str]  # the checkpoint's that were dropped
     missing_keys: list[str]  # the model's that stay as they were initialised
 
     def rows(self) -> dict[str, str]:
         """What to show a person, by its label; a module of which all parameters are listed is written once."""
-        own, source = self.loaded + self.missing_keys, self.loaded + self.unexpected_keys
+        own = self.loaded + self.missing_keys
         return {
             "loaded": summarise_names(self.loaded, own),
-            "dropped": summarise_names(self.unexpected_keys, source),
+            "dropped": summarise_names(self.unexpected_keys, self.loaded + self.unexpected_keys),
             "fresh": summarise_names(self.missing_keys, own),
-            "layout": self.layout + (f", its stem averaged over {self.averaged} channels" if self.averaged else ""),
+            "layout": self.layout,
         }
 
 
@@ -98,17 +90,10 @@ def load_checkpoint(
     content, source, given = read(path), f"{flag} {path}".strip(), isinstance(model, nn.Module)
     try:
         state_dict = unwrap(content, model_key, model_prefix)
-        try:
-            config = infer_config(state_dict)
-        except (IndexError, RuntimeError, TypeError) as error:
-            raise ValueError(f"not a whole backbone: a parameter has an impossible shape ({error})") from error
+        config = infer_config(state_dict)
         model = model if given else model(config)
         report = load(model, state_dict, stem_average, fresh_head)
     except ValueError as error:
-        if given and isinstance(error, SizeMismatch):
-            hint = f"; give --in_chans {error.config.in_chans} or --stem_average true"
-            hint = hint if error.config.in_chans != error.own.in_chans else ""
-            error = f"not for this --model or --stem_stride; {error}{hint}"
         raise UsageError(f"{source}: {error}") from None
     rows = report.rows()
     if whole and report.missing_keys:
@@ -145,20 +130,20 @@ def unwrap(checkpoint: dict, model_key: str = MODEL_KEY, model_prefix: str = "")
     Raises:
         ValueError: none of the keys has a state dict, or no name has the prefix.
     """
-    keys = model_key.split("|")
+    keys, missing = model_key.split("|"), f"nothing under --model_key {model_key}"
     if model_key == MODEL_KEY:
-        keys = [*([str(checkpoint["scored"])] if "scored" in checkpoint else []), *keys, "state_dict", "model_ema"]
+        keys = [str(checkpoint.get("scored")), *keys, *OTHER_KEYS]
+        missing = f"no state dict under {', '.join(keys[1:])}"
+    elif model_key == "model_ema":
+        keys, missing = ["model_ema", "state_dict_ema"], "no moving average"
     candidates = {"model": checkpoint} if _is_state_dict(checkpoint) else checkpoint
     state_dict = next(filter(_is_state_dict, map(candidates.get, keys)), None)
     if state_dict is None:
-        sought = f"nothing under --model_key {model_key}"
-        usual = {MODEL_KEY: f"no state dict under {', '.join(keys)}", "model_ema": "no moving average"}
-        raise ValueError(f"holds {usual.get(model_key, sought)}; it has {first_names(checkpoint)}")
-    names = (re.sub(r"\b_orig_mod\.", "", name) for name in state_dict)
-    state_dict = {re.sub(r"^(module\.)+", "", n): v for n, v in zip(names, state_dict.values(), strict=True)}
-    found = {name.removeprefix(model_prefix): v for name, v in state_dict.items() if name.startswith(model_prefix)}
+        raise ValueError(f"holds {missing}; it has {first_names(checkpoint)}")
+    plain = {re.sub(r"^(_orig_mod\.|module\.)+|\b_orig_mod\.", "", name): v for name, v in state_dict.items()}
+    found = {name.removeprefix(model_prefix): v for name, v in plain.items() if name.startswith(model_prefix)}
     if not found:
-        names = summarise_names(list(state_dict), list(state_dict))
+        names = summarise_names(list(plain), list(plain))
         raise ValueError(f"--model_prefix {model_prefix}: no name begins so; it has {names}")
     return found
 
@@ -166,22 +151,24 @@ def unwrap(checkpoint: dict, model_key: str = MODEL_KEY, model_prefix: str = "")
 def infer_config(state_dict: Mapping[str, Tensor]) -> BackboneConfig:
     """What the shapes of a state dict of any layout tell about its model.
 
-    Raises ValueError for an unknown layout, or when the stem or all of a stage is missing.
+    Raises ValueError for an unknown layout, or when the stem or all of a stage is missing, or has impossible shapes.
     """
-    state, depths, dims = convert(state_dict), (), ()
-    for i in range(4):
-        blocks = [v for name, v in state.items() if re.match(rf"stages\.{i}\.\d+\.dwconv\.weight$", name)]
-        before = state.get(f"downsample_layers.{i}.{min(i, 1)}.weight", ())
-        depths, dims = (*depths, len(blocks)), (*dims, len([*blocks, before][0]))
-    stem = state.get("downsample_layers.0.0.weight")
-    if stem is None or 0 in dims:
-        raise ValueError(f"not the state dict of a whole backbone; its names: {first_names(state_dict)}")
-    num_classes = len(state.get("head.weight", ()))
-    decoder = {}
-    if {"mask_token", "proj.weight", "pred.weight"} <= state.keys():
-        blocks = [name for name in state if re.fullmatch(r"decoder\.\d+\.dwconv\.weight", name)]
-        decoder = {"decoder_depth": len(blocks), "decoder_embed_dim": state["mask_token"].shape[1]}
-    return BackboneConfig(depths, dims, stem.shape[1], stem.shape[-1], num_classes, decoder)
+    try:
+        state, depths, dims = convert(state_dict), (), ()
+        for i in range(4):
+            blocks = [v for name, v in state.items() if re.match(rf"stages\.{i}\.\d+\.dwconv\.weight$", name)]
+            before = state.get(f"downsample_layers.{i}.{min(i, 1)}.weight", ())
+            depths, dims = (*depths, len(blocks)), (*dims, len([*blocks, before][0]))
+        stem = state.get("downsample_layers.0.0.weight")
+        if stem is None or 0 in dims:
+            raise ValueError(f"not the state dict of a whole backbone; its names: {first_names(state_dict)}")
+        num_classes, decoder = len(state.get("head.weight", ())), {}
+        if {"mask_token", "proj.weight", "pred.weight"} <= state.keys():
+            blocks = [name for name in state if re.fullmatch(r"decoder\.\d+\.dwconv\.weight", name)]
+            decoder = {"decoder_depth": len(blocks), "decoder_embed_dim": state["mask_token"].shape[1]}
+        return BackboneConfig(depths, dims, stem.shape[1], stem.shape[-1], num_classes, decoder)
+    except (IndexError, RuntimeError, TypeError) as error:
+        raise ValueError(f"not a whole backbone: a parameter has an impossible shape ({error})") from error
 
 
 def load(
@@ -198,15 +185,16 @@ def load(
         fresh_head: leave the head as it is, even if the state dict has one that fits.
 
     Raises:
-        ValueError: an unknown layout, weights that are NaN or infinite, an incomplete encoder, or (`SizeMismatch`) one
-            of another size; nothing is loaded then.
+        ValueError: an unknown layout, weights that are NaN or infinite, an encoder that is incomplete or of another
+            size; nothing is loaded then.
     """
-    own = model.state_dict()
+    own, (layout, under) = model.state_dict(), recognise(state_dict)
     prefix = "encoder." if any(name.startswith("encoder.") for name in own) else ""
     source = {f"{prefix}{n}" if re.match(ENCODER, n) else n: v for n, v in convert(state_dict).items()}
-    stem, averaged = f"{prefix}downsample_layers.0.0.weight", 0
+    layout += f", under {under}*" if under else ""
+    stem = f"{prefix}downsample_layers.0.0.weight"
     if stem_average and stem in source and source[stem].shape[1] != own[stem].shape[1]:
-        averaged = source[stem].shape[1]
+        layout += f", its stem averaged over {source[stem].shape[1]} channels"
         mean = source[stem].sum(dim=1, keepdim=True) / own[stem].shape[1]
         source[stem] = mean.expand(-1, own[stem].shape[1], -1, -1)
     loaded = {}
@@ -218,11 +206,16 @@ def load(
         elif part == prefix + ENCODER:
             config, needed = infer_config(source), infer_config(own)
             if config.encoder() != needed.encoder():
-                raise SizeMismatch(config, needed)
+                hint = f"; give --in_chans {config.in_chans} or --stem_average true"
+                hint = hint if config.in_chans != needed.in_chans else ""
+                sizes = f"it has {config}, the model has {needed}"
+                raise ValueError(f"not for this model size or --stem_stride: {sizes}{hint}")
             wrong = [name for name in ours | theirs if ours.get(name) != theirs.get(name)]
             raise ValueError(f"not a whole backbone: missing, unknown or of another shape are {first_names(wrong)}")
     if not finite(loaded):
         raise ValueError("its weights are NaN or infinite; give an earlier checkpoint")
     model.load_state_dict(loaded, strict=False)
-    unexpected, missing = ([name for name in names if name not in loaded] for names in (source, own))
-    return Report(layout(state_dict), averaged, [name for name in own if name in loaded], unexpected, missing)
+    beside = [name for name in state_dict if not name.startswith(under)]  # of something else
+    unexpected = [name for name in source if name not in loaded] + beside
+    missing = [name for name in own if name not in loaded]
+    return Report(layout, [name for name in own if name in loaded], unexpected, missing)
