@@ -499,7 +499,7 @@ def test_hub_autoencoders(small, pre, fine):
 
 
 def test_hub_refuses_what_does_not_fit(small, fine, tmp_path):
-    with pytest.raises(ValueError, match=r"convnextv2_tiny from .*fine.pth: it has depths \(1, 1, 2, 1\)"):
+    with pytest.raises(ValueError, match=r"convnextv2_tiny from .*fine.pth: .* it has depths \(1, 1, 2, 1\)"):
         hub("convnextv2_tiny", checkpoint=fine[0])
     torch.save(timm.create_model("resnet10t").state_dict(), tmp_path / "resnet.pth")
     with pytest.raises(ValueError, match="not a ConvNeXt V2"):

@@ -221,8 +221,6 @@ def test_knn_images_are_a_fixed_random_part(monkeypatch):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--knn_freq -1", "--knn_freq -1: must be a whole number, at least 0"),
-        ("--knn_images 0", "--knn_images 0: must be a whole number, at least 1"),
         ("--knn_freq 1 --data_path $flat", "--knn_freq 1: needs labelled images; --data_path .* no class folders"),
         ("--knn_freq 1 --data_path $one", "--knn_freq 1: .* one class folder, c0; at least two"),
         ("--knn_freq 1 --data_path $few", "--knn_freq 1: .* fewer than five images in each"),
@@ -450,7 +448,7 @@ def test_buffers_are_the_first_process_s(tmp_path):
         ("--drop_path 0.1", "--drop_path 0.1 and --linear_probe true"),
         ("--model_ema true", "--model_ema True and --linear_probe true"),
         ("--grad_checkpointing true", "--grad_checkpointing True and --linear_probe true"),
-        ("--batch_size 5", "--batch_size 5: must be even, batch norm"),
+        ("--batch_size 5", "--batch_size 5: must be even, .*batch norm"),
         ("--resume $pre", ".*: a checkpoint of another model"),
     ],
 )
@@ -571,13 +569,8 @@ def test_the_penalty_is_picked_without_the_test_images(monkeypatch):
     [
         ("--checkpoint /nowhere.pth", "/nowhere.pth: no such checkpoint"),
         ("--checkpoint $v1", "--checkpoint .*: not a ConvNeXt V2 in a known layout"),
-        ("--k 0", "--k 0: must be at least 1"),
-        ("--temperature 0", "--temperature 0.0: must be above 0"),
-        ("--max_images 3", "--max_images 3: must be at least 10"),
-        ("--batch_size 0", "--batch_size 0: must be at least 1"),
+        ("--max_images 3", "--max_images 3: must be a whole number from 10"),
         ("--input_size 7", "--input_size 7: must be at least the model's total stride 8"),
-        ("--input_size 0", "--input_size 0: must be at least"),
-        ("--crop_pct 2", "--crop_pct 2.0: must be above 0"),
         ("--data_set image_folder", "--data_set image_folder needs --data_path"),
         ("--data_set image_folder --data_path /nowhere", "--data_path /nowhere: no such folder"),
         ("--data_set shape", "--data_set shape: unknown"),

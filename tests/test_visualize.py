@@ -275,7 +275,7 @@ def test_any_layout_is_drawn(draw, scripts, checkpoint, tmp_path):
     tiles(out / "features.png", 2, 5, size=120)
     result, _ = draw("--reconstructions", "--checkpoint", path, "--input_size", 24)
     assert result.code == 2
-    assert re.match("error: --checkpoint .*: holds no decoder; --reconstructions needs a pre-training", result.err)
+    assert re.match("error: --reconstructions: needs a pre-training checkpoint, .* holds no decoder", result.err)
 
 
 # ---- mistakes
@@ -289,13 +289,10 @@ def test_any_layout_is_drawn(draw, scripts, checkpoint, tmp_path):
         ("--features --images /nowhere.png", "--images /nowhere.png: no such file or folder"),
         ("--features --images $text", "--images .*text.png: .*cannot identify image"),
         ("--features --images $empty", "--images .*empty: holds no images"),
-        ("--features --max_images 0", "--max_images 0: must be at least 1"),
         ("--features --input_size 7", "--input_size 7: must be at least the model's total stride 8"),
         ("--reconstructions --input_size 20", "--input_size 20: must be a multiple of the model's patch size 8"),
         ("--reconstructions --mask_ratios 0.6 1", "--mask_ratios 1.0: mask_ratio 1.0 keeps 0 of 4 patches"),
         ("--reconstructions --mask_ratios 0", "--mask_ratios 0.0: mask_ratio 0.0 keeps 4 of 4 patches"),
-        ("--reconstructions --seeds 0 -1", "argument --seeds: '-1' is not a seed"),
-        ("--features --crop_pct 0", "--crop_pct 0.0: must be above 0"),
         ("--features --output_dir /proc/pictures", "--output_dir /proc/pictures: cannot be written"),
         ("--feature", "unknown argument --feature .did you mean --features"),
     ],

@@ -176,7 +176,7 @@ TO_HUGGINGFACE = {
 
 def test_to_huggingface(dense):
     theirs = to_huggingface(dense)
-    assert layout(theirs) == "huggingface"
+    assert recognise(theirs) == ("huggingface", "")
     assert len(theirs) == len(dense)
     for our_name, their_name in TO_HUGGINGFACE.items():
         prefix = "" if our_name.startswith("head.") else "convnextv2."
@@ -245,13 +245,13 @@ def test_unwrap_without_a_state_dict(nothing):
 def test_layout(sparse, fcmae, dense):
     of_timm = timm.create_model("convnextv2_atto").state_dict()
     kinds = {"reference_sparse": sparse, "fcmae": fcmae, "backbone": dense, "timm": of_timm}
-    assert {kind: layout(state_dict) for kind, state_dict in kinds.items()} == {kind: kind for kind in kinds}
+    assert {kind: recognise(state_dict) for kind, state_dict in kinds.items()} == {kind: (kind, "") for kind in kinds}
 
 
 @pytest.mark.parametrize("name", ["resnet10t", "convnext_atto"])  # ConvNeXt V1: no GRN
 def test_layout_of_something_else(name):
     state_dict = timm.create_model(name).state_dict()
-    for function in (layout, to_backbone, infer_config):
+    for function in (recognise, to_backbone, infer_config):
         with pytest.raises(ValueError, match=f"not a ConvNeXt V2.*{next(iter(state_dict))}"):
             function(state_dict)
 
@@ -408,9 +408,8 @@ def test_another_size_is_refused_and_changes_nothing(change, message, target):
     model = target()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     source = {name: value + 1 for name, value in classifier(**change).state_dict().items()}
-    with pytest.raises(SizeMismatch, match=message) as caught:
+    with pytest.raises(ValueError, match=message):
         load(model, source)
-    assert caught.value.config == infer_config(source)
     assert_same(model.state_dict(), before)
 
 
@@ -442,10 +441,10 @@ def test_averaging_the_stem():
     for source_chans, chans in ((3, 1), (3, 4), (1, 3), (4, 3)):
         source = classifier(in_chans=source_chans).eval().double()
         model = classifier(False, in_chans=chans).eval().double()
-        with pytest.raises(SizeMismatch):
+        with pytest.raises(ValueError, match="--in_chans"):
             load(model, source.state_dict())
         report = load(model, source.state_dict(), stem_average=True)
-        assert (report.averaged, report.missing_keys, report.unexpected_keys) == (source_chans, [], [])
+        assert (report.missing_keys, report.unexpected_keys) == ([], [])
         assert report.rows()["layout"] == f"backbone, its stem averaged over {source_chans} channels"
         grey = torch.rand(2, 1, 16, 16, dtype=torch.float64)
         with torch.inference_mode():
@@ -508,7 +507,7 @@ def test_a_probe_is_read_as_the_classifier_with_its_logits(tmp_path):
 
 def test_a_stem_that_fits_is_not_averaged():
     source, model = classifier().state_dict(), classifier(False)
-    assert load(model, source, stem_average=True).averaged == 0
+    assert load(model, source, stem_average=True).layout == "backbone"
     assert_same(model.state_dict(), source)
 
 
@@ -609,7 +608,7 @@ def test_bad_checkpoints_end_in_one_line(scripts, tmp_path):
         whole = (tmp_path / f"grey{ending}").read_bytes()
         (tmp_path / f"half{ending}").write_bytes(whole[: len(whole) // 2])
     messages = {
-        "wide.pth": r"not for this --model or --stem_stride; it has .*dims \(8, 8, 16, 24\)",
+        "wide.pth": r"not for this --model or --stem_stride: it has .*dims \(8, 8, 16, 24\)",
         "grey.pth": "not for this --model .* it has .* 1 channels .*; give --in_chans 1 or --stem_average true",
         "part.pth": "not a whole backbone: .*stages.2.1.grn.gamma",
         "resnet.pth": "not a ConvNeXt V2",

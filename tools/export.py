@@ -304,7 +304,6 @@ TARGETS = {  # by whom it is written, what the weights are called in a folder, a
 
 def get_args_parser() -> ArgumentParser:
     parser = ArgumentParser(__doc__.splitlines()[0])
-    parser.add_argument("--checkpoint", required=True, help=".pth, .pt, .bin or .safetensors, in any layout")
     parser.add_argument("--to", required=True, choices=list(TARGETS), help="the library to write for")
     parser.add_argument("--output", required=True, help="a folder, or (not for hf) a file with the format's ending")
     add_image_arguments(parser)

@@ -52,7 +52,7 @@ def load_encoder(args) -> Encoder:
 
 def add_image_arguments(parser: ArgumentParser) -> None:
     """--checkpoint, and the flags that it completes."""
-    parser.add_argument("--checkpoint", required=True, help="file of any layout; its shapes tell the model")
+    parser.add_argument("--checkpoint", required=True, help=".pth, .pt, .bin or .safetensors, in any layout")
     parser.add_argument("--input_size", type=whole(1, 16384), default=224, help="side of the images; as in training")
     parser.add_argument("--crop_pct", type=share, default=None, help=f"as in training, else: {CROP_HELP}")
     for name, kind in (("--mean", finite), ("--std", positive)):
@@ -152,7 +152,7 @@ def get_args_parser() -> ArgumentParser:
     )
     for name, of in (("--train_list", "--data_path"), ("--eval_list", "--eval_data_path if given")):
         parser.add_argument(name, default=None, help=f"file with a line per image: its path below {of}, and its label")
-    parser.add_argument("--nb_classes", type=whole(1), default=None, help="number of classes, if the data does not tell")
+    parser.add_argument("--nb_classes", type=whole(1), default=None, help="number of classes, if not told")
     parser.add_argument("--batch_size", type=whole(1), default=64, help="images per forward pass")
     parser.add_argument("--num_workers", type=whole(0, 1024), default=10, help="loader processes")
     add_bool(parser, "--pin_mem", True, "page-locked host memory for faster copies to the GPU")

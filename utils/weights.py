@@ -209,7 +209,7 @@ def load(
                 hint = f"; give --in_chans {config.in_chans} or --stem_average true"
                 hint = hint if config.in_chans != needed.in_chans else ""
                 sizes = f"it has {config}, the model has {needed}"
-                raise ValueError(f"not for this model size or --stem_stride: {sizes}{hint}")
+                raise ValueError(f"not for this --model or --stem_stride: {sizes}{hint}")
             wrong = [name for name in ours | theirs if ours.get(name) != theirs.get(name)]
             raise ValueError(f"not a whole backbone: missing, unknown or of another shape are {first_names(wrong)}")
     if not finite(loaded):
