@@ -143,9 +143,9 @@ def test_images_of_224_pixels(scripts, tmp_path, monkeypatch):
     """Patches of 32 pixels, 49 of them, 19 visible: what the defaults come to."""
     masks, forward = [], fcmae.FCMAE.forward
 
-    def watched(model, imgs, mask):
+    def watched(model, imgs, mask, mask_ratio):
         masks.append(mask)
-        return forward(model, imgs, mask=mask)
+        return forward(model, imgs, mask=mask, mask_ratio=mask_ratio)
 
     monkeypatch.setattr(fcmae.FCMAE, "forward", watched)
     flags = ("--input_size", 224, "--stem_stride", 4, "--epochs", 1, "--warmup_epochs", 0, "--batch_size", 20)
