@@ -67,6 +67,8 @@ def train_one_epoch(
                 amp.backward(loss * batch.loss_weight)
             values = {"loss": loss} if mixup else {"loss": loss, "class_acc": top_k(logits, labels, 1)}
             tracker.update(step, len(imgs) if batch.loss_weight else 0, **values)
+            if not batch.last:
+                run.batch_done(tracker, step)
         grad_norm = amp.step(optimizer, with_norm=tracker.due(step))
         if run.ema:
             run.ema.update(getattr(model, "module", model).classifier)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import main_pretrain
 from tests.small_runs import COMMON, Scripts, load, records, same
 from utils import distributed
 from utils.errors import UsageError
@@ -83,7 +84,8 @@ from utils import distributed, errors
 
 def main():
     rank, shared, own = os.environ["RANK"], *sys.argv[1:]
-    args = argparse.Namespace(device="cpu", world_size=1, local_rank=-1, dist_on_itp=False, dist_url="env://")
+    args = argparse.Namespace(device="cpu", world_size=1, local_rank=-1, dist_on_itp=False, dist_url="env://",
+        dist_timeout=None)
     with distributed.process_group(args):
         for folder in (shared, own + ("A" if rank in "01" else "B")):
             with distributed.main_process_first():
@@ -139,41 +141,148 @@ def test_evaluation_counts_every_image_once(scripts, tmp_path):
 LAUNCHERS = {  # what they set for the second of two processes on each of two nodes
     "torchrun": {"RANK": 3, "WORLD_SIZE": 4, "LOCAL_RANK": 1},
     "mpirun": {"OMPI_COMM_WORLD_RANK": 3, "OMPI_COMM_WORLD_SIZE": 4, "OMPI_COMM_WORLD_LOCAL_RANK": 1},
-    "srun": {"SLURM_PROCID": 3, "SLURM_NTASKS": 4, "SLURM_LOCALID": 1},
+    "hydra": {"PMI_RANK": 3, "PMI_SIZE": 4, "MPI_LOCALRANKID": 1},
+    "srun": {"SLURM_STEP_ID": 0, "SLURM_PROCID": 3, "SLURM_STEP_NUM_TASKS": 4, "SLURM_LOCALID": 1, "SLURM_NTASKS": 4},
 }
+BATCH = {"SLURM_PROCID": 0, "SLURM_NTASKS": 4, "SLURM_LOCALID": 0}  # a batch script's own shell
 OTHER = {"RANK": 7, "WORLD_SIZE": 9, "LOCAL_RANK": 5}
+PROXIES = LAUNCHERS["srun"] | {"SLURM_PROCID": 0, "SLURM_STEP_NUM_TASKS": 2}  # that mpirun started through srun
+PLACE = {"MASTER_ADDR": "localhost", "MASTER_PORT": 29500}
+
+
+@pytest.fixture
+def variables(monkeypatch):
+    """Sets a launcher's variables, and no other's."""
+    for name in [name for name in os.environ if name.startswith(("SLURM", "OMPI_", "PMI_", "TORCHELASTIC"))]:
+        monkeypatch.delenv(name)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "MPI_LOCALRANKID"):
+        monkeypatch.delenv(name, raising=False)
+
+    def set_(values: dict) -> None:
+        for name, value in values.items():
+            monkeypatch.setenv(name, str(value))
+
+    return set_
 
 
 @pytest.mark.parametrize(
-    ("variables", "flags", "ranks"),
+    ("values", "flags", "ranks"),
     [
         ({}, (1, -1, False), (0, 1, 0)),
         ({}, (4, 2, False), (2, 4, 2)),
-        *((variables, (1, -1, False), (3, 4, 1)) for variables in LAUNCHERS.values()),
+        *((values, (1, -1, False), (3, 4, 1)) for values in LAUNCHERS.values()),
         ({"OMPI_COMM_WORLD_RANK": 3, "OMPI_COMM_WORLD_SIZE": 4}, (1, -1, False), (3, 4, 0)),
         (LAUNCHERS["mpirun"] | OTHER, (1, -1, False), (7, 9, 5)),
         (LAUNCHERS["mpirun"] | OTHER, (1, -1, True), (3, 4, 1)),
         (LAUNCHERS["srun"] | OTHER, (1, -1, False), (7, 9, 5)),
-        (LAUNCHERS["srun"] | LAUNCHERS["mpirun"] | {"SLURM_PROCID": 0}, (1, -1, False), (3, 4, 1)),
-        ({"SLURM_PROCID": 0, "SLURM_NTASKS": 1, "SLURM_LOCALID": 0}, (4, 2, False), (2, 4, 2)),  # a shell of salloc
-        ({"SLURM_PROCID": 0, "SLURM_LOCALID": 0}, (1, -1, False), (0, 1, 0)),
+        (PROXIES | LAUNCHERS["mpirun"], (1, -1, False), (3, 4, 1)),
+        (PROXIES | LAUNCHERS["hydra"], (1, -1, False), (3, 4, 1)),
+        (LAUNCHERS["srun"] | {"PMI_RANK": 3, "PMI_SIZE": 4}, (1, -1, False), (3, 4, 1)),  # srun --mpi=pmi2
+        (BATCH, (1, -1, False), (0, 1, 0)),
+        (BATCH, (4, 2, False), (2, 4, 2)),
+        (BATCH | {"SLURM_STEP_ID": 4294967290, "SLURM_STEP_NUM_TASKS": 1}, (1, -1, False), (0, 1, 0)),  # salloc, --pty
+        ({"RANK": 0, "WORLD_SIZE": 1}, (1, 0, False), (0, 1, 0)),
     ],
 )
-def test_ranks_from_the_launcher(variables, flags, ranks, monkeypatch):
-    for name in [name for launcher in LAUNCHERS.values() for name in launcher]:
-        monkeypatch.delenv(name, raising=False)
-    for name, value in variables.items():
-        monkeypatch.setenv(name, str(value))
+def test_ranks_from_the_launcher(values, flags, ranks, variables):
+    variables(values)
     assert distributed.launched_ranks(*flags) == ranks
 
 
-def test_openmpi_asked_for_and_absent(monkeypatch):
-    monkeypatch.delenv("OMPI_COMM_WORLD_RANK", raising=False)
-    with pytest.raises(UsageError, match="--dist_on_itp true: OMPI_COMM_WORLD_RANK is not set"):
-        distributed.launched_ranks(1, -1, True)
+@pytest.mark.parametrize(
+    ("values", "flags", "line"),
+    [
+        ({}, ["--dist_on_itp", "true"], "--dist_on_itp true: OMPI_COMM_WORLD_RANK is not set"),
+        ({"RANK": "", "WORLD_SIZE": 2}, [], "RANK '': must be a whole number"),
+        ({"RANK": 0}, [], "WORLD_SIZE '': must be a whole number"),
+        ({"WORLD_SIZE": 2}, [], "RANK '': must be a whole number"),
+        ({"RANK": 0, "WORLD_SIZE": "two"}, [], "WORLD_SIZE 'two': must be a whole number"),
+        ({"RANK": 0, "WORLD_SIZE": 2, "LOCAL_RANK": "x"}, [], "LOCAL_RANK 'x': must be a whole number"),
+        ({"RANK": -1, "WORLD_SIZE": 2}, [], "RANK '-1': must be a whole number"),
+        ({"RANK": 2, "WORLD_SIZE": 2}, [], "RANK 2: must be less than WORLD_SIZE 2"),
+        (LAUNCHERS["srun"] | {"SLURM_PROCID": 4}, [], "SLURM_PROCID 4: must be less than SLURM_STEP_NUM_TASKS 4"),
+        ({}, ["--world_size", "2", "--local-rank", "2"], "--local_rank 2: must be less than --world_size 2"),
+        (LAUNCHERS["torchrun"], [], "MASTER_ADDR '': several processes meet"),
+        (LAUNCHERS["torchrun"] | {"MASTER_ADDR": "localhost"}, [], "MASTER_PORT '': several processes meet"),
+        (LAUNCHERS["srun"] | PLACE | {"MASTER_PORT": "x1"}, [], "MASTER_PORT 'x1': several processes meet"),
+        (LAUNCHERS["hydra"] | PLACE | {"MASTER_PORT": 65536}, [], "MASTER_PORT '65536': several processes meet"),
+        (
+            LAUNCHERS["mpirun"] | PLACE | {"MASTER_ADDR": "no.such.invalid"},
+            [],
+            "MASTER_ADDR no.such.invalid: no such host",
+        ),
+        (LAUNCHERS["torchrun"], ["--dist_url", "tcp://localhost:70000"], "--dist_url tcp://localhost:70000: '70000':"),
+    ],
+)
+def test_what_cannot_be_a_group_is_told_at_once(values, flags, line, variables):
+    variables(values)
+    args = main_pretrain.get_args_parser().parse_args(["--device", "cpu", *flags])
+    with pytest.raises(UsageError) as told, distributed.process_group(args):
+        pass
+    assert str(told.value).startswith(line)
 
 
-@pytest.mark.parametrize("launcher", ["mpirun", "srun"])
+@pytest.mark.parametrize(("values", "warns"), [(BATCH, True), ({}, False), (BATCH | {"SLURM_NTASKS": 1}, False)])
+def test_a_batch_script_without_srun_is_told(values, warns, variables, capsys):
+    variables(values)
+    args = main_pretrain.get_args_parser().parse_args(["--device", "cpu"])
+    with distributed.process_group(args) as device:
+        assert device.type == "cpu"
+    assert ("SLURM has 4 tasks and started one: put srun in front" in capsys.readouterr().out) == warns
+
+
+@pytest.mark.parametrize(
+    ("count", "local_rank", "torchrun", "device"),
+    [(4, 3, True, "cuda:3"), (1, 1, False, "cuda:0"), (1, 1, True, None), (2, 2, False, None), (1, 0, True, "cuda:0")],
+)
+def test_each_task_takes_the_gpu_it_sees(count, local_rank, torchrun, device, variables, monkeypatch):
+    variables({"TORCHELASTIC_RUN_ID": "1"} if torchrun else {})
+    for name, value in {"is_available": True, "device_count": count, "set_device": None}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    if device:
+        assert str(distributed.pick_device("auto", local_rank)) == device
+    else:
+        with pytest.raises(UsageError, match=f"GPU {local_rank} asked for, {count} present"):
+            distributed.pick_device("auto", local_rank)
+
+
+def test_a_missing_process_is_named_each_minute_and_ends_the_wait(variables, monkeypatch, capsys):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    now, sleep = iter(range(0, 10000, 5)), time.sleep
+    monkeypatch.setattr(distributed.time, "monotonic", lambda: next(now))
+    monkeypatch.setattr(distributed.time, "sleep", lambda _: sleep(0.05))
+    for rank, missing in (
+        (1, f"no answer at localhost:{port}, where rank 0 must run,"),
+        (0, "of 2 processes, rank 1 had"),
+    ):
+        variables({"RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "localhost", "MASTER_PORT": port})
+        args = main_pretrain.get_args_parser().parse_args(["--device", "cpu", "--dist_timeout", "200"])
+        with pytest.raises(UsageError, match=f"--dist_timeout 200: {missing}"), distributed.process_group(args):
+            pass
+        first, *later = capsys.readouterr().out.splitlines()
+        told = f"rank {rank} of 2, by RANK, WORLD_SIZE, LOCAL_RANK: meeting at localhost:{port}, for up to 200 s"
+        assert first.endswith(told)
+        assert [line.split()[-2:] for line in later] == [["1", "min"], ["2", "min"], ["3", "min"]]
+
+
+def test_a_port_of_others(variables):
+    args = main_pretrain.get_args_parser().parse_args(["--device", "cpu", "--dist_timeout", "1"])
+    with socket.socket() as other:
+        other.bind(("localhost", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        for rank, told in (
+            (0, f"port {port}: .* address already in use"),
+            (1, "--dist_timeout 1: .* is another service's"),
+        ):
+            variables({"RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "localhost", "MASTER_PORT": port})
+            with pytest.raises(UsageError, match=told), distributed.process_group(args):
+                pass
+
+
+@pytest.mark.parametrize("launcher", ["mpirun", "hydra", "srun"])
 def test_processes_that_a_launcher_started(launcher, pretrained, scripts, tmp_path):
     """By hand, as mpirun and srun would: two processes with the weights of two of torchrun's."""
     with socket.socket() as free:
@@ -182,10 +291,10 @@ def test_processes_that_a_launcher_started(launcher, pretrained, scripts, tmp_pa
     flags = ["--batch_size", 6, "--epochs", 2, "--vis_freq", 0, "--dist_url", url]
     words = command(scripts, "main_pretrain", 2, tmp_path, *flags)
     words = [sys.executable, *words[words.index(str(ROOT / "tests/small_process.py")) :]]
-    names = LAUNCHERS[launcher]
     processes = [
         subprocess.Popen(
-            words, env=environment(**dict(zip(names, map(str, (rank, 2, rank)), strict=True))), cwd=ROOT,
+            words, cwd=ROOT,
+            env=environment(**{k: str({3: rank, 4: 2, 1: rank, 0: 0}[v]) for k, v in LAUNCHERS[launcher].items()}),
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )
         for rank in range(2)

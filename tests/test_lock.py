@@ -177,7 +177,7 @@ def test_without_locks_a_warning_is_all(tmp_path, monkeypatch):
     monkeypatch.setattr(fcntl, "lockf", no_locks)
     monkeypatch.setattr("utils.lock.log.warning", lambda text, *values: warnings.append(text % values))
     hosts = [OutputLock(tmp_path) for _ in range(2)]
-    hosts[1].owner["host"] = "elsewhere"
+    hosts[1].owner = "process 1 on elsewhere"
     for lock in hosts:
         lock.__enter__()
     assert warnings == 2 * [f"{tmp_path}/.lock: no locks here (No locks available), so nothing keeps a second run out"]

@@ -3,9 +3,11 @@
 Needs root and Debian's slurmctld, slurmd, slurm-client and munge; skipped, with that reason, elsewhere.
 """
 
+import argparse
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -17,7 +19,7 @@ import submitit
 import main_pretrain
 from tests.small_runs import load, records, same
 from utils.errors import run_cli
-from utils.slurm import check_job_dir, launch
+from utils.slurm import check_folders, launch, minutes
 
 pytestmark = pytest.mark.slow
 
@@ -26,8 +28,6 @@ LAB = ROOT / "tests/slurm"
 SMALL = "--data_set image_folder --model convnextv2_atto --input_size 16 --stem_stride 1 --batch_size 4 --epochs 4"
 SMALL += " --lr 1e-3 --warmup_epochs 1 --num_workers 0 --device cpu --nodes 2 --ngpus 1 --cpus_per_task 16"
 SMALL = [*SMALL.split(), "--signal_delay", "30"]
-
-COUNTS = ("nodes", "ngpus", "timeout", "cpus_per_task")
 
 
 @pytest.fixture(scope="module")
@@ -152,6 +152,34 @@ def test_killed_job_resumes_from_disk(slurm, scripts, calm, tmp_path):
     assert_same_end(job, calm["pretrain"])
 
 
+def test_a_mistake_that_the_job_finds_is_one_line_of_its_log(slurm, scripts, tmp_path):
+    job = Job(slurm, scripts, "pretrain", tmp_path, "--batch_size", 64, "--nodes", 1)
+    while job.field("JobState") in ("PENDING", "RUNNING", "COMPLETING"):
+        time.sleep(0.2)
+    assert job.field("ExitCode") == "2:0"
+    (errors,) = job.logs.glob("*/*_log.err")
+    lines = [line for line in errors.read_text().splitlines() if not line.startswith(("srun:", "slurmstepd:"))]
+    assert [line.split()[0] for line in lines] == ["error:"], lines
+
+
+def test_a_batch_script_with_srun_and_without(slurm, tmp_path):
+    flags = "--data_set shapes --model convnextv2_atto --input_size 32 --stem_stride 1 --world_size 1 --device cpu"
+    flags += " --initial_checkpoint config.json"  # is refused once the group is there
+    (tmp_path / "config.json").write_text("{}")
+    words = [sys.executable, ROOT / "main_pretrain.py", *flags.split()]
+    command = " ".join(str(word) for word in words)
+    script = tmp_path / "script.sh"
+    script.write_text(f"#!/bin/bash\nexport MASTER_ADDR=$(hostname) MASTER_PORT=29613\n{command}\nsrun {command}\n")
+    words = ["sbatch", "--wait", "-N2", "-n2", "-c16", "-o", tmp_path / "log", script]
+    subprocess.run(words, env=slurm, cwd=tmp_path, capture_output=True, timeout=120)
+    log = (tmp_path / "log").read_text()
+    assert log.count("SLURM has 2 tasks and started one: put srun in front") == 1
+    for rank in range(2):
+        assert f"rank {rank} of 2, by SLURM_PROCID, SLURM_STEP_NUM_TASKS, SLURM_LOCALID: meeting at n1:29613" in log
+    assert len(re.findall("^error: config.json", log, re.MULTILINE)) == 3
+    assert "Traceback" not in log
+
+
 def test_time_out(slurm, scripts, tmp_path, pytestconfig):
     if not pytestconfig.getoption("real_timeout"):
         pytest.skip("waits for a real time limit: pytest --real_timeout")
@@ -161,15 +189,51 @@ def test_time_out(slurm, scripts, tmp_path, pytestconfig):
     subprocess.run(["scancel", job.id], env=slurm, check=True)
 
 
-def test_local_executor(scripts, tmp_path):
-    words = [sys.executable, ROOT / "submitit_pretrain.py", *SMALL, "--data_path", scripts.train, "--epochs", 2]
-    words += ["--nodes", 1, "--ngpus", 2, "--local", "true", "--job_dir", tmp_path / "%j"]
-    done = subprocess.run(
-        [str(w) for w in words], cwd=tmp_path, capture_output=True, text=True, timeout=240,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert len(list(tmp_path.glob("*/checkpoint-1.pth"))) == 1
+@pytest.fixture
+def run_here(scripts, tmp_path):
+    """Starts submitit_pretrain.py --local true, from a folder that has modules of our names."""
+
+    def start(*flags) -> subprocess.Popen:
+        elsewhere = tmp_path / "an other project"
+        (elsewhere / "utils").mkdir(parents=True)
+        (elsewhere / "utils/__init__.py").touch()
+        words = [sys.executable, ROOT / "submitit_pretrain.py", *SMALL, "--data_path", scripts.train, "--nodes", 1]
+        words += ["--local", "true", "--job_dir", tmp_path / "my jobs/%j", *flags]
+        return subprocess.Popen(
+            [str(w) for w in words], cwd=elsewhere, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True,
+        )  # fmt: skip
+
+    return start
+
+
+def test_local_executor(run_here, tmp_path):
+    run = run_here("--ngpus", 2, "--epochs", 2)
+    _, error = run.communicate(timeout=240)
+    assert run.returncode == 0, error[-3000:]
+    assert len(list(tmp_path.glob("my jobs/*/checkpoint-1.pth"))) == 1
+
+
+def test_a_mistake_that_the_job_finds_is_one_line(run_here, tmp_path):
+    run = run_here("--batch_size", 64)
+    _, error = run.communicate(timeout=240)
+    assert run.returncode == 2
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert not list(tmp_path.glob("my jobs/*/*.pth"))
+
+
+def test_ctrl_c_in_a_local_run_saves(run_here, tmp_path):
+    run = run_here("--epochs", 400, "--save_ckpt_num", 1)
+    while not list(tmp_path.glob("my jobs/*/checkpoint-1*.pth")):
+        assert run.poll() is None
+        time.sleep(0.1)
+    os.killpg(run.pid, signal.SIGINT)  # as a terminal sends it
+    _, error = run.communicate(timeout=60)
+    assert run.returncode == 130
+    assert error.count("\n") == 1, error
+    assert "stopped after" in "".join(path.read_text() for path in tmp_path.glob("my jobs/*/*.out"))
+    assert not list(tmp_path.glob("my jobs/*/.lock"))
 
 
 def test_dry_run_prints_the_script(tmp_path):
@@ -182,7 +246,7 @@ def test_dry_run_prints_the_script(tmp_path):
     assert done.returncode == 0, done.stderr
     for line in (
         "#SBATCH --nodes=8", "#SBATCH --ntasks-per-node=8", "#SBATCH --gpus-per-node=8", "#SBATCH --partition=gpu",
-        "#SBATCH --account=lab", "#SBATCH --constraint=h100", "#SBATCH --qos=high", "#SBATCH --mem=200GB",
+        "#SBATCH --account=lab", "#SBATCH --constraint=h100", "#SBATCH --qos=high", "#SBATCH --mem=204800M",
         "#SBATCH --signal=USR2@120", "#SBATCH --requeue", "module load cuda",
     ):  # fmt: skip
         assert line in done.stdout.splitlines(), line
@@ -191,14 +255,60 @@ def test_dry_run_prints_the_script(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("flags", "present", "absent"),
+    [
+        ("", "gpus-per-node=8 cpus-per-task=10 time=4320 requeue open-mode=append", "mem partition"),
+        ("--sbatch gres=gpu:a100:8 --sbatch exclusive", "gres=gpu:a100:8 exclusive", "gpus-per-node"),
+        ("--gres gpu:2", "gres=gpu:2", "gpus-per-node"),
+        ("--gpus_per_task 1 --mem_per_cpu 4G", "gpus-per-task=1 mem-per-cpu=4G", "gpus-per-node mem"),
+        (
+            "--sbatch gpus-per-node= --sbatch requeue= --sbatch cpus-per-task=",
+            "nodes=2",
+            "gpus-per-node requeue cpus-per-task",
+        ),
+        ("--timeout 3-00:00:00 --exclude n7 --reservation r", "time=4320 exclude=n7 reservation=r", ""),
+        ("--device cpu --use_volta32", "constraint=volta32gb", "gpus-per-node"),
+        ("--use_volta32 --constraint h100", "constraint=h100", ""),
+    ],
+)
+def test_options_of_sbatch(flags, present, absent, submit):
+    code, out, error = submit("--dry_run", "true", "--job_dir", "jobs/%j", *flags.split())
+    assert code == 0, error
+    options = [line.removeprefix("#SBATCH --") for line in out.splitlines() if line.startswith("#SBATCH")]
+    assert set(present.split()) <= set(options)
+    assert not set(absent.split()) & {option.split("=")[0] for option in options}
+    assert ("--cpus-per-task=10" in out.splitlines()[-1]) == ("cpus-per-task" not in absent)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("30", 30), ("2:30", 3), ("72:00:00", 4320), ("3-00:00:00", 4320), ("1-2", 1560), ("1-2:30", 1590), ("0:01", 1)],
+)
+def test_time_as_slurm_writes_it(text, expected):
+    assert minutes(text) == expected
+
+
+@pytest.mark.parametrize(
     ("flags", "message"),
     [
         ("", "--job_dir: give a folder"),
         ("--job_dir /proc/no/%j", "--job_dir /proc/no/%j: /proc/no cannot be written"),
-        *((f"--{name} 0", f"--{name} 0: must be at least 1") for name in COUNTS),
+        ("--job_dir jobs/%x-%j", "--job_dir jobs/%x-%j: %x is not filled in, only %j"),
+        ("--job_dir jobs --output_dir out/%A", "--output_dir out/%A: %A is not filled in"),
+        *(
+            (f"--{name} 0", f"--{name} 0: must be a whole number, at least 1")
+            for name in ("nodes", "ngpus", "cpus_per_task")
+        ),
+        *((f"--timeout={t}", f"--timeout {t}: must be minutes") for t in ("0", "x", "-5", "1-2-3", "1:2:3:4")),
+        ("--sbatch time=3", "--sbatch time=3: must be key=value"),
         ("--timeout 2 --signal_delay 60", "--signal_delay 60: must be a minute less than --timeout 2 min"),
         ("--mask_ratio 2", "--mask_ratio 2: must be a number from 0 to 1"),
-        ("--job_dir %j", 'no SLURM here (Could not detect "srun", are you indeed on a slurm cluster?); --local true'),
+        ("--job_dir %j", "no SLURM here (no sbatch); --local true"),
+        ("--job_dir %j --local true", "--nodes 2: --local true has one machine"),
+        ("--job_dir %j --data_set image_folder", "--data_set image_folder needs --data_path"),
+        ("--job_dir %j --data_set IMNET --data_path daat", "--data_path daat: no such file or folder here"),
+        ("--job_dir %j --data_set image_folder --data_path . --train_list l", "--train_list l: no such file"),
+        ("--job_dir %j --initial_checkpoint no.pth", "--initial_checkpoint no.pth: no such file"),
     ],
 )
 def test_mistakes_are_one_line(flags, message, submit, tmp_path, monkeypatch):
@@ -214,30 +324,79 @@ def test_the_script_that_is_submitted(submit, tmp_path, monkeypatch):
     programs = tmp_path / "bin"
     programs.mkdir()
     (programs / "srun").touch(0o755)
-    (programs / "sbatch").write_text(f"#!/bin/sh\ncp $1 {tmp_path}/script\necho Submitted batch job 17\n")
+    (programs / "sbatch").write_text(
+        f"#!/bin/sh\ncp $1 {tmp_path}/script\nenv > {tmp_path}/environment\necho Submitted batch job 17\n"
+    )
     (programs / "sbatch").chmod(0o755)
     monkeypatch.setenv("PATH", str(programs), prepend=os.pathsep)
-    flags = "--nodes 3 --ngpus 4 --timeout 90 --job_dir jobs/run-%j --partition gpu --account lab --qos high"
-    flags += " --mem_gb 200 --signal_delay 45 --cpus_per_task 6 --constraint h100 --comment thesis --max_requeues 7"
-    code, out, error = submit(*flags.split(), "--setup", "module load cuda", "--setup", "ulimit -n 4096")
+    for name in ("SLURM_MEM_PER_CPU", "SLURM_ARRAY_JOB_ID", "MASTER_PORT", "RANK"):
+        monkeypatch.setenv(name, "7")
+    monkeypatch.setenv("SLURM_CONF", "conf")
+    monkeypatch.setenv("SBATCH_ACCOUNT", "lab")
+    flags = "--nodes 3 --ngpus 4 --timeout 90 --partition gpu --mem_gb 200 --cpus_per_task 6 --max_requeues 7"
+    flags = [*flags.split(), "--job_dir", "my jobs/run-%j", "--comment", "my thesis", "--data_path", "/nodes/only"]
+    setup = ["ls /nodes/only", "ulimit -n 4096"]
+    code, out, error = submit(*flags, "--data_set", "image_folder", "--setup", setup[0], "--setup", setup[1])
     assert code == 0, error
-    folder = tmp_path / "jobs/run-17"
-    assert out == f"submitted job 17: logs in {folder}, results in jobs/run-%j\n"
+    folder = tmp_path / "my jobs/run-17"
+    assert out == f"submitted job 17: logs in {folder}, results in my jobs/run-17\n"
     lines = (tmp_path / "script").read_text().splitlines()
     for line in (
-        "nodes=3", "ntasks-per-node=4", "gpus-per-node=4", "time=90", "partition=gpu", "account=lab", "qos=high",
-        "mem=200GB", "signal=USR2@45", "cpus-per-task=6", "constraint=h100", "comment=thesis", "requeue",
-        "job-name=pretrain",
+        "nodes=3", "ntasks-per-node=4", "gpus-per-node=4", "time=90", "partition=gpu", "mem=204800M", "cpus-per-task=6",
+        "comment='my thesis'", "job-name=pretrain", f"output='{tmp_path}/my jobs/run-%j/%j_0_log.out'",
     ):  # fmt: skip
         assert f"#SBATCH --{line}" in lines
-    setup = [f"export PYTHONPATH={ROOT}:$PYTHONPATH", "module load cuda", "ulimit -n 4096"]
-    begin = lines.index(setup[0])
-    assert lines[begin : begin + 3] == setup
-    assert any(line.startswith("srun ") and "--kill-on-bad-exit=1" in line for line in lines)
+    assert lines[lines.index(setup[0]) + 1] == setup[1]
+    assert lines[-1].startswith("srun ")
+    assert "--kill-on-bad-exit=1" in lines[-1]
+    environment = dict(
+        line.split("=", 1) for line in (tmp_path / "environment").read_text().splitlines() if "=" in line
+    )
+    left = {"SLURM_CONF": "conf", "SBATCH_ACCOUNT": "lab"}
+    names = ("SLURM_CONF", "SBATCH_ACCOUNT", "SLURM_MEM_PER_CPU", "SLURM_ARRAY_JOB_ID", "MASTER_PORT", "RANK")
+    assert {name: environment[name] for name in names if name in environment} == left
     submission = submitit.core.utils.DelayedSubmission.load(folder / "17_submitted.pkl")
-    assert (submission.function.script, submission.function.args.output_dir) == ("main_pretrain", "jobs/run-%j")
-    assert submission._timeout_countdown == 7
-    assert {path.name for path in tmp_path.iterdir()} == {"bin", "script", "jobs"}
+    assert (submission.function.script, submission.function.args.output_dir) == ("main_pretrain", "my jobs/run-%j")
+    assert (submission._timeout_min, submission._timeout_countdown) == (90, 7)
+    assert {path.name for path in tmp_path.iterdir()} == {"bin", "script", "environment", "my jobs"}
+
+
+@pytest.mark.parametrize(
+    ("words", "flag"),
+    [
+        ("invalid partition specified: nosuch", "--partition"),
+        ("Invalid feature specification", "--constraint"),
+        ("Invalid qos specification", "--qos"),
+        ("Invalid account or account/partition combination specified", "--account"),
+        ("Requested time limit is invalid", "--timeout"),
+        ("Memory specification can not be satisfied", "--mem_gb"),
+        ("Invalid generic resource (gres) specification", "--ngpus"),
+        ("Requested node configuration is not available", "--ngpus"),
+        ("Invalid wckey specification", "--sbatch"),
+    ],
+)
+def test_a_refusal_is_sbatch_s_own_words_and_a_flag(words, flag, submit, tmp_path, monkeypatch):
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    (programs / "sbatch").write_text(f"#!/bin/sh\necho 'sbatch: error: {words}' >&2; exit 1\n")
+    (programs / "sbatch").chmod(0o755)
+    monkeypatch.setenv("PATH", str(programs), prepend=os.pathsep)
+    code, _, error = submit("--job_dir", "jobs/%j")
+    assert code == 2
+    assert error.startswith(f"error: sbatch: {words}; change {flag}")
+    assert error.count("\n") == 1
+    assert not list((tmp_path / "jobs").iterdir())
+
+
+def test_a_folder_in_use_is_not_submitted_to(submit, tmp_path):
+    code = "import sys, utils.lock\nwith utils.lock.OutputLock(sys.argv[1]): print(flush=True); input()"
+    words = [sys.executable, "-c", code, str(tmp_path)]
+    with subprocess.Popen(words, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as run:
+        run.stdout.readline()
+        code, _, error = submit("--job_dir", "jobs", "--output_dir", str(tmp_path))
+        run.communicate(b"\n")
+    assert code == 2
+    assert f"--output_dir {tmp_path}: in use by process {run.pid} " in error
 
 
 @pytest.mark.parametrize(
@@ -246,5 +405,5 @@ def test_the_script_that_is_submitted(submit, tmp_path, monkeypatch):
 )
 def test_of_job_dir_only_what_is_certain_is_made(job_dir, made, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    check_job_dir(job_dir)
+    check_folders(argparse.Namespace(job_dir=job_dir, output_dir="", log_dir=None))
     assert {path.relative_to(tmp_path) for path in tmp_path.rglob("*")} == {Path(made), *Path(made).parents} - {Path()}

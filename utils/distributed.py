@@ -3,7 +3,11 @@
 import contextlib
 import logging
 import os
+import re
+import socket
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
@@ -13,10 +17,14 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .errors import UsageError
+from .errors import UsageError, refuse
 
 log = logging.getLogger("fcmae")
 
+TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK")  # and accelerate
+OPENMPI = ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK")
+FLAGS = ("--local_rank", "--world_size", "--local_rank")
+LOST = re.compile("Timed out waiting|Connection (closed|reset) by peer|Socket closed|Broken pipe")  # gloo's words
 _local_rank = 0  # of this process on its node
 
 
@@ -109,15 +117,14 @@ def check_same(count: int, what: str) -> None:
         )
 
 
-def setup_logging() -> None:
-    """Log to stdout: everything from the first process, warnings and worse, with their rank, from the others."""
-    rank = get_rank()
+def setup_logging(rank: int = 0) -> None:
+    """Log to stdout, with the rank of all but the first process."""
     with contextlib.suppress(AttributeError):  # a stream that is no file
         sys.stdout.reconfigure(errors="backslashreplace")  # paths need not be text
     handler = logging.StreamHandler(sys.stdout)
-    handler.setFormatter(logging.Formatter("%(message)s" if rank == 0 else f"[rank {rank}] %(message)s"))
+    handler.setFormatter(logging.Formatter(f"[rank {rank}] %(message)s" if rank else "%(message)s"))
     log.handlers[:] = [handler]
-    log.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    log.setLevel(logging.INFO)
     log.propagate = False
 
 
@@ -136,9 +143,11 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise UsageError(f"--device {name}: torch sees no CUDA device here; use --device cpu or auto")
-        index = local_rank if device.index is None else device.index
-        if index >= torch.cuda.device_count():
-            raise UsageError(f"--device {name}: GPU {index} asked for, {torch.cuda.device_count()} present")
+        index, count = local_rank if device.index is None else device.index, torch.cuda.device_count()
+        if device.index is None and count == 1 and "TORCHELASTIC_RUN_ID" not in os.environ:
+            index = 0  # of srun --gpus-per-task and its like, each task sees its own; torchrun's processes see the same
+        if index >= count:
+            raise UsageError(f"--device {name}: GPU {index} asked for, {count} present; start one process per GPU")
         device = torch.device("cuda", index)
         torch.cuda.set_device(device)
     elif device.type == "mps" and not torch.backends.mps.is_available():
@@ -146,49 +155,160 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
     return device
 
 
-def launched_ranks(world_size: int, local_rank: int, dist_on_itp: bool) -> tuple[int, int, int]:
-    """(rank, world_size, local_rank) from the environment of torchrun, OpenMPI or SLURM, else from the flags."""
+def _launcher(dist_on_itp: bool) -> tuple[str, str, str] | None:
+    """The variables of rank, number of processes and rank on the node that count here; None: no launcher's."""
     env = os.environ
-    if dist_on_itp or ("OMPI_COMM_WORLD_RANK" in env and "RANK" not in env):
-        names = ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK")
-        if names[0] not in env:
-            raise UsageError("--dist_on_itp true: OMPI_COMM_WORLD_RANK is not set; start the processes with mpirun")
-    elif "RANK" in env and "WORLD_SIZE" in env:
-        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    elif "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", 1)) > 1:
-        names = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
+    absent = dist_on_itp and OPENMPI[0] not in env
+    refuse(absent, "--dist_on_itp true: OMPI_COMM_WORLD_RANK is not set; start the processes with mpirun")
+    if not dist_on_itp and ("RANK" in env or "WORLD_SIZE" in env):
+        return TORCHRUN
+    others = (OPENMPI, ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID" if "MPI_LOCALRANKID" in env else "SLURM_LOCALID"))
+    if "SLURM_STEP_ID" in env:  # in a batch script's own shell there is one process, whatever SLURM_NTASKS says
+        others += (("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),)
+    found = (names for names in others if names[0] in env and env.get(names[1], "1") != "1")
+    return OPENMPI if dist_on_itp else next(found, None)
+
+
+def _number(name: str) -> int:
+    value = os.environ.get(name, "0" if "LOCAL" in name else "")
+    refuse(not value.isdecimal(), f"{name} {value!r}: must be a whole number; launchers set it, else unset it")
+    return int(value)
+
+
+def launched_ranks(world_size: int, local_rank: int, dist_on_itp: bool) -> tuple[int, int, int]:
+    """(rank, world_size, local_rank) from the environment of torchrun, MPI or srun, else from the flags.
+
+    Raises:
+        UsageError: a variable that is no number, or a rank beyond the number of processes.
+    """
+    names = _launcher(dist_on_itp)
+    if names:
+        rank, world_size, local_rank = map(_number, names)
     else:
-        return max(local_rank, 0), world_size, max(local_rank, 0)
-    return int(env[names[0]]), int(env[names[1]]), int(env.get(names[2], 0))
+        rank = local_rank = max(local_rank, 0)
+    rank_name, size_name, _ = names or FLAGS
+    beyond = (names or world_size > 1) and rank >= world_size
+    refuse(beyond, f"{rank_name} {rank}: must be less than {size_name} {world_size}")
+    return rank, world_size, local_rank
 
 
-def init_distributed(
-    device: str, world_size: int = 1, local_rank: int = -1, dist_on_itp: bool = False, dist_url: str = "env://"
-) -> torch.device:
-    """Join the process group the launcher describes, if there is more than one process; nccl on CUDA, gloo elsewhere.
+def _meeting_point(dist_url: str) -> tuple[str, int]:
+    """(host, port) of rank 0. Raises UsageError, at once, for what cannot be one."""
+    names = ("MASTER_ADDR", "MASTER_PORT") if dist_url == "env://" else (f"--dist_url {dist_url}:",) * 2
+    host, _, port = dist_url.removeprefix("tcp://").rpartition(":")
+    if dist_url == "env://":
+        host, port = (os.environ.get(name, "") for name in names)
+    host_fits, port_fits = host and "/" not in host, port.isdecimal() and 0 < int(port) < 65536
+    if not (host_fits and port_fits):
+        name, value = (names[1], port) if host_fits else (names[0], host)
+        raise UsageError(
+            f"{name} {value!r}: several processes meet at a host and a port; start them with torchrun, give --dist_url "
+            "tcp://HOST:PORT, or export MASTER_ADDR and MASTER_PORT=29500, in a SLURM script "
+            "MASTER_ADDR=$(scontrol show hostnames | head -n 1)"
+        )
+    try:
+        socket.getaddrinfo(host.strip("[]"), int(port))
+    except (OSError, UnicodeError) as error:
+        raise UsageError(f"{names[0]} {host}: no such host here ({error}); give rank 0's name or address") from error
+    return host.strip("[]"), int(port)
 
-    Returns:
-        this process's device.
+
+def _answers(host: str, port: int) -> bool:
+    with contextlib.suppress(OSError), socket.create_connection((host, port), timeout=5):
+        return True
+    return False
+
+
+def _meet(rank: int, world_size: int, dist_url: str, timeout: float, told_by: str) -> dist.Store:
+    """A store that all processes have come to. Says each minute who is missing.
+
+    Raises:
+        UsageError: after `timeout` seconds, or at once where the port is taken or a rank comes twice.
+    """
+    host, port = ("", 0) if dist_url.startswith("file://") else _meeting_point(dist_url)
+    where = f"{host}:{port}" if host else dist_url
+    log.info("rank %d of %d, by %s: meeting at %s, for up to %g s", rank, world_size, told_by, where, timeout)
+    begun, minutes, opened = time.monotonic(), 0, []
+
+    def wait_for(ready: Callable[[], object], missing: Callable[[], str]) -> None:
+        nonlocal minutes
+        while not ready():  # asleep in Python, so that Ctrl-C is heard
+            waited = time.monotonic() - begun
+            refuse(waited > timeout, f"--dist_timeout {timeout:g}: {missing()} after so many seconds")
+            if waited >= 60 * (minutes + 1):
+                minutes += 1
+                log.warning("%s after %d min", missing(), minutes)
+            time.sleep(0.1)
+
+    def open_store() -> None:
+        try:
+            place = "localhost" if serves else host, port, world_size, serves, timedelta(seconds=timeout)
+            opened.append(dist.TCPStore(*place, wait_for_workers=False, multi_tenant=True))
+        except dist.DistError as error:
+            opened.append(error)
+
+    # torchrun's agent serves its own store
+    serves = rank == 0 and not (dist_url == "env://" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True")
+    if not host:
+        opened.append(dist.FileStore(dist_url.removeprefix("file://"), world_size))
+    else:
+        if not serves:
+            wait_for(lambda: _answers(host, port), lambda: f"no answer at {where}, where rank 0 must run,")
+        threading.Thread(target=open_store, daemon=True).start()  # with a service of another kind it never ends
+        wait_for(lambda: opened, lambda: f"{where} is another service's: it had not answered as rank 0 does")
+    if isinstance(opened[0], Exception):
+        raise UsageError(f"port {port}: {str(opened[0]).splitlines()[0]}; give another")
+    # torchrun's restarted workers may find the store of the attempt before, with addresses of the dead
+    store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", opened[0])
+    refuse(store.add(f"{rank}", 1) > 1, f"rank {rank}: two processes have it, by {told_by}; or {where} was used before")
+    if store.add("come", 1) == world_size:
+        store.set("all", "")
+
+    def missing() -> str:
+        ranks = [str(other) for other in range(world_size) if not store.check([str(other)])]
+        return f"of {world_size} processes, rank {', '.join(ranks[:8])}{', ...' * (len(ranks) > 8)} had not come"
+
+    wait_for(lambda: store.check(["all"]), missing)
+    return store
+
+
+@contextmanager
+def process_group(args) -> Iterator[torch.device]:
+    """Around a run: joins the process group that the launcher describes, yields this process's device, and leaves.
+
+    nccl on CUDA, gloo elsewhere; no group for one process. Then only the first process logs more than warnings.
+
+    Raises:
+        UsageError: also for a group that does not come together, or that other processes have left.
     """
     global _local_rank
-    rank, world_size, local_rank = launched_ranks(world_size, local_rank, dist_on_itp)
-    _local_rank = local_rank
-    picked = pick_device(device, local_rank)
-    if world_size > 1:
-        if dist_url == "env://" and "MASTER_ADDR" not in os.environ:
-            raise UsageError(f"{world_size} processes, but no MASTER_ADDR: use torchrun, or --dist_url tcp://HOST:PORT")
-        store, rank, world_size = next(dist.rendezvous(dist_url, rank, world_size))
-        # torchrun's restarted workers may find the store of the attempt before, with addresses of the dead
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        dist.init_process_group(
-            backend="nccl" if picked.type == "cuda" else "gloo",
-            store=dist.PrefixStore(f"attempt {attempt}", store),
-            rank=rank,
-            world_size=world_size,
-            timeout=timedelta(minutes=30),
-            device_id=picked if picked.type == "cuda" else None,
-        )
-    return picked
+    rank, world_size, _local_rank = launched_ranks(args.world_size, args.local_rank, args.dist_on_itp)
+    device = pick_device(args.device, _local_rank)
+    setup_logging(rank)
+    names = _launcher(args.dist_on_itp)
+    if not names and world_size == 1 and os.environ.get("SLURM_NTASKS", "1") != "1":
+        log.warning("SLURM has %s tasks and started one: put srun in front for all", os.environ["SLURM_NTASKS"])
+    try:
+        if world_size > 1:
+            store = _meet(rank, world_size, args.dist_url, args.dist_timeout or 600, ", ".join(names or FLAGS))
+            dist.init_process_group(
+                backend="nccl" if device.type == "cuda" else "gloo",
+                store=store,
+                rank=rank,
+                world_size=world_size,
+                timeout=timedelta(seconds=args.dist_timeout) if args.dist_timeout else None,
+                device_id=device if device.type == "cuda" else None,
+            )
+            log.setLevel(logging.WARNING if rank else logging.INFO)
+        yield device
+    except RuntimeError as error:
+        if isinstance(error, dist.DistError) or (dist.is_initialized() and LOST.search(str(error))):
+            reason = str(error).strip().splitlines()[-1]
+            raise UsageError(f"rank {rank} lost the others, whose messages may say why ({reason})") from error
+        raise
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def data_parallel(model: nn.Module, compiled: bool) -> nn.Module:
@@ -204,15 +324,3 @@ def data_parallel(model: nn.Module, compiled: bool) -> nn.Module:
 def accumulate(model: nn.Module, last: bool) -> AbstractContextManager:
     """Around forward and backward of one of several accumulated batches: gradients are reduced after the last only."""
     return nullcontext() if last or not dist.is_initialized() else model.no_sync()
-
-
-@contextmanager
-def process_group(args) -> Iterator[torch.device]:
-    """Around a run: joins the process group, sets up logging, yields this process's device, and leaves the group."""
-    device = init_distributed(args.device, args.world_size, args.local_rank, args.dist_on_itp, args.dist_url)
-    setup_logging()
-    try:
-        yield device
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()

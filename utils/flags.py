@@ -72,6 +72,8 @@ def add_shared_arguments(parser: ArgumentParser, data_sets: str) -> None:
     add_switch("--dist_on_itp", False, "take the ranks from OpenMPI's environment")
     url = matching(r"env://|tcp://.+:\d+|file://.+", "env://, tcp://HOST:PORT or file://PATH")
     add("--dist_url", type=url, default="env://", help="where processes meet: env:// or tcp://HOST:PORT")
+    timeout_help = "seconds to wait for others; where not given: 600 to meet, then torch's default in each collective"
+    add("--dist_timeout", type=positive, default=None, help=timeout_help)
 
     add, add_switch = add_group(parser, "run")
     add("--output_dir", default="", help="folder for checkpoints, logs, pictures; empty: save nothing")

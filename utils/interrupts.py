@@ -1,4 +1,4 @@
-"""Stopping on a signal so that all processes stop after the same optimizer step."""
+"""Stopping on a signal so that all processes stop after the same batch."""
 
 import logging
 import os
@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 log = logging.getLogger("fcmae")
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: run the same command again
 
 
@@ -21,11 +21,11 @@ class Interrupted(SystemExit):
 
 
 class Interrupts:
-    """Turns signals into a decision that all processes take at the same step boundary. A context manager.
+    """Turns signals into a decision that all processes take at the same boundary of batches. A context manager.
 
-    A signal sets a flag of its process. At each step boundary the flags are added up over the processes, in the
-    background and on the CPU: the sum is read at the next boundary, so nobody waits and the device is not touched, and
-    every process reads the same sum at the same step. That costs one step of delay and some 50 microseconds a step.
+    A signal sets a flag of its process. At each boundary the flags are added up over the processes, in the background
+    and on the CPU: the sum is read at the next boundary, so nobody waits and the device is not touched, and every
+    process reads the same sum at the same place. That costs one batch of delay and some 50 microseconds a batch.
     """
 
     def __init__(self):
@@ -37,7 +37,8 @@ class Interrupts:
 
     def __enter__(self) -> "Interrupts":
         for number in SIGNALS:
-            self._previous[number] = signal.signal(number, self._receive)
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as nohup wants it
+                self._previous[number] = signal.signal(number, self._receive)
         return self
 
     def __exit__(self, *_) -> None:
@@ -46,29 +47,26 @@ class Interrupts:
 
     def _receive(self, number: int, _frame: FrameType | None) -> None:
         self.received = number
-        log.warning("%s: stopping after this step", signal.Signals(number).name)
+        limit = "; torchrun kills its workers 30 s after it, or after its --shutdown-timeout, where it has that"
+        torchrun = limit if "TORCHELASTIC_RUN_ID" in os.environ else ""
+        log.warning("%s: stopping after the batch%s", signal.Signals(number).name, torchrun)
 
     def should_stop(self, now: bool = False) -> bool:
-        """Whether any process had received a signal by the last step boundary; all processes call it at each.
+        """Whether any process had received a signal by the last boundary; all processes call it at each.
 
         now: count what came since the last boundary too, at the price of waiting for all processes.
         """
         if self._group is None:
             return self.received is not None
-        if now:
-            if self._pending is not None:
-                self._pending.wait()
-                self._pending = None
-            self._sum.fill_(float(self._sum.item() > 0 or self.received is not None))
-            dist.all_reduce(self._sum, group=self._group)
-            return self._sum.item() > 0
         if self._pending is not None:
             self._pending.wait()
-            if self._sum.item() > 0:
-                return True
-        self._sum.fill_(self.received is not None)
-        self._pending = dist.all_reduce(self._sum, group=self._group, async_op=True)
-        return False
+        if self._sum.item() == 0:
+            self._sum.fill_(self.received is not None)
+            self._pending = dist.all_reduce(self._sum, group=self._group, async_op=True)
+            if not now:
+                return False
+            self._pending.wait()
+        return self._sum.item() > 0
 
     def leave(self, goes_on: bool) -> None:
         """Hand the signal to whoever handled it before, such as submitit, and exit, in all processes together.

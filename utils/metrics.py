@@ -38,6 +38,13 @@ class Averages:
         self._window[:-1].add_(row, alpha=weight)
         self._window[-1] += weight
 
+    def mark(self) -> None:
+        """Remember the sums, so that `back` can take away what is added from now on."""
+        self._marked = self._window.clone()
+
+    def back(self) -> None:
+        self._window.copy_(self._marked)
+
     def window(self) -> dict[str, float]:
         """Averages over all processes since the last call; opens the next window."""
         sums = all_reduce_sum(self._window.clone())
@@ -143,6 +150,7 @@ class EpochTracker(Progress):
 
     def __call__(self, items: Iterable) -> Iterator[tuple[int, object]]:
         for step, batches in super().__call__(items):
+            self.averages.mark()
             yield step, self.waited(batches)
 
     def update(self, step: int, samples: int, **values: torch.Tensor) -> None:

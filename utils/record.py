@@ -28,7 +28,7 @@ log = logging.getLogger("fcmae")
 # arguments that change no result
 PLACES = {
     *("output_dir", "log_dir", "job_dir", "auto_resume", "num_workers", "pin_mem", "local_rank", "world_size"),
-    *("dist_url", "device", "max_bad_images", "kernels"),
+    *("dist_url", "dist_timeout", "device", "max_bad_images", "kernels"),
 }
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -35,7 +35,7 @@ def open_run(flags: dict, amp: Amp) -> Iterator["Run"]:
         UsageError: the folder cannot be written or is in use, or --resume cannot be read.
         NonFiniteLoss: of the run, with the checkpoint that is good added to it.
     """
-    with prepared_output_dir(flags["output_dir"]), OutputLock(flags["output_dir"]), Interrupts() as interrupts:
+    with prepared_output_dir(flags["output_dir"]), Interrupts() as interrupts, OutputLock(flags["output_dir"]):
         run = Run(flags, amp, interrupts)
         try:
             yield run
@@ -265,11 +265,27 @@ class Run:
             tracker.check()
         self._newest_is_good(due or tracker.due(step))  # where a line is due, the loss was checked for it
         if due:
-            self.save(tracker.epoch, tracker.state(step + 1) | {"bad": self._bad_images()})
+            self._save_inside(tracker, step + 1)
         elif last:
             self._check_weights(tracker.epoch)  # before they are evaluated, or drawn by
         if stop:
             self._leave(f"step {step + 1} of epoch {tracker.epoch}")
+
+    def batch_done(self, tracker: EpochTracker, step: int) -> None:
+        """Leave inside a step if a signal came; its begun part is done again. All processes call it after every batch.
+
+        Batch norm has counted the begun part already, so that a model with buffers finishes the step.
+        """
+        if any(True for _ in self.model.buffers()) or not self.interrupts.should_stop():
+            return
+        if self.saves:
+            tracker.check()
+            tracker.averages.back()
+            self._save_inside(tracker, step)
+        self._leave(f"step {step} of epoch {tracker.epoch}")
+
+    def _save_inside(self, tracker: EpochTracker, steps: int) -> None:
+        self.save(tracker.epoch, tracker.state(steps) | {"bad": self._bad_images()})
 
     def _check_weights(self, epoch: int) -> None:
         models = [self.model, self.ema.module] if self.ema else [self.model]

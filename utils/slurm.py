@@ -1,40 +1,101 @@
-"""Everything submitit: the cluster's flags, the submission, and the callable that runs on every task."""
+"""The cluster's flags, the submission, and the callable that submitit runs on every task."""
 
+import argparse
+import glob
 import importlib
 import os
+import re
 import shlex
+import signal
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from types import ModuleType
 
 import submitit
-from submitit.slurm.slurm import _make_sbatch_string
+from submitit.core.utils import DelayedSubmission, JobPaths
+from submitit.local.local import LOCAL_REQUEUE_RETURN_CODE
 
-from .args import ArgumentParser, add_bool
-from .errors import UsageError
+from .args import ArgumentParser, add_bool, positive, whole
+from .errors import UsageError, run_cli
+from .lock import OutputLock
 
 ROOT = Path(__file__).resolve().parent.parent
+# as `python -m submitit.core._submit`, but the folder of the submission may hold other modules of the same names
+START = f"import sys; sys.path[:] = [{str(ROOT)!r}, *filter(None, sys.path)]; del sys.argv[1:-1]; "
+START += "from submitit.core.submission import submitit_main; submitit_main()"
+PYTHON = shlex.join([sys.executable, "-u", "-c", START])
+INHERITED = ("SLURM", "SUBMITIT_", "TORCHELASTIC_", "OMPI_", "PMI_", "MASTER_", "RANK", "WORLD_SIZE", "LOCAL_RANK")
+OPTIONS = {  # sbatch's, handed on
+    "partition": "partition to submit to",
+    "constraint": "features the nodes must have",
+    "account": "account to charge",
+    "qos": "quality of service",
+    "comment": "comment for the scheduler",
+    "reservation": "reservation to run in",
+    "exclude": "nodes to leave out",
+    "gres": "GPUs per node as gpu:TYPE:NUMBER",
+    "gpus_per_task": "GPUs that each task sees alone: 1",
+    "mem_per_cpu": "memory per core, as 4G",
+}
+HINTS = {  # words of sbatch -> the flag to change
+    "account": "--account",
+    "partition": "--partition",
+    "feature": "--constraint",
+    "qos": "--qos",
+    "time limit": "--timeout",
+    "memory": "--mem_gb",
+    "generic resource|gres": "--ngpus, --device cpu, or --sbatch gres=...",
+    "node configuration": "--ngpus (GPUs per node; none with --device cpu), --cpus_per_task, --mem_gb or --constraint",
+    "node count": "--nodes",
+    "cpu": "--cpus_per_task",
+}
+
+
+def minutes(text: str) -> int:
+    """An argparse type: minutes, or as SLURM has it, [days-]hours:minutes:seconds and what may be left out of that."""
+    days, dash, rest = text.rpartition("-")
+    fields = rest.split(":")
+    if (
+        not all(field.isdecimal() for field in [days or "0" * (not dash), *fields])
+        or len(fields) > 3
+        or not text.strip("0:-")
+    ):
+        raise argparse.ArgumentTypeError(f"{text}: must be minutes, at least 1, or [days-]hours:minutes:seconds")
+    hours, mins, secs, *_ = map(int, [*(() if dash or len(fields) == 3 else "0"), *fields, 0, 0])
+    return int(days or 0) * 1440 + hours * 60 + mins + (secs > 0)
+
+
+def option(text: str) -> tuple[str, str | bool]:
+    """An argparse type: key=value of sbatch; key alone for those that have no value; key= takes a default away."""
+    key, equals, value = text.removeprefix("--").partition("=")
+    if not re.fullmatch("[a-z][a-z_-]*", key) or key in ("time", "array"):
+        more = "; the time is --timeout's" if key == "time" else ""
+        raise argparse.ArgumentTypeError(f"{text}: must be key=value of a long option of sbatch{more}")
+    return key.replace("_", "-"), value if equals else True
 
 
 def add_slurm_arguments(parser: ArgumentParser) -> None:
     group = parser.add_argument_group("SLURM job", "one task per GPU; --device cpu asks for no GPUs")
-    group.add_argument("--nodes", type=int, default=2, help="number of nodes")
-    group.add_argument("--ngpus", type=int, default=8, help="tasks, and GPUs, per node")
-    group.add_argument("--timeout", type=int, default=4320, help="time limit in minutes")
+    group.add_argument("--nodes", type=whole(1), default=2, help="number of nodes")
+    group.add_argument("--ngpus", type=whole(1), default=8, help="tasks, and GPUs, per node")
+    group.add_argument(
+        "--timeout", type=minutes, default=4320, help="time limit: minutes, or as SLURM has it, 3-00:00:00"
+    )
     group.add_argument(
         "--job_dir", default="", help="folder shared by all nodes, for logs and, if no --output_dir, results; %%j: job"
     )
-    group.add_argument("--partition", default=None, help="partition to submit to")
-    group.add_argument("--cpus_per_task", type=int, default=10, help="cores per task")
-    group.add_argument("--mem_gb", type=float, default=None, help="memory per node in GB")
-    group.add_argument("--constraint", default=None, help="features the nodes must have")
+    group.add_argument("--cpus_per_task", type=whole(1), default=10, help="cores per task")
+    group.add_argument("--mem_gb", type=positive, default=None, help="memory per node in GB")
     add_bool(group, "--use_volta32", False, "ask for GPUs of 32 GB, as --constraint volta32gb")
-    group.add_argument("--account", default=None, help="account to charge")
-    group.add_argument("--qos", default=None, help="quality of service")
-    group.add_argument("--comment", default=None, help="comment for the scheduler")
+    for name, text in OPTIONS.items():
+        group.add_argument(f"--{name}", default=None, help=text)
+    sbatch_help = "any other option of sbatch; KEY= takes one away; repeatable"
+    group.add_argument("--sbatch", type=option, action="append", default=[], metavar="KEY=VALUE", help=sbatch_help)
     group.add_argument("--signal_delay", type=int, default=120, help="seconds from the signal to the end of the limit")
     group.add_argument("--max_requeues", type=int, default=100, help="how often a job that timed out is requeued")
-    group.add_argument("--setup", action="append", default=None, help="shell line to run before the job; repeatable")
+    group.add_argument("--setup", action="append", default=[], help="shell line to run before the job; repeatable")
     add_bool(group, "--local", False, "run on this machine through submitit's local executor")
     add_bool(group, "--dry_run", False, "print the sbatch script and submit nothing")
 
@@ -45,7 +106,8 @@ class Trainer:
     def __init__(self, script: str, args):
         self.script, self.args = script, args
 
-    def __call__(self) -> None:
+    def __call__(self) -> int:
+        """The exit code, under the local executor; under SLURM the process ends with it."""
         environment = submitit.JobEnvironment()
         # the crash of an earlier attempt must not be taken for the result of this one
         environment.paths.result_pickle.unlink(missing_ok=True)
@@ -53,52 +115,138 @@ class Trainer:
         for name in ("job_dir", "output_dir", "log_dir"):
             if value := getattr(self.args, name):
                 setattr(self.args, name, value.replace("%j", str(environment.job_id)))
-        importlib.import_module(self.script).main(self.args)
+        local = environment.cluster == "local"
+        if local:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # submitit would pass over it
+        try:
+            run_cli(lambda: importlib.import_module(self.script).main(self.args))
+        except SystemExit as end:
+            if not local or end.code == LOCAL_REQUEUE_RETURN_CODE:
+                raise
+            return end.code
+        return 0
 
-    def checkpoint(self) -> submitit.helpers.DelayedSubmission:
+    def checkpoint(self) -> DelayedSubmission:
         """Requeue: main has written its state by now, and finds it again in output_dir."""
-        return submitit.helpers.DelayedSubmission(Trainer(self.script, self.args))
+        return DelayedSubmission(Trainer(self.script, self.args))
 
 
-def check_job_dir(job_dir: str) -> None:
-    """Create the part of job_dir that does not depend on the job and see that it can be written."""
-    if not job_dir:
+def check_folders(args) -> None:
+    """Create the part of job_dir that does not depend on the job; see that it can be written and no run uses it."""
+    if not args.job_dir:
         raise UsageError("--job_dir: give a folder on a file system that all nodes share; %j in it is the job id")
-    folder = next(path for path in (Path(job_dir), *Path(job_dir).parents) if "%j" not in str(path)).absolute()
+    for name in ("job_dir", "output_dir", "log_dir"):
+        if unknown := re.search("%(?!j)[^/]?", getattr(args, name) or ""):
+            raise UsageError(
+                f"--{name} {getattr(args, name)}: {unknown[0]} is not filled in, only %j is, with the job id"
+            )
+    job_dir = Path(args.job_dir).expanduser()
+    folder = next(path for path in (job_dir, *job_dir.parents) if "%j" not in str(path)).absolute()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".writable.{os.getpid()}"
-        probe.touch()
-        probe.unlink()
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        raise UsageError(f"--job_dir {job_dir}: {folder} cannot be written ({error.strerror})") from error
+        raise UsageError(f"--job_dir {args.job_dir}: {folder} cannot be written ({error.strerror})") from error
+    if os.path.isdir(output_dir := args.output_dir or args.job_dir):
+        with OutputLock(output_dir):
+            pass
 
 
-def slurm_parameters(args, name: str) -> dict:
-    """submitit's parameters for the flags of `add_slurm_arguments`."""
-    constraint = "volta32gb" if args.use_volta32 and not args.constraint else args.constraint
-    slurm = {
-        "slurm_partition": args.partition,
-        "slurm_constraint": constraint,
-        "slurm_account": args.account,
-        "slurm_qos": args.qos,
-        "slurm_comment": args.comment,
-    }
-    return {
-        "name": name,
+def check_data(args) -> None:
+    """See that files are there which the job will read. Raises UsageError."""
+    files = args.data_set in ("IMNET", "image_folder")
+    if files and not args.data_path:
+        raise UsageError(f"--data_set {args.data_set} needs --data_path; --data_set shapes needs no data")
+    for name in ("data_path", "eval_data_path", "train_list", "eval_list") if files else ():
+        path = getattr(args, name)
+        if path and not os.path.exists(path) and not glob.glob(path) and path not in " ".join(args.setup):
+            nodes = f"where only the nodes have it, --setup 'ls {path}' says so"
+            raise UsageError(f"--{name} {path}: no such file or folder here; {nodes}")
+
+
+def sbatch_script(args, name: str) -> str:
+    """The script for sbatch: options, --setup, and submitit's command under srun."""
+    paths = JobPaths(args.job_dir)
+    given = {name.replace("_", "-"): value for name in OPTIONS if (value := getattr(args, name))} | dict(args.sbatch)
+    options = {
+        "job-name": name,
         "nodes": args.nodes,
-        "tasks_per_node": args.ngpus,
-        "gpus_per_node": 0 if args.device == "cpu" else args.ngpus,
-        "cpus_per_task": args.cpus_per_task,
-        "timeout_min": args.timeout,
-        "slurm_signal_delay_s": args.signal_delay,
-        # where one task dies, the others would wait for it in a collective until the time limit
-        "slurm_srun_args": ["--kill-on-bad-exit=1"],
-        "slurm_additional_parameters": {"requeue": True},
-        "slurm_setup": [f"export PYTHONPATH={shlex.quote(str(ROOT))}:$PYTHONPATH", *(args.setup or [])],
-        **({"mem_gb": args.mem_gb} if args.mem_gb else {}),
-        **{key: value for key, value in slurm.items() if value},
+        "ntasks-per-node": args.ngpus,
+        "gpus-per-node": 0 if args.device == "cpu" or any(re.match("gres$|gpus", key) for key in given) else args.ngpus,
+        "cpus-per-task": args.cpus_per_task,
+        "time": args.timeout,
+        "mem": args.mem_gb and f"{round(args.mem_gb * 1024)}M",
+        "constraint": "volta32gb" if args.use_volta32 else None,
+        "signal": f"USR2@{args.signal_delay}",
+        "requeue": True,
+        "open-mode": "append",
+        "output": str(paths.stdout).replace("%t", "0"),
+        "error": str(paths.stderr).replace("%t", "0"),
+        **given,
     }
+    lines = [f"#SBATCH --{k}" + ("" if v is True else f"={shlex.quote(str(v))}") for k, v in options.items() if v]
+    # where one task dies, the others would wait for it in a collective until the time limit
+    srun = ["srun", "--unbuffered", "--kill-on-bad-exit=1", "--output", str(paths.stdout), "--error", str(paths.stderr)]
+    if options["cpus-per-task"]:
+        srun.append(f"--cpus-per-task={options['cpus-per-task']}")  # which srun no longer takes from sbatch
+    command = f"{shlex.join(srun)} {PYTHON} {shlex.quote(args.job_dir)}"
+    return "\n".join(["#!/bin/bash", *lines, *args.setup, "export SUBMITIT_EXECUTOR=slurm", command, ""])
+
+
+def submit(script: str, trainer: Trainer, args) -> JobPaths:
+    """Hand a script to sbatch; where the job's files are. Raises UsageError with sbatch's words, leaving nothing."""
+    kept = {k: v for k, v in os.environ.items() if k == "SLURM_CONF" or not k.startswith(INHERITED)}
+    with tempfile.NamedTemporaryFile("w", suffix=".sh") as file:
+        file.write(script)
+        file.flush()
+        try:
+            done = subprocess.run(["sbatch", file.name], env=kept, capture_output=True, text=True)
+        except FileNotFoundError as error:
+            raise UsageError("no SLURM here (no sbatch); --local true runs on this machine") from error
+    number = re.search(r"job (\d+)", done.stdout)
+    if done.returncode or not number:
+        words = " ".join(re.sub("sbatch: (error: )?", "", done.stderr or done.stdout).split())
+        flag = next(
+            (flag for word, flag in HINTS.items() if re.search(word, words, re.IGNORECASE)), "--sbatch KEY=VALUE"
+        )
+        raise UsageError(f"sbatch: {words}; change {flag}")
+    paths = JobPaths(args.job_dir, number[1])
+    paths.folder.mkdir(parents=True, exist_ok=True)
+    paths.submission_file.write_text(script)
+    submission = DelayedSubmission(trainer)
+    submission.set_timeout(args.timeout, args.max_requeues)
+    submission.dump(paths.submitted_pickle)  # for which the job waits a minute
+    return paths
+
+
+def start_here(trainer: Trainer, args) -> submitit.LocalJob:
+    """Start the tasks on this machine."""
+    if args.nodes > 1:
+        raise UsageError(f"--nodes {args.nodes}: --local true has one machine, give --nodes 1")
+    executor = submitit.LocalExecutor(args.job_dir, python=PYTHON)
+    gpus = 0 if args.device == "cpu" else args.ngpus
+    executor.update_parameters(tasks_per_node=args.ngpus, gpus_per_node=gpus, timeout_min=args.timeout)
+    executor.update_parameters(signal_delay_s=args.signal_delay)
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # by submitit's process, which would kill the tasks
+    try:
+        return executor.submit(trainer)
+    finally:
+        signal.signal(signal.SIGINT, handler)
+
+
+def wait_for(job: submitit.LocalJob) -> None:
+    """End with the exit code of the first task that failed, and its last words."""
+    try:
+        job.wait()
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        os.kill(int(job.job_id), signal.SIGTERM)  # submitit's process tells the tasks, which save
+        job.wait()
+        raise
+    for rank, code in enumerate(job.results()):
+        if code:
+            print(*(job.task(rank).stderr() or "").splitlines()[-1:], file=sys.stderr)
+            sys.exit(code)
 
 
 def launch(script: ModuleType) -> None:
@@ -107,39 +255,19 @@ def launch(script: ModuleType) -> None:
     add_slurm_arguments(parser)
     args = parser.parse_args()
     script.check_args(args)
-    for name in ("nodes", "ngpus", "timeout", "cpus_per_task"):
-        if getattr(args, name) < 1:
-            raise UsageError(f"--{name} {getattr(args, name)}: must be at least 1")
     if args.timeout * 60 <= args.signal_delay + 60:
         raise UsageError(f"--signal_delay {args.signal_delay}: must be a minute less than --timeout {args.timeout} min")
-    name = script.__name__.removeprefix("main_")
+    text = sbatch_script(args, script.__name__.removeprefix("main_"))
     if args.dry_run:
-        print(sbatch_script(args, name))
+        print(text, end="")
         return
-    check_job_dir(args.job_dir)
+    check_data(args)
+    check_folders(args)
     args.output_dir = args.output_dir or args.job_dir
-    os.environ["PYTHONPATH"] = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
-    cluster = "local" if args.local else "slurm"
-    try:
-        executor = submitit.AutoExecutor(args.job_dir, cluster=cluster, slurm_max_num_timeout=args.max_requeues)
-    except RuntimeError as error:
-        raise UsageError(f"no SLURM here ({error}); --local true runs on this machine") from error
-    parameters = slurm_parameters(args, name)
-    if args.local:
-        parameters = {k: v for k, v in parameters.items() if not k.startswith("slurm_")}
-    executor.update_parameters(**parameters)
-    job = executor.submit(Trainer(script.__name__, args))
-    print(f"submitted job {job.job_id}: logs in {job.paths.folder}, results in {args.output_dir}", flush=True)
-    if args.local:
-        job.results()
-
-
-def sbatch_script(args, name: str) -> str:
-    """The script that would be submitted."""
-    parameters = slurm_parameters(args, name)
-    renamed = {"name": "job_name", "tasks_per_node": "ntasks_per_node", "timeout_min": "time"}
-    words = {renamed.get(k, k.removeprefix("slurm_")): v for k, v in parameters.items() if v}
-    if "mem_gb" in words:
-        words["mem"] = f"{words.pop('mem_gb'):g}GB"
-    command = f"{shlex.quote(sys.executable)} -u -m submitit.core._submit {shlex.quote(args.job_dir)}"
-    return _make_sbatch_string(command=command, folder=args.job_dir, **words)
+    trainer = Trainer(script.__name__, args)
+    job = start_here(trainer, args) if args.local else None
+    paths = job.paths if job else submit(text, trainer, args)
+    results = args.output_dir.replace("%j", str(paths.job_id))
+    print(f"submitted job {paths.job_id}: logs in {paths.folder}, results in {results}", flush=True)
+    if job:
+        wait_for(job)
