@@ -68,7 +68,7 @@ def train_one_epoch(
             values = {"loss": loss} if mixup else {"loss": loss, "class_acc": top_k(logits, labels, 1)}
             tracker.update(step, len(imgs) if batch.loss_weight else 0, **values)
             if not batch.last:
-                run.batch_done(tracker, step)
+                run.step_done(tracker, step, part=True)
         grad_norm = amp.step(optimizer, with_norm=tracker.due(step))
         if run.ema:
             run.ema.update(getattr(model, "module", model).classifier)

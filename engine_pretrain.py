@@ -38,7 +38,7 @@ def train_one_epoch(
                 amp.backward(loss * batch.loss_weight)
             tracker.update(step, len(imgs) if batch.loss_weight else 0, loss=loss)
             if not batch.last:
-                run.batch_done(tracker, step)
+                run.step_done(tracker, step, part=True)
         grad_norm = amp.step(optimizer, with_norm=tracker.due(step))
         tracker.report(step, lr, grad_norm)
         run.step_done(tracker, step)

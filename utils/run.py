@@ -257,35 +257,29 @@ class Run:
         progress, self.epoch_progress = self.epoch_progress, None
         return EpochTracker(names, epoch, steps, self.amp.device, self.log, progress)
 
-    def step_done(self, tracker: EpochTracker, step: int) -> None:
-        """Save if it is time or a signal came, and leave if one came. All processes call it after every step."""
+    def step_done(self, tracker: EpochTracker, step: int, part: bool = False) -> None:
+        """Save if it is time or a signal came, and leave if one came. All processes call it after every batch.
+
+        part: of the step, which is done again then. Batch norm has no way back: a model with buffers finishes it.
+        """
+        if part and any(True for _ in self.model.buffers()):
+            return
         stop, freq, last = self.interrupts.should_stop(), self.flags["save_ckpt_steps"], step + 1 == tracker.steps
-        due = self.saves and (stop or (freq and (step + 1) % freq == 0 and not last))
+        if part and not stop:
+            return
+        if part:
+            tracker.averages.back()
+        done = step + (not part)
+        due = self.saves and (stop or (freq and done % freq == 0 and not last))
         if due:
             tracker.check()
         self._newest_is_good(due or tracker.due(step))  # where a line is due, the loss was checked for it
         if due:
-            self._save_inside(tracker, step + 1)
+            self.save(tracker.epoch, tracker.state(done) | {"bad": self._bad_images()})
         elif last:
             self._check_weights(tracker.epoch)  # before they are evaluated, or drawn by
         if stop:
-            self._leave(f"step {step + 1} of epoch {tracker.epoch}")
-
-    def batch_done(self, tracker: EpochTracker, step: int) -> None:
-        """Leave inside a step if a signal came; its begun part is done again. All processes call it after every batch.
-
-        Batch norm has counted the begun part already, so that a model with buffers finishes the step.
-        """
-        if any(True for _ in self.model.buffers()) or not self.interrupts.should_stop():
-            return
-        if self.saves:
-            tracker.check()
-            tracker.averages.back()
-            self._save_inside(tracker, step)
-        self._leave(f"step {step} of epoch {tracker.epoch}")
-
-    def _save_inside(self, tracker: EpochTracker, steps: int) -> None:
-        self.save(tracker.epoch, tracker.state(steps) | {"bad": self._bad_images()})
+            self._leave(f"step {done} of epoch {tracker.epoch}")
 
     def _check_weights(self, epoch: int) -> None:
         models = [self.model, self.ema.module] if self.ema else [self.model]
@@ -316,7 +310,7 @@ class Run:
             "epoch": epoch,
             "args": record.plain(self.flags),
             "run": self.id,
-            **{key: value for key, value in more.items() if value},
+            **{key: value for key, value in more.items() if value or key == "step"},
         }
         saved = checkpoint.save_numbered(state, self.output_dir, name)
         if saved and not name:

@@ -123,7 +123,7 @@ class Trainer:
         except SystemExit as end:
             if not local or end.code == LOCAL_REQUEUE_RETURN_CODE:
                 raise
-            return end.code
+            return int(end.code or 0)
         return 0
 
     def checkpoint(self) -> DelayedSubmission:
@@ -219,7 +219,7 @@ def submit(script: str, trainer: Trainer, args) -> JobPaths:
     return paths
 
 
-def start_here(trainer: Trainer, args) -> submitit.LocalJob:
+def start_here(trainer: Trainer, args) -> submitit.Job:
     """Start the tasks on this machine."""
     if args.nodes > 1:
         raise UsageError(f"--nodes {args.nodes}: --local true has one machine, give --nodes 1")
@@ -234,7 +234,7 @@ def start_here(trainer: Trainer, args) -> submitit.LocalJob:
         signal.signal(signal.SIGINT, handler)
 
 
-def wait_for(job: submitit.LocalJob) -> None:
+def wait_for(job: submitit.Job) -> None:
     """End with the exit code of the first task that failed, and its last words."""
     try:
         job.wait()
