@@ -262,13 +262,11 @@ class Run:
 
         part: of the step, which is done again then. Batch norm has no way back: a model with buffers finishes it.
         """
-        if part and any(True for _ in self.model.buffers()):
-            return
-        stop, freq, last = self.interrupts.should_stop(), self.flags["save_ckpt_steps"], step + 1 == tracker.steps
-        if part and not stop:
+        if part and (any(True for _ in self.model.buffers()) or not self.interrupts.should_stop()):
             return
         if part:
             tracker.averages.back()
+        stop, freq, last = part or self.interrupts.should_stop(), self.flags["save_ckpt_steps"], step + 1 == tracker.steps
         done = step + (not part)
         due = self.saves and (stop or (freq and done % freq == 0 and not last))
         if due:
