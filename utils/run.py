@@ -266,8 +266,8 @@ class Run:
             return
         if part:
             tracker.averages.back()
-        stop, freq, last = part or self.interrupts.should_stop(), self.flags["save_ckpt_steps"], step + 1 == tracker.steps
-        done = step + (not part)
+        stop, freq = part or self.interrupts.should_stop(), self.flags["save_ckpt_steps"]
+        done, last = step + (not part), step + 1 == tracker.steps
         due = self.saves and (stop or (freq and done % freq == 0 and not last))
         if due:
             tracker.check()
