@@ -3,6 +3,8 @@
 Small integers in float32 make every sum exact, so results must be equal, whatever the order of summation.
 """
 
+from __future__ import annotations
+
 import copy
 import os
 import subprocess
@@ -212,6 +214,26 @@ def test_more_than_2_to_the_31_elements():
     torch.testing.assert_close(result, wanted, rtol=1e-4, atol=1e-3)
 
 
+@kernels._jit
+def positions(index_ptr, places_ptr, height, width, first, R: kernels.tl.constexpr, MAP: kernels.tl.constexpr):
+    lane = first + kernels.tl.arange(0, 4)
+    index, exists = kernels._place(index_ptr, height, width, first + 3, lane, 1, 2, 7, R, MAP)
+    kernels.tl.store(places_ptr + kernels.tl.arange(0, 4), kernels.tl.where(exists, index, -1))
+
+
+@runs
+def test_positions_beyond_2_to_the_31():
+    """One column to the right and two rows down of the last lanes of a batch; the fourth is not one."""
+    places = torch.zeros(4, dtype=torch.int64, device=DEVICE)
+    width, first = 1 << 16, 1 << 30  # strips of 4 rows, one a map
+    positions[(1,)](places, places, 4, width, first, R=4, MAP=True)
+    assert places.tolist() == [(first // width * 4 + 2) * width + i + 1 for i in range(3)] + [-1]
+    table = torch.full((1, 3, 3), -1, dtype=torch.int32, device=DEVICE)
+    table[0, 1, 1] = far = (1 << 30) + 5  # the patch itself: 4 columns
+    positions[(1,)](table, places, 4, 4, 0, R=4, MAP=False)
+    assert places.tolist() == [far * 16 + 2 * 4 + i + 1 for i in range(3)] + [-1]
+
+
 # ---- maps -------------------------------------------------------------------------------------------------------
 
 
@@ -238,33 +260,6 @@ def test_inputs_that_are_not_contiguous():
     assert torch.equal(y.cpu().double(), wanted.permute(0, 2, 3, 1))
     results, others = (kernels.weight_grad(t, t, 3) for t in (strided, strided.contiguous()))
     assert all(torch.equal(a, b) for a, b in zip(results, others, strict=True))
-
-
-# ---- compiling, without a GPU -----------------------------------------------------------------------------------
-
-
-@has_triton
-@pytest.mark.skipif(INTERPRETED, reason="needs the compiler")
-@pytest.mark.parametrize("rows", [2, 7])
-@pytest.mark.parametrize("kernel", ["_convolve_kernel", "_weight_grad_kernel"])
-def test_compiles(kernel, rows, monkeypatch, tmp_path):
-    """The compiler refuses things that the interpreter takes. Patches have 2 rows here, and strips of a map 7."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")
-    kernel = getattr(kernels, kernel)
-    fixed = {"C": 40, "K": 7, "R": rows, "MAP": rows == 7, "BIAS": True, "BM": 16, "BLOCK_C": 32}
-    fixed = {name: value for name, value in fixed.items() if name in kernel.arg_names}
-    pointers = {"index_ptr": "*i32", "partial_ptr": "*fp32"}
-    types = {name: pointers.get(name, "*bf16" if name.endswith("_ptr") else "i32") for name in kernel.arg_names}
-    source = ASTSource(
-        fn=kernel,
-        signature={name: "constexpr" if name in fixed else types[name] for name in kernel.arg_names},
-        constexprs={(kernel.arg_names.index(name),): value for name, value in fixed.items()},
-    )
-    assert "cubin" in kernels.triton.compile(source, target=GPUTarget("cuda", 80, 32)).asm
 
 
 # ---- who may run, and what is chosen ----------------------------------------------------------------------------
