@@ -8,11 +8,12 @@ python tools/benchmark.py --what loader --data_path FOLDER   the pre-training lo
 python tools/benchmark.py --vary mask_ratio 0.4 0.6          any comparison over a range of one flag
 
 The forms take turns in one process, because machines are noisy: the ratios, medians over pairs, are what to quote.
-Memory is measured in a process per form. Of the loader, the time is the processor's, so images/s are per core.
+On the CPU, memory is measured in a process per form. Of the loader, the time is the processor's: images/s per core.
 """
 
 import gc
 import json
+import re
 import resource
 import statistics
 import subprocess
@@ -133,14 +134,11 @@ def mae_step(args, device, compiled) -> Step:
 def classifier_step(args, device, compiled, timms: bool) -> Step:
     """Fine-tuning with a moving average of the weights, 1000 classes."""
     imgs, labels = images(args, device), torch.arange(args.batch_size, device=device) % 1000
+    model = timm.create_model(args.model).to(device) if timms else build(args, device, False, convnextv2)
     if timms:
-        model = timm.create_model(args.model).to(device, memory_format=torch.channels_last)
-        imgs = imgs.contiguous(memory_format=torch.channels_last)
-    else:
-        model = build(args, device, compiled, convnextv2)
+        model, imgs = (x.to(memory_format=torch.channels_last) for x in (model, imgs))
     ema, criterion = ModelEmaV3(model, decay=0.9999), nn.CrossEntropyLoss(label_smoothing=0.1)
-    if timms and compiled:
-        model.compile()
+    model.compile(disable=not compiled)
     return step_of(args, device, model, lambda: criterion(model(imgs).float(), labels), ema)
 
 
@@ -228,21 +226,15 @@ def clock(args, device: torch.device) -> float:
 def peak_memory(step: Step, device: torch.device) -> float:
     """MiB that a step takes above what is there between steps; on the CPU, resident memory as the kernel counts it."""
     if device.type == "cuda":
-        step()
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         step()
         return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+    resident = lambda field: int(re.search(rf"{field}:\s+(\d+)", Path("/proc/self/status").read_text())[1])  # noqa: E731
     gc.collect()
     before = resident("VmRSS")
     step()  # the first one: later ones find memory that the allocator kept
-    return resident("VmHWM") - before
-
-
-def resident(field: str) -> float:
-    """A line of /proc/self/status in MiB."""
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(status[field].split()[0]) / 1024
+    return (resident("VmHWM") - before) / 1024
 
 
 def memory_of(form: str, flags: list[str]) -> float:
@@ -265,8 +257,9 @@ def measure(args, device: torch.device, flags: list[str]) -> list[dict]:
             record["images"] = step()
             seconds = clock(args, device) - begun
             record["seconds"] += [seconds] if round_ >= 0 else []
-    for record in records if args.memory else ():
-        record["peak_mib"] = memory_of(record["form"], flags)
+    for record, step in zip(records, steps, strict=True) if args.memory else ():
+        on_cuda = device.type == "cuda"  # whose allocator counts; resident memory needs a process that did nothing else
+        record["peak_mib"] = peak_memory(step, device) if on_cuda else memory_of(record["form"], flags)
     return records
 
 
