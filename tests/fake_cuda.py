@@ -11,6 +11,7 @@ import traceback
 from pathlib import Path
 
 import torch
+from torch._library.custom_ops import CustomOpDef
 from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -63,8 +64,9 @@ class FakeCuda(TorchDispatchMode):
         waits: the lines that waited.
     """
 
-    def __init__(self):
+    def __init__(self, own=None):
         super().__init__()
+        self.own = own or {}
         self.fake, self.may_wait, self.waits = FakeTensorMode(allow_non_fake_inputs=True), True, []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -74,6 +76,9 @@ class FakeCuda(TorchDispatchMode):
         to_cuda = any(isinstance(x, torch.device) and x.type == "cuda" for x in flat)
         if not fakes and not to_cuda:
             return func(*args, **kwargs)
+        if func in self.own:  # what it does, not what it says of its results
+            with self:
+                return self.own[func](*args, **kwargs)
         real = [x for x in flat if isinstance(x, torch.Tensor) and not isinstance(x, FakeTensor)]
         copies = func in (aten._to_copy.default, aten.copy_.default)
         if fakes and not copies and any(x.dim() for x in real):
@@ -135,8 +140,11 @@ class _Generator(torch.Generator):
 
 
 @contextlib.contextmanager
-def fake_cuda(patch, kernels=None):
-    """A `FakeCuda` with what torch asks of the card in Python; `kernels`: the module whose launches do nothing."""
+def fake_cuda(patch, kernels, operators):
+    """A `FakeCuda` with what torch asks of the card in Python.
+
+    kernels, operators: the modules whose launches do nothing, and whose `custom_op` functions run as on a card.
+    """
     patch.setattr(torch.cuda, "_lazy_init", lambda: None)
     patch.setattr(torch.cuda, "is_bf16_supported", lambda *args, **kwargs: True)
     patch.setattr(torch.cuda, "get_device_capability", lambda *args: (9, 0))
@@ -148,13 +156,12 @@ def fake_cuda(patch, kernels=None):
     patch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
     patch.setattr(fake_tensor, "init_gpu_context", lambda *args: None, raising=False)
     patch.setattr(torch, "Generator", _Generator)
-    if kernels:
-        for name in ("_convolve_kernel", "_weight_grad_kernel"):
-            patch.setattr(kernels, name, Launches(name))
-        patch.setattr(kernels, "_on", lambda x: contextlib.nullcontext())
+    for name in ("_convolve_kernel", "_weight_grad_kernel"):
+        patch.setattr(kernels, name, Launches(name))
+    patch.setattr(kernels, "_on", lambda x: contextlib.nullcontext())
     lifted = torch._C._only_lift_cpu_tensors()
     torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(x, device="cuda") is a copy, which is seen
-    cuda = FakeCuda()
+    cuda = FakeCuda({x._opoverload: x._init_fn for x in vars(operators).values() if isinstance(x, CustomOpDef)})
     patch.setattr(torch.cuda, "synchronize", lambda *args: cuda.wait("torch.cuda.synchronize"))
     try:
         with cuda, torch.autograd.set_multithreading_enabled(False):

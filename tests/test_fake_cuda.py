@@ -14,7 +14,7 @@ from timm.utils import ModelEmaV3
 
 import engine_finetune
 import engine_pretrain
-from models import fcmae, fused, kernels
+from models import fcmae, fused, kernels, operators
 from models.convnextv2 import ConvNeXtV2
 from tests.fake_cuda import CUDA, ROOT, WaitsError, WrongDeviceError, fake_cuda, shim
 from tests.test_engines import CPU, plain_run
@@ -47,9 +47,11 @@ def test_with_a_device_that_is_not_there(tmp_path):
 
 @pytest.fixture
 def cuda(monkeypatch):
-    monkeypatch.setattr(fused, "_is_watched", lambda x: False)  # fake tensors have a type of their own, as tracers do
+    monkeypatch.setattr(
+        fused, "_is_watched", lambda *args: False
+    )  # fake tensors have a type of their own, as tracers do
     monkeypatch.setattr(fused, "_is_plain", lambda *args: True)
-    with fake_cuda(monkeypatch, kernels) as mode:
+    with fake_cuda(monkeypatch, kernels, operators) as mode:
         yield mode
 
 
@@ -137,7 +139,8 @@ def test_finetuning(cuda, way):
     mixup = Mixup(mixup_alpha=0.8, cutmix_alpha=1.0, num_classes=CLASSES) if way.get("mixup") else None
     criterion = SoftTargetCrossEntropy() if mixup else LabelSmoothingCrossEntropy(0.1)
     loader = Steps(cuda, way.get("update_freq", 1))
-    engine_finetune.train_one_epoch(model, loader, criterion, optimizer, Schedule(1e-3, 0, 0, 3), run, 0, mixup)
+    trained = engine_finetune.WithLoss(model, criterion)
+    engine_finetune.train_one_epoch(trained, loader, optimizer, Schedule(1e-3, 0, 0, 3), run, 0, mixup)
     check(cuda, model, way)
 
 
