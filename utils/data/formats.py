@@ -286,7 +286,7 @@ def fast_jpeg(content: bytes, in_chans: int, max_pixels: int) -> torch.Tensor | 
 
 
 class StderrKept:
-    """A context that keeps what decoders written in C would write to stderr, without the name of a file: `said`."""
+    """A context, of one thread, that keeps what decoders written in C would write to stderr, naming no file: `said`."""
 
     said: Sequence[str] = ()
 
