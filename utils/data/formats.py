@@ -100,14 +100,13 @@ def _read_array(content: bytes, in_chans: int, max_pixels: int) -> np.ndarray:
             raise ValueError(f"holds {len(array.files)} arrays ({', '.join(array.files)}); one a file is read")
         check_size(array.zip.infolist()[0].file_size, 1, 8 * max(in_chans, 4) * max_pixels)  # bytes, unpacked
         array = array[array.files[0]]
-    shape = array.shape
     if array.ndim not in (2, 3):
-        shape = " x ".join(map(str, shape))
+        shape = " x ".join(map(str, array.shape))
         raise ValueError(f"an array of {shape}; an image has two axes, or three with its channels")
     array = array.astype(array.dtype.newbyteorder("="), copy=False)
     if array.ndim == 2:
         array = array[None]
-    elif shape[-1] == in_chans or (shape[0] != in_chans and shape[-1] <= shape[0]):
+    elif array.shape[-1] == in_chans or (array.shape[0] != in_chans and array.shape[-1] <= array.shape[0]):
         array = np.moveaxis(array, -1, 0)
     check_size(*array.shape[:0:-1], max_pixels)
     return array
@@ -132,10 +131,13 @@ def pillow_pixels(image: Image.Image, in_chans: int) -> Stored:
 
 def _read_deep(content: bytes, image: Image.Image) -> Stored | None:
     """A PNG or PPM in colour beyond 8 bits, of which Pillow keeps 8; None: another file."""
-    if image.format == "PPM" and image.mode == "RGB" and image.tile[0].args[-1] in range(256, 65536):
-        (width, height), tile = image.size, image.tile[0]  # in grey Pillow keeps all: three colours side by side
-        header = f"P{2 if tile.codec_name == 'ppm_plain' else 5} {3 * width} {height} {tile.args[-1]}\n"
-        with Image.open(io.BytesIO(header.encode() + content[tile.offset :])) as grey:
+    if image.format == "PPM" and image.mode == "RGB":
+        (codec, _, start, args), (width, height) = image.tile[0], image.size
+        if args[-1] not in range(256, 65536):  # a mode, or the largest value
+            return None
+        # in grey Pillow keeps all, so: three colours side by side
+        header = f"P{2 if codec == 'ppm_plain' else 5} {3 * width} {height} {args[-1]}\n"
+        with Image.open(io.BytesIO(header.encode() + content[start:])) as grey:
             return Stored(np.array(grey).astype(np.uint16).reshape(height, width, 3).transpose(2, 0, 1), "PPM")
     if not content.startswith(PNG) or content[24] != 16 or image.mode[0] == "I":
         return None
