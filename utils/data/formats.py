@@ -132,11 +132,11 @@ def pillow_pixels(image: Image.Image, in_chans: int) -> Stored:
 def _read_deep(content: bytes, image: Image.Image) -> Stored | None:
     """A PNG or PPM in colour beyond 8 bits, of which Pillow keeps 8; None: another file."""
     if image.format == "PPM" and image.mode == "RGB":
-        (codec, _, start, args), (width, height) = image.tile[0], image.size
-        if args[-1] not in range(256, 65536):  # a mode, or the largest value
+        (codec, _, start, options), (width, height) = image.tile[0], image.size
+        if options[-1] not in range(256, 65536):  # a mode, or the largest value
             return None
         # in grey Pillow keeps all, so: three colours side by side
-        header = f"P{2 if codec == 'ppm_plain' else 5} {3 * width} {height} {args[-1]}\n"
+        header = f"P{2 if codec == 'ppm_plain' else 5} {3 * width} {height} {options[-1]}\n"
         with Image.open(io.BytesIO(header.encode() + content[start:])) as grey:
             return Stored(np.array(grey).astype(np.uint16).reshape(height, width, 3).transpose(2, 0, 1), "PPM")
     if not content.startswith(PNG) or content[24] != 16 or image.mode[0] == "I":
