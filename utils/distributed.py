@@ -156,7 +156,7 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
 
 
 def _launcher(dist_on_itp: bool) -> tuple[str, str, str] | None:
-    """The variables of rank, number of processes and rank on the node that count here; None: no launcher's."""
+    """The variables of rank, number of processes and rank on the node that count here; None: the flags do."""
     env = os.environ
     absent = dist_on_itp and OPENMPI[0] not in env
     refuse(absent, "--dist_on_itp true: OMPI_COMM_WORLD_RANK is not set; start the processes with mpirun")
@@ -194,29 +194,20 @@ def launched_ranks(world_size: int, local_rank: int, dist_on_itp: bool) -> tuple
 
 def _meeting_point(dist_url: str) -> tuple[str, int]:
     """(host, port) of rank 0. Raises UsageError, at once, for what cannot be one."""
-    names = ("MASTER_ADDR", "MASTER_PORT") if dist_url == "env://" else (f"--dist_url {dist_url}:",) * 2
+    host_name, port_name = ("MASTER_ADDR", "MASTER_PORT") if dist_url == "env://" else (f"--dist_url {dist_url}:",) * 2
     host, _, port = dist_url.removeprefix("tcp://").rpartition(":")
     if dist_url == "env://":
-        host, port = (os.environ.get(name, "") for name in names)
-    host_fits, port_fits = host and "/" not in host, port.isdecimal() and 0 < int(port) < 65536
-    if not (host_fits and port_fits):
-        name, value = (names[1], port) if host_fits else (names[0], host)
-        raise UsageError(
-            f"{name} {value!r}: several processes meet at a host and a port; start them with torchrun, give --dist_url "
-            "tcp://HOST:PORT, or export MASTER_ADDR and MASTER_PORT=29500, in a SLURM script "
-            "MASTER_ADDR=$(scontrol show hostnames | head -n 1)"
-        )
+        host, port = os.environ.get(host_name, ""), os.environ.get(port_name, "")
+    advice = "give --dist_url tcp://HOST:PORT, or start with torchrun; in a SLURM script, export "
+    advice += "MASTER_ADDR=$(scontrol show hostnames | head -n 1) MASTER_PORT=29500"
+    refuse(not host, f"{host_name} {host!r}: several processes need a host to meet at; {advice}")
+    fits = port.isdecimal() and 0 < int(port) < 65536
+    refuse(not fits, f"{port_name} {port!r}: several processes need a port from 1 to 65535 to meet at; {advice}")
     try:
         socket.getaddrinfo(host.strip("[]"), int(port))
     except (OSError, UnicodeError) as error:
-        raise UsageError(f"{names[0]} {host}: no such host here ({error}); give rank 0's name or address") from error
+        raise UsageError(f"{host_name} {host}: no such host here ({error}); give rank 0's name or address") from error
     return host.strip("[]"), int(port)
-
-
-def _answers(host: str, port: int) -> bool:
-    with contextlib.suppress(OSError), socket.create_connection((host, port), timeout=5):
-        return True
-    return False
 
 
 def _meet(rank: int, world_size: int, dist_url: str, timeout: float, told_by: str) -> dist.Store:
@@ -240,6 +231,11 @@ def _meet(rank: int, world_size: int, dist_url: str, timeout: float, told_by: st
                 log.warning("%s after %d min", missing(), minutes)
             time.sleep(0.1)
 
+    def answers() -> bool:
+        with contextlib.suppress(OSError), socket.create_connection((host, port), timeout=5):
+            return True
+        return False
+
     def open_store() -> None:
         try:
             place = "localhost" if serves else host, port, world_size, serves, timedelta(seconds=timeout)
@@ -253,7 +249,7 @@ def _meet(rank: int, world_size: int, dist_url: str, timeout: float, told_by: st
         opened.append(dist.FileStore(dist_url.removeprefix("file://"), world_size))
     else:
         if not serves:
-            wait_for(lambda: _answers(host, port), lambda: f"no answer at {where}, where rank 0 must run,")
+            wait_for(answers, lambda: f"no answer at {where}, where rank 0 must run,")
         threading.Thread(target=open_store, daemon=True).start()  # with a service of another kind it never ends
         wait_for(lambda: opened, lambda: f"{where} is another service's: it had not answered as rank 0 does")
     if isinstance(opened[0], Exception):
@@ -288,17 +284,13 @@ def process_group(args) -> Iterator[torch.device]:
     names = _launcher(args.dist_on_itp)
     if not names and world_size == 1 and os.environ.get("SLURM_NTASKS", "1") != "1":
         log.warning("SLURM has %s tasks and started one: put srun in front for all", os.environ["SLURM_NTASKS"])
+    cuda = device.type == "cuda"
     try:
         if world_size > 1:
             store = _meet(rank, world_size, args.dist_url, args.dist_timeout or 600, ", ".join(names or FLAGS))
-            dist.init_process_group(
-                backend="nccl" if device.type == "cuda" else "gloo",
-                store=store,
-                rank=rank,
-                world_size=world_size,
-                timeout=timedelta(seconds=args.dist_timeout) if args.dist_timeout else None,
-                device_id=device if device.type == "cuda" else None,
-            )
+            limit = timedelta(seconds=args.dist_timeout) if args.dist_timeout else None
+            group = {"store": store, "rank": rank, "world_size": world_size, "timeout": limit}
+            dist.init_process_group("nccl" if cuda else "gloo", **group, device_id=device if cuda else None)
             log.setLevel(logging.WARNING if rank else logging.INFO)
         yield device
     except RuntimeError as error:

@@ -18,7 +18,7 @@ from submitit.core.utils import DelayedSubmission, JobPaths
 from submitit.local.local import LOCAL_REQUEUE_RETURN_CODE
 
 from .args import ArgumentParser, add_bool, positive, whole
-from .errors import UsageError, run_cli
+from .errors import UsageError, refuse, run_cli
 from .lock import OutputLock
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -57,13 +57,10 @@ def minutes(text: str) -> int:
     """An argparse type: minutes, or as SLURM has it, [days-]hours:minutes:seconds and what may be left out of that."""
     days, dash, rest = text.rpartition("-")
     fields = rest.split(":")
-    if (
-        not all(field.isdecimal() for field in [days or "0" * (not dash), *fields])
-        or len(fields) > 3
-        or not text.strip("0:-")
-    ):
+    numbers = all(field.isdecimal() for field in [*fields, *([days] if dash else [])])
+    if not numbers or len(fields) > 3 or not text.strip("0:-"):
         raise argparse.ArgumentTypeError(f"{text}: must be minutes, at least 1, or [days-]hours:minutes:seconds")
-    hours, mins, secs, *_ = map(int, [*(() if dash or len(fields) == 3 else "0"), *fields, 0, 0])
+    hours, mins, secs, *_ = map(int, [*("" if dash or len(fields) == 3 else "0"), *fields, 0, 0])
     return int(days or 0) * 1440 + hours * 60 + mins + (secs > 0)
 
 
@@ -133,8 +130,7 @@ class Trainer:
 
 def check_folders(args) -> None:
     """Create the part of job_dir that does not depend on the job; see that it can be written and no run uses it."""
-    if not args.job_dir:
-        raise UsageError("--job_dir: give a folder on a file system that all nodes share; %j in it is the job id")
+    refuse(not args.job_dir, "--job_dir: give a folder on a file system that all nodes share; %j in it is the job id")
     for name in ("job_dir", "output_dir", "log_dir"):
         if unknown := re.search("%(?!j)[^/]?", getattr(args, name) or ""):
             raise UsageError(
@@ -155,13 +151,13 @@ def check_folders(args) -> None:
 def check_data(args) -> None:
     """See that files are there which the job will read. Raises UsageError."""
     files = args.data_set in ("IMNET", "image_folder")
-    if files and not args.data_path:
-        raise UsageError(f"--data_set {args.data_set} needs --data_path; --data_set shapes needs no data")
+    missing = files and not args.data_path
+    refuse(missing, f"--data_set {args.data_set} needs --data_path; --data_set shapes needs no data")
     for name in ("data_path", "eval_data_path", "train_list", "eval_list") if files else ():
         path = getattr(args, name)
-        if path and not os.path.exists(path) and not glob.glob(path) and path not in " ".join(args.setup):
-            nodes = f"where only the nodes have it, --setup 'ls {path}' says so"
-            raise UsageError(f"--{name} {path}: no such file or folder here; {nodes}")
+        absent = path and not os.path.exists(path) and not glob.glob(path) and path not in " ".join(args.setup)
+        nodes = f"where only the nodes have it, --setup 'ls {path}' says so"
+        refuse(absent, f"--{name} {path}: no such file or folder here; {nodes}")
 
 
 def sbatch_script(args, name: str) -> str:
@@ -221,8 +217,7 @@ def submit(script: str, trainer: Trainer, args) -> JobPaths:
 
 def start_here(trainer: Trainer, args) -> submitit.Job:
     """Start the tasks on this machine."""
-    if args.nodes > 1:
-        raise UsageError(f"--nodes {args.nodes}: --local true has one machine, give --nodes 1")
+    refuse(args.nodes > 1, f"--nodes {args.nodes}: --local true has one machine, give --nodes 1")
     executor = submitit.LocalExecutor(args.job_dir, python=PYTHON)
     gpus = 0 if args.device == "cpu" else args.ngpus
     executor.update_parameters(tasks_per_node=args.ngpus, gpus_per_node=gpus, timeout_min=args.timeout)
@@ -255,8 +250,8 @@ def launch(script: ModuleType) -> None:
     add_slurm_arguments(parser)
     args = parser.parse_args()
     script.check_args(args)
-    if args.timeout * 60 <= args.signal_delay + 60:
-        raise UsageError(f"--signal_delay {args.signal_delay}: must be a minute less than --timeout {args.timeout} min")
+    early = f"--signal_delay {args.signal_delay}: must be a minute less than --timeout {args.timeout} min"
+    refuse(args.timeout * 60 <= args.signal_delay + 60, early)
     text = sbatch_script(args, script.__name__.removeprefix("main_"))
     if args.dry_run:
         print(text, end="")
