@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms.functional import pil_to_tensor
 
 import models.convnextv2
-from tools import benchmark
+from tools import benchmark, gpu
 from utils.data.files import ImageTree
 from utils.data.images import load_image
 from utils.data.shapes import draw
@@ -137,3 +137,36 @@ def test_mistakes_are_one_line(call, flags, message):
     text = call("--device", "cpu", *flags.split())
     error = text.splitlines()[-1]
     assert error.startswith("error: " + message)
+
+
+def test_the_gpus_table_is_rehearsed(tmp_path):
+    """On the CPU, small: a part of each comparison is measured, or there was no time for it; each with its tables."""
+    output = tmp_path / "report.json"
+    gpu.run(0.0, str(output), "cpu", "a processor")
+    report = json.loads(output.read_text())
+    assert [part["left_out"] for part in report["parts"]] == ["no time was left"] * 3
+    assert report["device"] == "a processor"
+
+
+@pytest.mark.slow
+def test_the_gpus_table_is_measured(tmp_path, script):
+    output = tmp_path / "report.json"
+    done = script("tools/benchmark.py", "--what", "gpu", "--device", "cpu", "--minutes", 5, "--output", output)
+    assert done.returncode == 0, done.stderr
+    parts = json.loads(output.read_text())["parts"]
+    assert [len(part["records"]) for part in parts] == [2, 2, 2]
+    text = output.with_suffix(".md").read_text()
+    assert text.count("| form | ms |") == 3
+    assert len(rows(text)) == 6
+
+
+def test_the_gpus_parts_are_flags_that_the_benchmark_takes():
+    parts = gpu.parts(rehearsal=False)
+    assert parts[0][:4] == ["--what", "pretrain", "--model", "convnextv2_base"]
+    assert {benchmark.parse(part).model for part in parts} == set(models.convnextv2.SIZES)
+
+
+def test_a_part_that_fails_says_why(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "parts", lambda rehearsal: [["--what", "nothing"]])
+    gpu.run(1.0, str(tmp_path / "report.json"), "cpu", "")
+    assert "nothing" in json.loads((tmp_path / "report.json").read_text())["parts"][0]["left_out"]

@@ -5,6 +5,7 @@ python tools/benchmark.py --what pretrain --compile both     a whole FCMAE step 
 python tools/benchmark.py --what finetune --dtype bfloat16   a fine-tuning step against timm's model
 python tools/benchmark.py --what loop                        the engine's steps against a bare loop
 python tools/benchmark.py --what loader --data_path FOLDER   the pre-training loader against Pillow's pipeline
+python tools/benchmark.py --what gpu --minutes 9 --output report.json   the most important of these on a GPU
 python tools/benchmark.py --vary mask_ratio 0.4 0.6          any comparison over a range of one flag
 
 The forms take turns in one process, because machines are noisy: the ratios, medians over pairs, are what to quote.
@@ -35,9 +36,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import main_pretrain
 from engine_pretrain import train_one_epoch
 from models import convnextv2, fcmae, fused
+from tools import gpu
 from tools.baselines import MaskedAutoencoderViT, masked_dense_features
 from utils.amp import Amp
-from utils.args import ArgumentParser, Arguments, add_bool, device, fraction, whole
+from utils.args import ArgumentParser, Arguments, add_bool, device, fraction, positive, whole
 from utils.data.files import ImageTree
 from utils.data.images import load_image
 from utils.data.sampling import Batch, StepLoader, StepSampler, TrainSamples, collate
@@ -280,7 +282,7 @@ def report(records: list[dict], args) -> None:
 def get_args_parser() -> ArgumentParser:
     parser = ArgumentParser(__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--what", choices=FORMS, default="encoder", help="which comparison; see the top of the file")
+    add("--what", choices=(*FORMS, "gpu"), default="encoder", help="which comparison; see the top of the file")
     add("--model", choices=convnextv2.SIZES, default="convnextv2_atto", metavar="SIZE", help="convnextv2_SIZE")
     add("--batch_size", type=whole(1), default=8, help="images per step")
     add("--input_size", type=whole(32), default=224, help="side of the images in pixels")
@@ -295,6 +297,8 @@ def get_args_parser() -> ArgumentParser:
     add("--repeats", type=whole(1), default=9, help="timed rounds")
     add("--threads", type=whole(1), default=2, help="CPU threads; the loader takes one")
     add("--vary", nargs="+", metavar="WORD", help="a flag and its values, such as mask_ratio 0.4 0.6 0.8")
+    add("--minutes", type=positive, default=9.0, help="of --what gpu: time for all; on the CPU it rehearses, small")
+    add("--output", default="report.json", help="of --what gpu: its file, written after each part; tables go beside it")
     add("--json", help="file that gets the measurements as JSON lines as well")
     add_bool(parser, "--memory", True, "measure memory as well, but not of the loader")
     add("--memory_of", help="print one form's memory and leave: what the other processes are told")
@@ -329,6 +333,8 @@ def main() -> None:
         return
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device}, {args.threads} threads"
     print(f"{args.what}: {args.dtype}, {where}, torch {torch.__version__}; medians of {args.repeats} rounds\n")
+    if args.what == "gpu":
+        return gpu.run(args.minutes, args.output, str(device), where)
     name, *values = args.vary or ("model", args.model)
     for value in values:
         flags = [*sys.argv[1:], f"--{name}", value]
