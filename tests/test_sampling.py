@@ -55,7 +55,7 @@ def test_each_unreadable_image_is_reported_once_and_counted(spoiled, logs):
         for epoch in (0, 1):
             assert sum(len(batch.data[0]) for step in loader.steps(epoch) for batch in step) == 21
             assert sorted(loader.bad) == bad
-        lines = logs.text.splitlines()
+        lines = [line for line in logs.text.splitlines() if "another takes" in line]
         assert len(lines) == len(bad)
         assert all(any(f"another takes its place: {dataset.paths[i]}" in line for line in lines) for i in bad)
     for given, allowed in (({}, 4), ({"max_bad_images": 0.01}, 0.21), ({"max_bad_images": 0.5}, 10.5)):
