@@ -65,7 +65,7 @@ def read_stored(content: bytes, path: str, in_chans: int, nodata: float | None, 
             with Image.open(io.BytesIO(content)) as image:
                 if is_tiff and not _plain_tiff(image):
                     return _read_tiff(content, in_chans, nodata, max_pixels)
-                check_size(*image.size, max_pixels)
+                check_size(image.width, image.height, max_pixels)
                 stored = _read_deep(content, image) or pillow_pixels(image, in_chans)
     except Exception:
         if not is_tiff:
@@ -108,7 +108,7 @@ def _read_array(content: bytes, in_chans: int, max_pixels: int) -> np.ndarray:
         array = array[None]
     elif array.shape[-1] == in_chans or (array.shape[0] != in_chans and array.shape[-1] <= array.shape[0]):
         array = np.moveaxis(array, -1, 0)
-    check_size(*array.shape[:0:-1], max_pixels)
+    check_size(array.shape[2], array.shape[1], max_pixels)
     return array
 
 

@@ -77,7 +77,7 @@ def load_image(path: str) -> Image.Image:
     """Decode an image file as RGB. Raises BadImage for one that is truncated, damaged or no image."""
     try:
         with Image.open(path) as image:
-            check_size(*image.size, Reading.max_pixels)
+            check_size(image.width, image.height, Reading.max_pixels)
             return image.convert("RGB")
     except Exception as error:  # on damaged files, Pillow's decoders raise whatever they run into
         raise BadImage(path, _words(error)) from error
