@@ -137,6 +137,7 @@ def _(grad, *tensors):
 def _keep_of_grn_mlp(ctx, inputs, output):
     *tensors, ctx.eps = inputs
     ctx.save_for_backward(*tensors, *output[1:])
+    ctx.set_materialize_grads(False)  # or wide zeros would come as the gradients of what is kept
 
 
 def _differentiate_grn_mlp(ctx, grads):

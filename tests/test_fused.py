@@ -115,6 +115,16 @@ def test_statistics_are_float32_in_half_precision():
     torch.testing.assert_close(fused.double(), exact, rtol=2e-2, atol=2e-2)
 
 
+def test_no_gradient_is_made_of_what_is_kept():
+    """It would be zeros, as wide as the activations are."""
+    parts = modules(8, torch.float32)
+    x = torch.randn(2, 4, 4, 8, requires_grad=True)
+    with torch.profiler.profile(record_shapes=True) as profile:
+        grn_mlp(x, *parts).sum().backward()
+    seen = [event.input_shapes for event in profile.events() if event.name == "aten::zero_"]
+    assert not [shapes for shapes in seen if [2, 16, 32] in shapes or [2, 1, 32] in shapes]
+
+
 def test_what_is_kept_for_backward():
     """x and two wide activations: 9 * C values a position; the modules keep 13."""
     parts, kept = modules(8, torch.float32), {}
@@ -228,6 +238,19 @@ def test_the_depthwise_gradient_on_cuda_has_the_strides_of_its_parameter():
         grad = operators._weight_grad(x, x, weight, None, None, [])
     assert grad.device.type == "cuda"
     assert grad.stride() == weight.stride() == (49, 49, 7, 1)
+
+
+def test_layer_norm_under_cuda_autocast_stays_in_half_precision(monkeypatch):
+    """Autocast itself would widen its input and output to float32. FakeTensorMode needs no GPU."""
+    monkeypatch.setattr(fused, "_is_plain", lambda *_: True)  # its parameters are of another class
+    torch.set_autocast_enabled("cuda", True)
+    try:
+        with FakeTensorMode(), torch.device("cuda"):
+            block, x = FusedBlock(8), torch.empty(2, 4, 4, 8, dtype=torch.bfloat16)
+            assert block._normed(x).dtype == torch.bfloat16
+            assert block.norm(x).dtype == torch.float32
+    finally:
+        torch.set_autocast_enabled("cuda", False)
 
 
 # ---- blocks and models: equal to the plain ones ------------------------------------------------------------------

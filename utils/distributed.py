@@ -150,6 +150,9 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
             raise UsageError(f"--device {name}: GPU {index} asked for, {count} present; start one process per GPU")
         device = torch.device("cuda", index)
         torch.cuda.set_device(device)
+        # gradients of weights are sums over 300,000 rows, whose parts cuBLAS would add up in half precision
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     elif device.type == "mps" and not torch.backends.mps.is_available():
         raise UsageError("--device mps: torch sees no MPS device here; use --device cpu or auto")
     return device
