@@ -54,7 +54,7 @@ def rows(text: str) -> dict[str, list[float]]:
     return {form: [float(x) for x in numbers] for form, *numbers in found}
 
 
-@pytest.mark.parametrize("what", ["encoder", "finetune", "loop", "loader"])
+@pytest.mark.parametrize("what", ["encoder", "finetune", "step", "depthwise", "loop", "loader"])
 def test_prints_a_table_of_the_forms(call, folder, what):
     found = rows(call("--what", what, "--data_path", folder, *SMALL))
     assert list(found) == list(benchmark.FORMS[what])
@@ -80,6 +80,72 @@ def test_varies_one_flag_and_records_it(call, tmp_path):
     forms = [(r["form"], r["mask_ratio"], len(r["seconds"])) for r in records]
     assert forms == [(form, ratio, 1) for ratio in (0.5, 0.7) for form in ("visible", "masked dense")]
     assert "mask ratio 0.7" in text
+
+
+@pytest.fixture
+def gpu_parts(monkeypatch, tmp_path):
+    """A run of the GPU's parts that do nothing for 30 seconds: the flags of each, and the report before it."""
+    path, ran, clock = tmp_path / "report.json", [], [0.0]
+
+    def run_part(flags, left):
+        ran.append((flags, json.loads(path.read_text()) if path.exists() else {"parts": []}))
+        clock[0] += 30
+        record = {"what": "step", "model": "convnextv2_base", "batch_size": 4, "form": "a", "images": 4, "seconds": [1]}
+        return "done", f"table {len(ran)}", [record]
+
+    monkeypatch.setattr(gpu, "run_part", run_part)
+    monkeypatch.setattr(gpu.time, "monotonic", lambda: clock[0])
+
+    def run(minutes, device):
+        gpu.run(minutes, str(path), device, "a processor")
+        return ran, json.loads(path.read_text()), path.with_suffix(".md").read_text()
+
+    return run
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_the_gpus_parts_are_flags_that_the_benchmark_takes(gpu_parts, device):
+    ran, *_ = gpu_parts(60, device)
+    sizes, compared = set(), set()
+    for flags, _ in ran:
+        args = benchmark.parse(flags.split())
+        assert args.device == device
+        name, *values = args.vary or ("model", args.model)
+        each = [benchmark.parse([*flags.split(), f"--{name}", value]) for value in values]
+        assert [str(getattr(args, name)) for args in each] == values
+        sizes |= {args.model for args in each}
+        compared.add(args.what)
+        assert {args.input_size for args in each} == {64 if device == "cpu" else 224}
+    assert compared == {"pretrain", "encoder", "depthwise", "step", "finetune"}
+    assert sizes == (set(models.convnextv2.SIZES) if device == "cuda" else {"convnextv2_atto"})
+    assert benchmark.parse(ran[0][0].split()).what == "pretrain"
+
+
+def test_the_gpus_report_grows_and_leaves_out_what_does_not_fit(gpu_parts, monkeypatch):
+    monkeypatch.setattr(gpu, "PARTS", (("--what encoder", 60), ("--what step", 61), ("--what finetune", 20)))
+    ran, report, tables = gpu_parts(1.5, "cuda")
+    assert [benchmark.parse(flags.split()).what for flags, _ in ran] == ["encoder", "finetune"]
+    assert [len(before["parts"]) for _, before in ran] == [0, 2]
+    assert [part["status"] for part in report["parts"]] == ["done", "left out: no time", "done"]
+    assert re.findall("table .", tables) == ["table 1", "table 2"]
+
+
+def test_a_part_that_fails_says_why():
+    status, *_ = gpu.run_part("--what nothing", 500)
+    assert "nothing" in status
+    assert gpu.run_part("--what nothing", 0.01) == ("out of time", "", [])
+
+
+@pytest.mark.slow
+def test_the_gpus_table_is_rehearsed(tmp_path, script):
+    output = tmp_path / "report.json"
+    done = script("tools/benchmark.py", "--what", "gpu", "--device", "cpu", "--minutes", 9, "--output", output)
+    assert done.returncode == 0, done.stderr
+    parts = json.loads(output.read_text())["parts"]
+    assert {part["status"] for part in parts} == {"done"}
+    found = [record for part in parts for record in part["records"]]
+    text = output.with_suffix(".md").read_text()
+    assert len(re.findall(r"^\| [^|]+ \| [\d.]+ \|", text, flags=re.MULTILINE)) == len(found) > 12
 
 
 @pytest.mark.slow
@@ -129,6 +195,7 @@ def test_the_loaders_crops_are_pillows(folder):
         ("--what loader", "--what loader: needs --data_path"),
         ("--what loader --data_path nowhere", "--data_path nowhere: no such folder"),
         ("--vary colour 1 2", "unknown argument --colour"),
+        ("--what gpu --output nowhere/report.json", "--output nowhere/report.json: must be a .json file in a folder"),
         ("--vary batch_size", "--vary batch_size: give its values"),
         ("--vary batch_size two", "--batch_size two: must be a whole number from 1"),
     ],
@@ -137,36 +204,3 @@ def test_mistakes_are_one_line(call, flags, message):
     text = call("--device", "cpu", *flags.split())
     error = text.splitlines()[-1]
     assert error.startswith("error: " + message)
-
-
-def test_the_gpus_table_is_rehearsed(tmp_path):
-    """On the CPU, small: a part of each comparison is measured, or there was no time for it; each with its tables."""
-    output = tmp_path / "report.json"
-    gpu.run(0.0, str(output), "cpu", "a processor")
-    report = json.loads(output.read_text())
-    assert [part["left_out"] for part in report["parts"]] == ["no time was left"] * 3
-    assert report["device"] == "a processor"
-
-
-@pytest.mark.slow
-def test_the_gpus_table_is_measured(tmp_path, script):
-    output = tmp_path / "report.json"
-    done = script("tools/benchmark.py", "--what", "gpu", "--device", "cpu", "--minutes", 5, "--output", output)
-    assert done.returncode == 0, done.stderr
-    parts = json.loads(output.read_text())["parts"]
-    assert [len(part["records"]) for part in parts] == [2, 2, 2]
-    text = output.with_suffix(".md").read_text()
-    assert text.count("| form | ms |") == 3
-    assert len(rows(text)) == 6
-
-
-def test_the_gpus_parts_are_flags_that_the_benchmark_takes():
-    parts = gpu.parts(rehearsal=False)
-    assert parts[0][:4] == ["--what", "pretrain", "--model", "convnextv2_base"]
-    assert {benchmark.parse(part).model for part in parts} == set(models.convnextv2.SIZES)
-
-
-def test_a_part_that_fails_says_why(tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu, "parts", lambda rehearsal: [["--what", "nothing"]])
-    gpu.run(1.0, str(tmp_path / "report.json"), "cpu", "")
-    assert "nothing" in json.loads((tmp_path / "report.json").read_text())["parts"][0]["left_out"]

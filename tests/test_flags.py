@@ -17,11 +17,11 @@ MEANT = {
     "0": "mask_ratio mask_ratios color_jitter cutmix cutmix_minmax drop_path head_init_scale knn_freq "
     "lr blr min_lr local_rank max_bad_images mean mixup mixup_prob mixup_switch_prob momentum decoder_depth "
     "model_ema_decay nodata num_workers opt_betas opt_eps reprob save_ckpt_steps seed seeds smoothing start_epoch "
-    "vis_freq warmup_epochs warmup_steps weight_decay weight_decay_end images tolerance num_classes max_requeues",
+    "stage vis_freq warmup_epochs warmup_steps weight_decay weight_decay_end images tolerance num_classes max_requeues",
     str(2**64): "mean nodata",
     "-1": "mean nodata local_rank warmup_steps",
     "1.5": "lr blr min_lr weight_decay weight_decay_end mean std nodata clip_grad color_jitter mixup cutmix "
-    "head_init_scale temperature tolerance mem_gb",
+    "head_init_scale temperature tolerance mem_gb minutes",
 }
 TEXT = (
     "model data_path eval_data_path data_set train_list eval_list output_dir resume log_dir wandb initial_checkpoint "

@@ -1,11 +1,21 @@
 """What the benchmark measures against, and tests compare with: none of it is used for training."""
 
+from collections.abc import Callable
+from functools import partial
+
 import timm
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
+from torch.utils.data import DataLoader
+from torchvision import transforms
 
 from models.convnextv2 import Encoder
+from utils.data.files import ImageTree
+from utils.data.images import load_image
+from utils.data.transforms import BICUBIC, mean_std
+
+MIN_CROP = 0.2  # of pre-training
 
 
 def masked_dense_features(encoder: Encoder, imgs: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -59,3 +69,14 @@ class MaskedAutoencoderViT(nn.Module):
         loss = (pred - (target - mean) / (var + 1e-6).sqrt()).square().mean(dim=-1)
         removed = (back >= keep).float()
         return (loss * removed).sum() / removed.sum()
+
+
+def pillow_pass(args, device, compiled) -> Callable[[], int]:
+    """A pass over the folder --data_path as MAE and its descendants load it."""
+    crop = transforms.RandomResizedCrop(args.input_size, (MIN_CROP, 1.0), interpolation=BICUBIC)
+    rest = transforms.RandomHorizontalFlip(), transforms.ToTensor(), transforms.Normalize(*mean_std(3))
+    load = transforms.Compose([load_image, crop, *rest])
+    paths = ImageTree(args.data_path, "--data_path").paths
+    stack = transforms.Compose([partial(map, load), list, torch.stack])
+    loader = DataLoader(paths, args.batch_size, shuffle=True, num_workers=args.num_workers, collate_fn=stack)
+    return lambda: sum(len(imgs) for imgs in loader)

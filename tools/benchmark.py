@@ -3,10 +3,11 @@
 python tools/benchmark.py                                    encoder: visible patches against the masked dense form
 python tools/benchmark.py --what pretrain --compile both     a whole FCMAE step against an MAE ViT-B/16 step
 python tools/benchmark.py --what finetune --dtype bfloat16   a fine-tuning step against timm's model
+python tools/benchmark.py --what depthwise --vary stage 0 3  Triton's depthwise convolution against the library's
 python tools/benchmark.py --what loop                        the engine's steps against a bare loop
 python tools/benchmark.py --what loader --data_path FOLDER   the pre-training loader against Pillow's pipeline
-python tools/benchmark.py --what gpu --minutes 9 --output report.json   the most important of these on a GPU
 python tools/benchmark.py --vary mask_ratio 0.4 0.6          any comparison over a range of one flag
+python tools/benchmark.py --what gpu --minutes 9             what a GPU is to be measured for, see gpu.py
 
 The forms take turns in one process, because machines are noisy: the ratios, medians over pairs, are what to quote.
 On the CPU, memory is measured in a process per form. Of the loader, the time is the processor's: images/s per core.
@@ -29,21 +30,21 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import nn
 from torch.utils.data import DataLoader
-from torchvision import transforms
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import main_pretrain
 from engine_pretrain import train_one_epoch
-from models import convnextv2, fcmae, fused
+from models import convnextv2, fcmae, fused, kernels
+from models.operators import depthwise
+from models.visible import VisiblePatches
 from tools import gpu
-from tools.baselines import MaskedAutoencoderViT, masked_dense_features
+from tools.baselines import MIN_CROP, MaskedAutoencoderViT, masked_dense_features, pillow_pass
 from utils.amp import Amp
 from utils.args import ArgumentParser, Arguments, add_bool, device, fraction, positive, whole
 from utils.data.files import ImageTree
-from utils.data.images import load_image
 from utils.data.sampling import Batch, StepLoader, StepSampler, TrainSamples, collate
-from utils.data.transforms import BICUBIC, Normalise, mean_std, pretrain_transform
+from utils.data.transforms import Normalise, mean_std, pretrain_transform
 from utils.distributed import pick_device
 from utils.errors import UsageError, run_cli
 from utils.flags import DEVICE_HELP
@@ -54,10 +55,6 @@ from utils.run import Run
 
 Step = Callable[[], int]  # does the work and returns of how many images
 ENGINE_STEPS = 20
-MIN_CROP = 0.2
-
-
-# ---- what is compared: (arguments, device, compiled) -> a step -------------------------------------------------------
 
 
 def images(args, device: torch.device) -> torch.Tensor:
@@ -76,7 +73,7 @@ def build(args, device, compiled, room, **kwargs) -> nn.Module:
     model = getattr(room, args.model)(**kwargs).to(device)
     model.set_grad_checkpointing(args.grad_checkpointing)
     if args.fused:
-        fused.enable(model)
+        fused.enable(model, args.kernels == "triton")
     model.compile(disable=not compiled)
     return model
 
@@ -93,14 +90,14 @@ def optimizer_and_amp(args, device, model: nn.Module) -> tuple[torch.optim.Optim
 
 
 def step_of(args, device, model: nn.Module, loss_of: Callable[[], torch.Tensor], ema: ModelEmaV3 | None = None) -> Step:
-    """Forward, backward and, but for the encoder alone, AdamW; where given, the moving average."""
+    """Forward, backward and, of whole models, AdamW; where given, the moving average."""
     optimizer, amp = optimizer_and_amp(args, device, model)
 
     def step() -> int:
         with amp.autocast():
             loss = loss_of()
         loss.backward()
-        if args.what != "encoder":
+        if args.what not in ("encoder", "depthwise"):
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if ema:
@@ -110,16 +107,12 @@ def step_of(args, device, model: nn.Module, loss_of: Callable[[], torch.Tensor],
     return step
 
 
-def visible_step(args, device, compiled) -> Step:
-    model, imgs, mask = build_fcmae(args, device, compiled)
-    features, kept = torch.compile(model.forward_encoder, disable=not compiled), int((mask[0] == 0).sum())
-    return step_of(args, device, model, lambda: features(imgs, mask, kept).float().square().mean())
-
-
-def dense_step(args, device, compiled) -> Step:
+def encoder_step(args, device, compiled, dense: bool) -> Step:
     model, imgs, mask = build_fcmae(args, device, False)
-    features = torch.compile(masked_dense_features, disable=not compiled)
-    return step_of(args, device, model, lambda: features(model.encoder, imgs, mask).float().square().mean())
+    kept = int((mask[0] == 0).sum())
+    forward = partial(masked_dense_features, model.encoder) if dense else partial(model.forward_encoder, len_keep=kept)
+    features = torch.compile(lambda imgs, mask: forward(imgs, mask), disable=not compiled)
+    return step_of(args, device, model, lambda: features(imgs, mask).float().square().mean())
 
 
 def fcmae_step(args, device, compiled) -> Step:
@@ -142,6 +135,17 @@ def classifier_step(args, device, compiled, timms: bool) -> Step:
     ema, criterion = ModelEmaV3(model, decay=0.9999), nn.CrossEntropyLoss(label_smoothing=0.1)
     model.compile(disable=not compiled)
     return step_of(args, device, model, lambda: criterion(model(imgs).float(), labels), ema)
+
+
+def depthwise_step(args, device, compiled, backend: str) -> Step:
+    """One depthwise convolution of visible patches, as in stage --stage, with its gradients."""
+    model, imgs, mask = build_fcmae(args, device, False)
+    if backend == "kernel" and not kernels.available(device, getattr(torch, args.dtype)):
+        print("Triton cannot run here: both rows are the library's\n")
+    conv, visible = model.encoder.stages[args.stage][0].dwconv, VisiblePatches(mask, model.grid_size(imgs))
+    x = imgs.new_empty(args.batch_size, visible.num_visible, 4 ** (3 - args.stage), conv.in_channels).normal_()
+    conv.x, form = nn.Parameter(x.to(getattr(torch, args.dtype))), torch.compile(depthwise, disable=not compiled)
+    return step_of(args, device, conv, lambda: form(conv.x, conv, visible, backend).sum())
 
 
 class SameBatch(list):
@@ -168,8 +172,8 @@ def engine_steps(args, device, compiled) -> Step:
     return steps
 
 
-def bare_steps(args, device, compiled) -> Step:
-    step = fcmae_step(args, device, compiled)
+def bare_steps(*build) -> Step:
+    step = fcmae_step(*build)
     return lambda: sum(step() for _ in range(ENGINE_STEPS))
 
 
@@ -185,21 +189,14 @@ def own_pass(args, device, compiled, normalise: bool) -> Step:
     return lambda: sum(len(transform(batch.data[0])) for step in loader.steps(0) for batch in step)
 
 
-def pillow_pass(args, device, compiled) -> Step:
-    """The same as MAE and its descendants load it."""
-    crop = transforms.RandomResizedCrop(args.input_size, (MIN_CROP, 1.0), interpolation=BICUBIC)
-    rest = transforms.RandomHorizontalFlip(), transforms.ToTensor(), transforms.Normalize(*mean_std(3))
-    load = transforms.Compose([load_image, crop, *rest])
-    paths = ImageTree(args.data_path, "--data_path").paths
-    stack = transforms.Compose([partial(map, load), list, torch.stack])
-    loader = DataLoader(paths, args.batch_size, shuffle=True, num_workers=args.num_workers, collate_fn=stack)
-    return lambda: sum(len(imgs) for imgs in loader)
-
-
 FORMS = {  # the last is what the others are measured against
-    "encoder": {"visible": visible_step, "masked dense": dense_step},
+    "encoder": {"visible": partial(encoder_step, dense=False), "masked dense": partial(encoder_step, dense=True)},
     "pretrain": {"FCMAE": fcmae_step, "MAE ViT-B/16": mae_step},
     "finetune": {"here": partial(classifier_step, timms=False), "timm": partial(classifier_step, timms=True)},
+    "step": {"FCMAE": fcmae_step},
+    "depthwise": {
+        "Triton": partial(depthwise_step, backend="kernel"), "library": partial(depthwise_step, backend="map"),
+    },
     "loop": {"engine": engine_steps, "bare": bare_steps},
     "loader": {
         "here": partial(own_pass, normalise=False), "here, normalised on the CPU": partial(own_pass, normalise=True),
@@ -211,8 +208,8 @@ FORMS = {  # the last is what the others are measured against
 def variants(args) -> dict[str, tuple[Callable, bool]]:
     """The rows of the table: each form eagerly, compiled, or both."""
     ways = {"no": (False,), "yes": (True,), "both": (False, True)}[args.compile]
-    forms = FORMS[args.what].items()
-    return {name + ", compiled" * compiled: (form, compiled) for name, form in forms for compiled in ways}
+    forms = [(name, form, compiled) for name, form in FORMS[args.what].items() for compiled in ways]
+    return {name + ", compiled" * compiled: (form, compiled) for name, form, compiled in forms}
 
 
 def clock(args, device: torch.device) -> float:
@@ -250,7 +247,10 @@ def memory_of(form: str, flags: list[str]) -> float:
 
 def measure(args, device: torch.device, flags: list[str]) -> list[dict]:
     """A record per row, after two rounds to warm up; every round runs all rows."""
-    settings = {name: getattr(args, name) for name in ("what", "model", "batch_size", "input_size", "mask_ratio")}
+    settings = {
+        name: getattr(args, name)
+        for name in ("what", "model", "batch_size", "input_size", "mask_ratio", "kernels", "stage")
+    }
     records = [{"form": name, **settings, "seconds": []} for name in variants(args)]
     steps = [form(args, device, compiled) for form, compiled in variants(args).values()]
     for round_ in range(-2, args.repeats):
@@ -275,7 +275,7 @@ def report(records: list[dict], args) -> None:
         median = statistics.median(record["seconds"])
         ratio = statistics.median(a / b for a, b in zip(record["seconds"], base["seconds"], strict=True))
         memory = f"{record['peak_mib']:.0f} | {record['peak_mib'] / base['peak_mib']:.2f}x" if args.memory else "- | -"
-        print(f"| {record['form']} | {1000 * median:.1f} | {record['images'] / median:.1f} | {ratio:.3f}x | {memory} |")
+        print(f"| {record['form']} | {1000 * median:.2f} | {record['images'] / median:.1f} | {ratio:.3f}x | {memory} |")
     print(flush=True)
 
 
@@ -286,6 +286,7 @@ def get_args_parser() -> ArgumentParser:
     add("--model", choices=convnextv2.SIZES, default="convnextv2_atto", metavar="SIZE", help="convnextv2_SIZE")
     add("--batch_size", type=whole(1), default=8, help="images per step")
     add("--input_size", type=whole(32), default=224, help="side of the images in pixels")
+    add("--stage", type=whole(0, 3), default=0, help="for depthwise: which stage's")
     add("--mask_ratio", type=fraction, default=0.6, help="share of patches that FCMAE removes")
     add("--data_path", help="for the loader: a folder of images, however nested")
     add("--num_workers", type=whole(0, 1024), default=0, help="for the loader: its processes")
@@ -293,13 +294,14 @@ def get_args_parser() -> ArgumentParser:
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="bfloat16 is autocast")
     add("--compile", choices=("no", "yes", "both"), default="no", help="run the forms eagerly, compiled, or both ways")
     add_bool(parser, "--fused", True, "the hand-written gradients of models/fused.py; false: the plain model")
+    add("--kernels", choices=("library", "triton"), default="library", help="the depthwise convolutions on a GPU")
     add_bool(parser, "--grad_checkpointing", False, "recompute the encoder's activations in backward")
     add("--repeats", type=whole(1), default=9, help="timed rounds")
     add("--threads", type=whole(1), default=2, help="CPU threads; the loader takes one")
     add("--vary", nargs="+", metavar="WORD", help="a flag and its values, such as mask_ratio 0.4 0.6 0.8")
-    add("--minutes", type=positive, default=9.0, help="of --what gpu: time for all; on the CPU it rehearses, small")
-    add("--output", default="report.json", help="of --what gpu: its file, written after each part; tables go beside it")
     add("--json", help="file that gets the measurements as JSON lines as well")
+    add("--minutes", type=positive, default=9, help="for gpu: parts that no longer fit are left out")
+    add("--output", default="report.json", help="for gpu: a .json file; tables and a picture go beside it")
     add_bool(parser, "--memory", True, "measure memory as well, but not of the loader")
     add("--memory_of", help="print one form's memory and leave: what the other processes are told")
     return parser
@@ -329,8 +331,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     if args.memory_of:
         form, compiled = variants(args)[args.memory_of]
-        print(peak_memory(form(args, device, compiled), device))
-        return
+        return print(peak_memory(form(args, device, compiled), device))
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device}, {args.threads} threads"
     print(f"{args.what}: {args.dtype}, {where}, torch {torch.__version__}; medians of {args.repeats} rounds\n")
     if args.what == "gpu":

@@ -1,60 +1,90 @@
-"""The table of a GPU within minutes: what `tools/benchmark.py --what gpu` runs, most important first."""
+"""What a GPU is to be measured for, in order of importance, until the time is used up: `benchmark.py --what gpu`."""
 
 import json
+import re
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
+from statistics import median
 
-SIZES = {"base": 256, "tiny": 256, "atto": 256, "large": 128, "huge": 64, "nano": 256, "pico": 256, "femto": 256}
-BOTH = "--compile both"
-PARTS = [  # comparison, sizes, flags
-    ("pretrain", ["base"], BOTH),
-    ("encoder", ["base", "tiny"], BOTH),
-    ("finetune", ["base", "tiny"], BOTH),
-    ("pretrain", ["large", "tiny", "atto", "huge", "nano", "pico", "femto"], BOTH),
-    ("pretrain", ["base", "large"], "--grad_checkpointing true"),
-]
+import torch
+
+from utils.errors import UsageError
+
+SMALL, LARGE, HUGE = "atto femto pico nano tiny base", "--batch_size 128 --model large", "--batch_size 64 --model huge"
+PARTS = (  # flags, and the seconds below which it is not begun: a guess for an H100, most of it compilation
+    ("--what pretrain --model base --compile yes", 60),
+    ("--what encoder --model base --compile both", 60),
+    ("--what depthwise --model base --vary stage 0 1 2 3", 15),
+    (f"--what step --vary model {SMALL}", 30),
+    ("--what finetune --model base --compile yes", 60),
+    (f"--what step {LARGE}", 15),
+    (f"--what step {HUGE}", 15),
+    (f"--what step {LARGE} --compile yes", 45),
+    ("--what step --model base --vary kernels library triton", 20),
+    ("--what step --model base --batch_size 64 --compile both", 45),
+    ("--what pretrain --model base", 20),
+    ("--what finetune --model base", 20),
+    (f"--what step --compile yes --vary model {SMALL}", 45),
+    (f"--what step {HUGE} --compile yes", 45),
+)
+TINY = "--batch_size 2 --input_size 64 --repeats 1 --threads 1 --memory false --compile no"  # on the CPU: a rehearsal
 
 
-def parts(rehearsal: bool) -> list[list[str]]:
-    """The flags of each run; of a rehearsal, atto on two small images, eagerly."""
-    if rehearsal:
-        small = "--model convnextv2_atto --batch_size 2 --input_size 64 --repeats 1 --threads 1 --memory false"
-        return [f"--what {what} {small}".split() for what in dict.fromkeys(what for what, *_ in PARTS)]
-    return [
-        f"--what {what} --model convnextv2_{size} --batch_size {SIZES[size]} --dtype bfloat16 {flags}".split()
-        for what, sizes, flags in PARTS
-        for size in sizes
-    ]
+def commands(rehearsal: bool) -> dict[str, int]:
+    """The flags of each part, and its seconds; in a rehearsal, on tiny inputs, each comparison once."""
+    found = {}
+    for flags, seconds in PARTS:
+        words = re.sub(r"\b(atto|femto|pico|nano|tiny|base|large|huge)\b", r"convnextv2_\1", flags)
+        if rehearsal:
+            words = " ".join([*re.findall(r"--what \w+|--vary [ks]\w+(?: \w+)*", flags), TINY])
+        found[f"--batch_size 256 --dtype bfloat16 {words}"] = seconds
+    return found
 
 
 def run(minutes: float, output: str, device: str, name: str) -> None:
-    """Run the parts in turn, each in a process of its own, until the time is over.
+    """Run the parts, each in a process of its own, and write report, tables and picture after each of them."""
+    path, until, parts = Path(output), time.monotonic() + 60 * minutes, []
+    if path.suffix != ".json" or not path.parent.is_dir():
+        raise UsageError(f"--output {output}: must be a .json file in a folder that is there")
+    for flags, seconds in commands(device == "cpu").items():
+        left = until - time.monotonic()
+        command = f"{flags} --device {device}"
+        status, table, records = run_part(command, left) if left > seconds else ("left out: no time", "", [])
+        print(f"{flags}: {status}\n{table}", flush=True)
+        parts.append({"flags": flags, "status": status, "table": table, "records": records})
+        path.write_text(json.dumps({"device": name, "torch": torch.__version__, "parts": parts}, indent=1))
+        path.with_suffix(".md").write_text("\n".join(f"`{p['flags']}`: {p['status']}\n\n{p['table']}" for p in parts))
+        draw([record for part in parts for record in part["records"]], path.with_suffix(".png"))
 
-    After each, `output` is written anew: the device, and of each part its flags with the records, or with why there
-    are none. Beside it, as .md, the tables.
-    """
-    end, report, tables = time.monotonic() + 60 * minutes, {"device": name, "parts": []}, []
-    for flags in parts(device.startswith("cpu")):
-        left, measured = end - time.monotonic(), Path(f"{output}.part")
-        measured.unlink(missing_ok=True)
-        part = {"flags": flags}
-        command = [sys.executable, Path(__file__).with_name("benchmark.py"), *flags, "--device", device]
+
+def run_part(flags: str, seconds: float) -> tuple[str, str, list[dict]]:
+    """What became of it, the tables it printed and its records; of one that runs out of time, what it had by then."""
+    with tempfile.NamedTemporaryFile("r") as file:
+        command = [sys.executable, str(Path(__file__).with_name("benchmark.py")), *flags.split(), "--json", file.name]
         try:
-            if left <= 0:
-                raise subprocess.TimeoutExpired(command, 0)
-            done = subprocess.run(
-                [*command, "--json", measured], capture_output=True, text=True, timeout=left, check=True
+            done = subprocess.run(command, capture_output=True, timeout=seconds, check=False)
+            status, out = (
+                "done" if done.returncode == 0 else f"failed: {done.stderr.decode().strip()[-300:]}",
+                done.stdout,
             )
-            part["records"] = [json.loads(line) for line in measured.read_text().splitlines()]
-            tables.append(done.stdout)
-        except subprocess.TimeoutExpired:
-            part["left_out"] = "no time was left"
-        except subprocess.CalledProcessError as error:
-            part["left_out"] = (error.stderr.strip().splitlines() or ["it failed"])[-1]
-        measured.unlink(missing_ok=True)
-        report["parts"].append(part)
-        Path(output).write_text(json.dumps(report, indent=1))
-        Path(output).with_suffix(".md").write_text("\n".join(tables))
-        print(*flags[:4], part.get("left_out", "measured"), flush=True)
+        except subprocess.TimeoutExpired as error:
+            status, out = "out of time", error.stdout or b""
+        return status, out.decode(), [json.loads(line) for line in file]
+
+
+def draw(records: list[dict], path: Path) -> None:
+    """Images per second of each form as bars; without matplotlib nothing is drawn."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return
+    names = [f"{r['what']} {r['model'].split('_')[1]}, {r['batch_size']}: {r['form']}" for r in records]
+    figure = Figure(figsize=(8, 1 + len(records) / 4), layout="constrained")
+    panel = figure.add_subplot(xlabel="images/s", xscale="log")
+    panel.barh(range(len(records)), [r["images"] / median(r["seconds"]) for r in records])
+    panel.set_yticks(range(len(records)), names)
+    panel.invert_yaxis()
+    figure.savefig(path, dpi=120)
