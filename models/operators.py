@@ -289,7 +289,7 @@ def _weight_grad_by_map(x, grad, weight, rows, maps) -> torch.Tensor:
     x, grad = (t.permute(0, 3, 1, 2) for t in (x, grad))
     return torch.ops.aten.convolution_backward(
         grad, x, weight, None, (1, 1), (halo, halo), (1, 1), False, (0, 0), c, (False, True, False)
-    )[1].squeeze(1)[:, None]  # the parameter's strides: channels last has others, of which DDP warns
+    )[1]
 
 
 def _weight_grad_by_window(x, grad, weight, index) -> torch.Tensor:

@@ -358,3 +358,22 @@ def test_ranks_agree_on_the_step_at_which_a_signal_stops_them(scripts, tmp_path)
     assert same(a["model"], b["model"])
     assert same(a["optimizer"], b["optimizer"])
     assert records(tmp_path / "calm") == records(tmp_path / "stopped")
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_no_gradient_has_other_strides_than_its_parameter(compiled, script, tmp_path):
+    """DistributedDataParallel warns of them, once in a process; a plain model is what a compiler gets on a GPU."""
+    code = f"""
+import torch, torch.distributed as dist
+from models.fcmae import FCMAE
+from utils.distributed import data_parallel
+compile = torch.compile
+torch.compile = lambda function, options: compile(function, backend="aot_eager")
+dist.init_process_group("gloo", init_method="file://{tmp_path}/store", rank=0, world_size=1)
+model = FCMAE(depths=(1, 1, 1, 1), dims=(4, 6, 8, 8), decoder_embed_dim=8, patch_size=8)
+data_parallel(model, {compiled})(torch.randn(2, 3, 16, 16))[0].backward()
+print(sum(p.grad.stride() != p.stride() for p in model.parameters()))
+"""
+    done = script("-c", code)
+    assert done.stdout.strip() == "0", done.stderr
+    assert "strides" not in done.stderr

@@ -231,15 +231,6 @@ def test_depthwise_and_its_gradients(backend, side):
     assert_close(operators._weight_grad_by_window(x, weight, conv.weight, windows), expected[2])
 
 
-def test_the_depthwise_gradient_on_cuda_has_the_strides_of_its_parameter():
-    """DistributedDataParallel warns, and copies, where they differ. FakeTensorMode needs no GPU."""
-    with FakeTensorMode():
-        x, weight = torch.empty(2, 9, 9, 8, device="cuda"), torch.empty(8, 1, 7, 7, device="cuda")
-        grad = operators._weight_grad(x, x, weight, None, None, [])
-    assert grad.device.type == "cuda"
-    assert grad.stride() == weight.stride() == (49, 49, 7, 1)
-
-
 def test_layer_norm_under_cuda_autocast_stays_in_half_precision(monkeypatch):
     """Autocast itself would widen its input and output to float32. FakeTensorMode needs no GPU."""
     monkeypatch.setattr(fused, "_is_plain", lambda *_: True)  # its parameters are of another class

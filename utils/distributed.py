@@ -313,7 +313,13 @@ def data_parallel(model: nn.Module, compiled: bool) -> nn.Module:
     """
     if compiled:
         model.compile(options={"fallback_random": True})
-    return DistributedDataParallel(model, gradient_as_bucket_view=True) if dist.is_initialized() else model
+    if not dist.is_initialized():
+        return model
+    for weight in model.parameters():
+        # depthwise: the library's gradient has other strides, of which DDP warns
+        if weight.requires_grad and weight.dim() == 4 and weight.shape[1] == 1:
+            weight.register_hook(lambda grad: grad.squeeze(1)[:, None])
+    return DistributedDataParallel(model, gradient_as_bucket_view=True)
 
 
 def accumulate(model: nn.Module, last: bool) -> AbstractContextManager:
