@@ -16,7 +16,7 @@ from models.convnextv2 import SIZES, ConvNeXtV2
 from models.fcmae import FCMAE
 from models.linear_probe import LinearProbe
 from tests.small_runs import TINY, Result
-from tools import export
+from tools import export, targets
 from utils import checkpoint, layouts, weights
 from utils.data.shapes import draw
 from utils.data.transforms import eval_crop, eval_transform, mean_std
@@ -127,8 +127,15 @@ def test_timm(output, fine, tmp_path):
     assert config["pretrained_cfg"] == {
         "input_size": [3, 24, 24], "pool_size": [3, 3], "interpolation": "bicubic", "crop_pct": 1.0,
         "crop_mode": "center", "mean": [0.5] * 3, "std": [0.5] * 3, "num_classes": 4, "first_conv": "stem.0",
-        "classifier": "head.fc", "label_names": CLASSES,
+        "classifier": "head.fc",
     }  # fmt: skip
+    assert config["label_names"] == CLASSES
+    class_map = file.with_name("class_map.txt" if output == "folder" else f"{file.stem}.class_map.txt")
+    assert class_map.read_text().split() == CLASSES
+    assert f"--class-map {class_map}" in out
+    told = timm.data.resolve_model_data_config(whole)
+    assert [list(told[name]) for name in ("input_size", "mean")] == [[3, 24, 24], [0.5] * 3]
+    assert ("local-dir:" in out) == (output == "folder" and READS_FOLDERS)
     assert re.search(r"verified +largest absolute difference \S+ with timm \S+, below", out)
 
 
@@ -168,7 +175,7 @@ def test_timm_by_its_name(tmp_path):
     torch.save(source.state_dict(), tmp_path / "theirs.pth")
     out = exported(tmp_path / "theirs.pth", "timm", tmp_path / "again.safetensors", "--input_size", 384)
     assert_same_state(load_file(tmp_path / "again.safetensors"), source.state_dict())
-    assert f"timm.create_model('convnextv2_atto', num_classes=3, checkpoint_path='{tmp_path}/again.safetensors')" in out
+    assert "timm.create_model('convnextv2_atto', num_classes=3, pretrained=True, pretrained_cfg_overlay={" in out
     config = json.loads((tmp_path / "again.json").read_text())
     assert (config["architecture"], config["model_args"]) == ("convnextv2_atto", {})
     assert config["pretrained_cfg"]["crop_mode"] == "squash"  # as evaluation at 384 and above warps
@@ -183,7 +190,6 @@ def test_a_pre_training_checkpoint_gives_its_encoder(pre, tmp_path):
     x = images(encoder)
     close(whole(x), encoder(x))
     close(features(x)[2], encoder.forward_stages(x)[2])
-    assert "num_classes=0" in out
     assert re.search(r"dropped +mask_token, proj\.\*, decoder\.\*, pred\.\*\n", out)
     assert re.search(r"fresh +norm\.\*\n", out)
     assert re.search(r"layout +fcmae\n", out)
@@ -235,7 +241,7 @@ def test_hf_files(fine, tmp_path):
     facts = ("image_size", "num_channels", "patch_size", "depths", "hidden_sizes", "layer_norm_eps")
     assert [config[fact] for fact in facts] == [24, 3, 1, list(TINY["depths"]), list(TINY["dims"]), 1e-6]
     preprocessor = json.loads((tmp_path / "hf" / "preprocessor_config.json").read_text())
-    assert preprocessor["size"] == {"shortest_edge": 24}
+    assert (preprocessor["size"], preprocessor["crop_size"]) == ({"shortest_edge": 24}, {"height": 24, "width": 24})
     assert (preprocessor["image_mean"], preprocessor["image_std"]) == ([0.5] * 3, [0.5] * 3)
 
 
@@ -294,12 +300,12 @@ def test_what_transformers_saves_is_read(head, tmp_path):
     assert_same_state(layouts.to_huggingface(state), state)
 
 
-@pytest.mark.parametrize("side", [56, 32, 400])
-def test_transformers_prepares_images_as_the_evaluation_does(side, fine, tmp_path):
+@pytest.mark.parametrize(("side", "flags"), [(56, ()), (32, ()), (400, ()), (400, ("--crop_pct", 0.8))])
+def test_transformers_prepares_images_as_the_evaluation_does(side, flags, fine, tmp_path):
     transformers = pytest.importorskip("transformers")
-    exported(fine[0], "hf", tmp_path / "hf", "--input_size", side)
+    exported(fine[0], "hf", tmp_path / "hf", "--input_size", side, *flags)
     image = torch.from_numpy(draw(0, 0, 96)).permute(2, 0, 1)[:, :80]
-    ours = eval_transform(side, 3, eval_crop(side), *mean_std(3, of_imagenet=False))(image)
+    ours = eval_transform(side, 3, eval_crop(side, *flags[1:]), *mean_std(3, of_imagenet=False))(image)
     theirs = transformers.AutoImageProcessor.from_pretrained(tmp_path / "hf")(image, return_tensors="pt")
     assert theirs["pixel_values"][0].shape == ours.shape
     assert (theirs["pixel_values"][0] - ours).abs().max() <= 1.01 * 2 / 255  # a level of 0..255
@@ -324,15 +330,21 @@ def test_onnx(head, fine, pre, tmp_path):
     for batch in (1, 5):
         (found,) = session.run(["logits" if head else "features"], {"images": images(model, batch).numpy()})
         close(torch.from_numpy(found), model(images(model, batch)).detach())
+    for side in (8, 40):
+        (found,) = session.run(None, {"images": images(model, 1, side).numpy()})
+        close(torch.from_numpy(found), model(images(model, 1, side)).detach())
+    told = session.get_modelmeta().custom_metadata_map
+    assert json.loads(told["classes"]) == (CLASSES if head else [])
+    assert (json.loads(told["input_size"]), len(json.loads(told["mean"]))) == (24, 3)
     graph = onnx.load(tmp_path / "onnx" / "model.onnx")
     assert [entry.version for entry in graph.opset_import if not entry.domain] == [18]
-    assert "any N, opset 18" in out
+    assert "any N, H and W from 8 on; opset 18" in out
     assert re.search(r"verified +largest absolute difference \S+ with onnxruntime", out)
 
 
 def test_large_onnx_models_keep_their_weights_beside_them(fine, tmp_path, monkeypatch):
     import_onnx()
-    monkeypatch.setattr(export, "ONE_FILE", 0)
+    monkeypatch.setattr(targets, "ONE_FILE", 0)
     out = exported(fine[0], "onnx", tmp_path / "large.onnx")
     assert f"{tmp_path}/large.onnx, {tmp_path}/large.onnx.data\n" in out
     assert (tmp_path / "large.onnx.data").stat().st_size > 10_000

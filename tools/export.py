@@ -7,51 +7,24 @@ The model's size is read from the file; of a pre-training checkpoint the encoder
 again by the library that it is for, and has to give the same outputs on random images.
 """
 
-import json
 import sys
 import warnings
-from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
-import timm
 import torch
-from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import datasets
 from models.convnextv2 import ConvNeXtV2, name_of
 from tools.probe import add_image_arguments
-from utils import layouts, weights
+from tools.targets import TARGETS, Exported, Source, classifier, example
+from utils import weights
 from utils.args import ArgumentParser, add_bool, not_negative, whole
 from utils.errors import UsageError, run_cli
 from utils.settings import as_trained, eval_crop
 
 KEYS = {None: weights.MODEL_KEY, True: "model_ema", False: "model|module|state_dict"}  # --ema -> where weights are
-OPSET = 18
-ONE_FILE = 2**31 - 2**24  # bytes of weights that an ONNX file may hold, with room for its graph
-
-Outputs = list[torch.Tensor]  # logits, without a head the pooled features; then, where there are some, the four maps
-
-
-class Source(NamedTuple):
-    """A model in evaluation mode, and what its checkpoint tells about its images and classes."""
-
-    model: ConvNeXtV2
-    input_size: int
-    normalisation: dict[str, tuple[float, ...]]  # mean and std, empty where neither file nor convention tells
-    crop_pct: float | None  # None: height and width are resized to input_size
-    classes: list[str]  # empty where the checkpoint does not name them
-
-
-class Exported(NamedTuple):
-    """What an exporter leaves: files, lines of code that use them, and the model as that code loads it."""
-
-    files: list[Path]
-    recipes: list[str]
-    library: str  # a package's name
-    load: Callable[[], Callable[[torch.Tensor], Outputs]]  # raises ImportError where the library is not there
 
 
 def read_source(args) -> tuple[Source, weights.Report]:
@@ -77,10 +50,6 @@ def read_source(args) -> tuple[Source, weights.Report]:
     classes = classes if len(classes) == found.model.num_classes else []
     source = Source(found.model, args.input_size, normalisation, eval_crop(args), classes)
     return source, found.report
-
-
-def classifier(config: weights.BackboneConfig) -> ConvNeXtV2:
-    return ConvNeXtV2(**config.encoder(), num_classes=config.num_classes).eval()
 
 
 def check_target(target: str, model: ConvNeXtV2) -> None:
@@ -116,161 +85,6 @@ def output_file(target: str, output: str) -> Path:
     return file
 
 
-def save_state(state: dict[str, torch.Tensor], file: Path) -> None:
-    if file.suffix == ".pth":
-        torch.save(state, file)
-    else:
-        save_file({name: v.contiguous() for name, v in state.items()}, file, {"format": "pt"})
-
-
-def save_json(content: dict, file: Path) -> Path:
-    file.write_text(json.dumps(content, indent=2) + "\n")
-    return file
-
-
-# ---- the targets: each writes (source, file) and returns what it left ------------------------------------------------
-
-
-def write_safetensors(source: Source, file: Path) -> Exported:
-    """This project's names and nothing beside them."""
-    save_state(source.model.state_dict(), file)
-
-    def load():
-        ours = weights.load_checkpoint(file, classifier, whole=True).model
-        return lambda x: [ours(x)]
-
-    return Exported([file], [f"safetensors.torch.load_file({str(file)!r})"], "safetensors", load)
-
-
-def write_timm(source: Source, file: Path) -> Exported:
-    """timm's names, and beside them the JSON that timm reads a model from (config.json in a folder)."""
-    model, side = source.model, source.input_size
-    save_state(layouts.to_timm(model.state_dict()), file)
-    name, model_args = name_of(model), {}
-    if name is None:  # any size can be built from one that has the same kind of linears
-        name = "convnextv2_atto" if layouts.timm_has_conv_mlp(model.dims[0]) else "convnextv2_tiny"
-        model_args |= {"depths": model.depths, "dims": model.dims}
-    if model.in_chans != 3:
-        model_args["in_chans"] = model.in_chans
-    if model.stem_stride != 4:
-        model_args["patch_size"] = model.stem_stride
-    config = {
-        "architecture": name,
-        "num_classes": model.num_classes,
-        "num_features": model.dims[-1],
-        "global_pool": "avg",
-        "model_args": model_args,
-        "pretrained_cfg": {
-            "input_size": (model.in_chans, side, side),
-            "pool_size": (side // model.patch_size,) * 2,
-            "interpolation": "bicubic",
-            "crop_pct": source.crop_pct or 1.0,
-            "crop_mode": "center" if source.crop_pct else "squash",
-            **source.normalisation,
-            "num_classes": model.num_classes,
-            "first_conv": "stem.0" if model.in_chans == 3 else None,  # named, timm before 1.0.31 makes it RGB's anew
-            "classifier": "head.fc",
-            **({"label_names": source.classes} if source.classes else {}),
-        },
-    }
-    in_folder = file.name == TARGETS["timm"][1]
-    config_file = save_json(config, file.with_name("config.json") if in_folder else file.with_suffix(".json"))
-    overlay = {"file": str(file)} | {key: config["pretrained_cfg"][key] for key in ("input_size", "first_conv")}
-    calls = [
-        {"num_classes": model.num_classes, **model_args, "checkpoint_path": str(file)},
-        {"features_only": True, **model_args, "pretrained": True, "pretrained_cfg_overlay": overlay},
-    ]
-    recipes = [
-        f"timm.create_model({', '.join([repr(name), *(f'{key}={value!r}' for key, value in call.items())])})"
-        for call in calls
-    ]
-    recipes[1] += "  # four feature maps, for detection and segmentation"
-
-    def load():
-        whole, features = (timm.create_model(name, **call).eval() for call in calls)
-        return lambda x: [whole(x), *features(x)]
-
-    return Exported([file, config_file], recipes, "timm", load)
-
-
-def write_hf(source: Source, file: Path) -> Exported:
-    """A folder for from_pretrained of transformers: config.json, model.safetensors and preprocessor_config.json."""
-    model, folder = source.model, file.parent
-    save_state(layouts.to_huggingface(model.state_dict()), file)
-    labels = source.classes or [f"LABEL_{i}" for i in range(model.num_classes)]
-    kind = "ConvNextV2ForImageClassification" if model.num_classes else "ConvNextV2Model"
-    config = {
-        "architectures": [kind],
-        "model_type": "convnextv2",
-        "num_channels": model.in_chans,
-        "image_size": source.input_size,
-        "patch_size": model.stem_stride,
-        "num_stages": 4,
-        "depths": model.depths,
-        "hidden_sizes": model.dims,
-        "hidden_act": "gelu",
-        "layer_norm_eps": model.norm.eps,
-        **({"id2label": dict(enumerate(labels)), "label2id": {v: i for i, v in enumerate(labels)}} if labels else {}),
-    }
-    preprocessor = {
-        "image_processor_type": "ConvNextImageProcessor",
-        "do_resize": True,
-        "size": {"shortest_edge": source.input_size},
-        "crop_pct": source.crop_pct,
-        "resample": 3,  # bicubic
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": bool(source.normalisation),
-        **{f"image_{name}": values for name, values in source.normalisation.items()},
-    }
-    files = [
-        file,
-        save_json(config, folder / "config.json"),
-        save_json(preprocessor, folder / "preprocessor_config.json"),
-    ]
-
-    def load():
-        import transformers
-
-        transformers.utils.logging.disable_progress_bar()
-        theirs = getattr(transformers, kind).from_pretrained(folder).eval()
-        return lambda x: [theirs(x).logits if model.num_classes else theirs(x).pooler_output]
-
-    recipes = [f"transformers.{name}.from_pretrained({str(folder)!r})" for name in (kind, "AutoImageProcessor")]
-    if source.crop_pct and source.input_size >= 384:
-        recipes[1] += f"  # which warps the whole image at this size, where training cropped {source.crop_pct} of it"
-    return Exported(files, recipes, "transformers", load)
-
-
-def write_onnx(source: Source, file: Path) -> Exported:
-    """A graph that takes any number of images of the input size; weights above ONNX's 2 GiB go into a second file."""
-    external = sum(p.nbytes for p in source.model.parameters()) > ONE_FILE
-    name = "logits" if source.model.num_classes else "features"
-    batch = torch.export.Dim("batch", max=2**31 - 1)  # torch 2.7 fails without a bound
-    torch.onnx.export(
-        source.model, (example(source, 2),), str(file), input_names=["images"], output_names=[name],
-        dynamic_shapes=({0: batch},), opset_version=OPSET, dynamo=True, external_data=external, verbose=False,
-    )  # fmt: skip
-
-    def load():
-        import onnxruntime
-
-        session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
-        return lambda x: [torch.from_numpy(out) for out in session.run(None, {"images": x.numpy()})]
-
-    recipe = f"onnxruntime.InferenceSession({str(file)!r}).run(None, {{'images': images}})"
-    files = [file, *([Path(f"{file}.data")] if external else [])]
-    return Exported(files, [f"{recipe}  # {shape(source)}, opset {OPSET}"], "onnxruntime", load)
-
-
-def example(source: Source, batch: int) -> torch.Tensor:
-    return torch.randn(batch, source.model.in_chans, source.input_size, source.input_size)
-
-
-def shape(source: Source) -> str:
-    return f"float32 (N, {source.model.in_chans}, {source.input_size}, {source.input_size}), any N"
-
-
 def verify(source: Source, exported: Exported, tolerance: float) -> str:
     """How far the exported model is from the source on random images, for the table.
 
@@ -292,14 +106,6 @@ def verify(source: Source, exported: Exported, tolerance: float) -> str:
     if not all((a - b).abs().max() <= tolerance * a.abs().max() for a, b in pairs):
         raise UsageError(f"{exported.files[0]}: {result}, above --tolerance {allowed}; do not use it")
     return f"{result}, below --tolerance {allowed}"
-
-
-TARGETS = {  # by whom it is written, what the weights are called in a folder, and what a file of them may end in
-    "timm": (write_timm, "model.safetensors", (".safetensors", ".pth")),
-    "hf": (write_hf, "model.safetensors", ()),
-    "safetensors": (write_safetensors, "model.safetensors", (".safetensors",)),
-    "onnx": (write_onnx, "model.onnx", (".onnx",)),
-}
 
 
 def get_args_parser() -> ArgumentParser:
@@ -334,7 +140,7 @@ def main(argv: list[str] | None = None) -> None:
         **report.rows(),
         "model": f"{name_of(model) or 'of no published size'}: depths {model.depths}, dims {model.dims}, "
         f"stem stride {model.stem_stride}, {f'{model.num_classes} classes' if model.num_classes else 'no head'}",
-        "images": f"{shape(source)}, normalised with {source.normalisation or 'an unknown mean and std'}",
+        "images": f"{source.input_size} px, {model.in_chans} channels, {source.normalisation or 'no mean and std'}",
         "written": ", ".join(map(str, exported.files)),
         "verified": verified,
         "use": f"\n{'':19}".join(exported.recipes),

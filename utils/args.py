@@ -14,6 +14,7 @@ from typing import NoReturn, TypeVar
 
 from .distributed import main_process_first
 from .errors import UsageError, refuse, suggest
+from .sources import check_source
 
 log = logging.getLogger("fcmae")
 T = TypeVar("T")
@@ -172,7 +173,10 @@ def check_shared_arguments(args: argparse.Namespace, models: list[str]) -> None:
     refuse(len(starts) > 1, f"--{' and --'.join(starts)}: give one; the first starts a run, --resume continues one")
     for name in starts:
         file = getattr(args, name)
-        refuse(not os.path.isfile(file), f"--{name} {file}: no such file")
+        if name == "resume" and not getattr(args, "eval", False):  # of training, which lies in files alone
+            refuse(not os.path.isfile(file), f"--{name} {file}: no such file")
+        else:
+            check_source(f"--{name}", file)
     if args.wandb:
         try:
             from wandb import init  # noqa: F401  (which a mere folder of this name has not)

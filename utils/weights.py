@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .checkpoint import finite, read
 from .errors import UsageError
 from .layouts import convert, first_names, recognise
+from .sources import local_file
 
 log = logging.getLogger("fcmae")
 
@@ -77,7 +78,7 @@ def load_checkpoint(
     """Load a file of any layout into a model, or into one that is built to the file's sizes.
 
     Args:
-        path: a .pth, .pt, .bin or .safetensors file.
+        path: a .pth, .pt, .bin or .safetensors file, or what else `sources.local_file` takes.
         model: the model, then the report is logged; or a function that builds it from the file's `BackboneConfig`.
         flag: what names the file on the command line, for messages.
         model_key, model_prefix: where in the file the weights are, see `unwrap`.
@@ -87,7 +88,7 @@ def load_checkpoint(
     Raises:
         UsageError: a file that cannot be read, or is not for the model.
     """
-    content, source, given = read(path), f"{flag} {path}".strip(), isinstance(model, nn.Module)
+    content, source, given = read(local_file(flag, path)), f"{flag} {path}".strip(), isinstance(model, nn.Module)
     try:
         state_dict = unwrap(content, model_key, model_prefix)
         config = infer_config(state_dict)

@@ -1,0 +1,224 @@
+"""What export.py writes for each library: each function takes (source, file) and tells what it left."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import timm
+import torch
+from safetensors.torch import save_file
+
+from models.convnextv2 import ConvNeXtV2, name_of
+from utils import layouts, weights
+
+OPSET = 18
+ONE_FILE = 2**31 - 2**24  # bytes of weights that an ONNX file may hold, with room for its graph
+
+Outputs = list[torch.Tensor]  # logits, without a head the pooled features; then, where there are some, the four maps
+
+
+class Source(NamedTuple):
+    """A model in evaluation mode, and what its checkpoint tells about its images and classes."""
+
+    model: ConvNeXtV2
+    input_size: int
+    normalisation: dict[str, tuple[float, ...]]  # mean and std, empty where neither file nor convention tells
+    crop_pct: float | None  # None: height and width are resized to input_size
+    classes: list[str]  # empty where the checkpoint does not name them
+
+
+class Exported(NamedTuple):
+    """What an exporter leaves: files, lines of code that use them, and the model as that code loads it."""
+
+    files: list[Path]
+    recipes: list[str]
+    library: str  # a package's name
+    load: Callable[[], Callable[[torch.Tensor], Outputs]]  # raises ImportError where the library is not there
+
+
+def classifier(config: weights.BackboneConfig) -> ConvNeXtV2:
+    return ConvNeXtV2(**config.encoder(), num_classes=config.num_classes).eval()
+
+
+def example(source: Source, batch: int) -> torch.Tensor:
+    return torch.randn(batch, source.model.in_chans, source.input_size, source.input_size)
+
+
+def save_state(state: dict[str, torch.Tensor], file: Path) -> None:
+    if file.suffix == ".pth":
+        torch.save(state, file)
+    else:
+        save_file({name: v.contiguous() for name, v in state.items()}, file, {"format": "pt"})
+
+
+def save_json(content: dict, file: Path) -> Path:
+    file.write_text(json.dumps(content, indent=2) + "\n")
+    return file
+
+
+def write_safetensors(source: Source, file: Path) -> Exported:
+    """This project's names and nothing beside them."""
+    save_state(source.model.state_dict(), file)
+
+    def load():
+        ours = weights.load_checkpoint(file, classifier, whole=True).model
+        return lambda x: [ours(x)]
+
+    return Exported([file], [f"safetensors.torch.load_file({str(file)!r})"], "safetensors", load)
+
+
+def write_timm(source: Source, file: Path) -> Exported:
+    """timm's names, and beside them the JSON that timm reads a model from (config.json in a folder)."""
+    model, side = source.model, source.input_size
+    save_state(layouts.to_timm(model.state_dict()), file)
+    name, model_args = name_of(model), {}
+    if name is None:  # any size can be built from one that has the same kind of linears
+        name = "convnextv2_atto" if layouts.timm_has_conv_mlp(model.dims[0]) else "convnextv2_tiny"
+        model_args |= {"depths": model.depths, "dims": model.dims}
+    if model.in_chans != 3:
+        model_args["in_chans"] = model.in_chans
+    if model.stem_stride != 4:
+        model_args["patch_size"] = model.stem_stride
+    config = {
+        "architecture": name,
+        "num_classes": model.num_classes,
+        "num_features": model.dims[-1],
+        "global_pool": "avg",
+        "model_args": model_args,
+        "pretrained_cfg": {
+            "input_size": (model.in_chans, side, side),
+            "pool_size": (side // model.patch_size,) * 2,
+            "interpolation": "bicubic",
+            "crop_pct": source.crop_pct or 1.0,
+            "crop_mode": "center" if source.crop_pct else "squash",
+            **source.normalisation,
+            "num_classes": model.num_classes,
+            "first_conv": "stem.0" if model.in_chans == 3 else None,  # named, timm before 1.0.31 makes it RGB's anew
+            "classifier": "head.fc",
+        },
+        **({"label_names": source.classes} if source.classes else {}),  # where timm and transformers look
+    }
+    in_folder = file.name == TARGETS["timm"][1]
+    files = [file, save_json(config, file.with_name("config.json") if in_folder else file.with_suffix(".json"))]
+    if in_folder and hasattr(timm.models._hub, "load_model_config_from_path"):  # from timm 1.0.26 on
+        name, call = f"local-dir:{file.parent}", {"pretrained": True}
+    else:  # the overlay tells timm.data.resolve_model_data_config of the images
+        overlay = {"file": str(file), **config["pretrained_cfg"]}
+        call = {"num_classes": model.num_classes, **model_args, "pretrained": True, "pretrained_cfg_overlay": overlay}
+    features_call = {"features_only": True, **{k: v for k, v in call.items() if k != "num_classes"}}
+    recipes = [
+        f"timm.create_model({', '.join([repr(name), *(f'{key}={value!r}' for key, value in kwargs.items())])})"
+        for kwargs in (call, features_call)
+    ]
+    recipes[1] += "  # four feature maps, for detection and segmentation"
+    if model.in_chans != 3:
+        pictures = "pictures are to be .convert('L')" if model.in_chans == 1 else "its transforms take no such images"
+        recipes.append(f"# timm opens pictures as RGB: of {model.in_chans} channels, {pictures}")
+    if source.classes:
+        files.append(file.with_name("class_map.txt" if in_folder else f"{file.stem}.class_map.txt"))
+        files[-1].write_text("".join(f"{name}\n" for name in source.classes))
+        order = "timm's scripts number class folders in another order"
+        recipes.append(f"validate.py and train.py with --class-map {files[-1]}  # {order}")
+
+    def load():
+        whole, features = (timm.create_model(name, **kwargs).eval() for kwargs in (call, features_call))
+        return lambda x: [whole(x), *features(x)]
+
+    return Exported(files, recipes, "timm", load)
+
+
+def write_hf(source: Source, file: Path) -> Exported:
+    """A folder for from_pretrained of transformers: config.json, model.safetensors and preprocessor_config.json."""
+    model, folder = source.model, file.parent
+    save_state(layouts.to_huggingface(model.state_dict()), file)
+    labels = source.classes or [f"LABEL_{i}" for i in range(model.num_classes)]
+    kind = "ConvNextV2ForImageClassification" if model.num_classes else "ConvNextV2Model"
+    config = {
+        "architectures": [kind],
+        "model_type": "convnextv2",
+        "num_channels": model.in_chans,
+        "image_size": source.input_size,
+        "patch_size": model.stem_stride,
+        "num_stages": 4,
+        "depths": model.depths,
+        "hidden_sizes": model.dims,
+        "hidden_act": "gelu",
+        "layer_norm_eps": model.norm.eps,
+        **({"id2label": dict(enumerate(labels)), "label2id": {v: i for i, v in enumerate(labels)}} if labels else {}),
+    }
+    side, crop = source.input_size, source.crop_pct
+    preprocessor = {  # CLIP's crops at any size, where ConvNext's warps from 384 px on
+        "image_processor_type": "CLIPImageProcessor",
+        "do_resize": True,
+        "size": {"shortest_edge": int(side / crop)} if crop else {"height": side, "width": side},
+        "do_center_crop": bool(crop),
+        "crop_size": {"height": side, "width": side},
+        "do_convert_rgb": model.in_chans == 3,
+        "resample": 3,  # bicubic
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": bool(source.normalisation),
+        **{f"image_{name}": values for name, values in source.normalisation.items()},
+    }
+    files = [
+        file,
+        save_json(config, folder / "config.json"),
+        save_json(preprocessor, folder / "preprocessor_config.json"),
+    ]
+
+    def load():
+        import transformers
+
+        transformers.utils.logging.disable_progress_bar()
+        theirs = getattr(transformers, kind).from_pretrained(folder).eval()
+        return lambda x: [theirs(x).logits if model.num_classes else theirs(x).pooler_output]
+
+    recipes = [f"transformers.{name}.from_pretrained({str(folder)!r})" for name in (kind, "AutoImageProcessor")]
+    if crop and crop < 1:
+        recipes[1] += "  # where its crop has no exact centre, it begins a pixel before that of --eval"
+    if model.in_chans != 3:
+        pictures = "give the processor images.convert('L')" if model.in_chans == 1 else "give the model tensors"
+        recipes.append(f"# pipelines open pictures as RGB, which {model.in_chans} channels cannot take: {pictures}")
+    elif model.num_classes:
+        recipes.append(f"transformers.pipeline('image-classification', model={str(folder)!r})")
+    return Exported(files, recipes, "transformers", load)
+
+
+def write_onnx(source: Source, file: Path) -> Exported:
+    """A graph for any number of images of any size, with what it was trained on in its metadata.
+
+    Weights above ONNX's 2 GiB go into a second file.
+    """
+    model, name = source.model, "logits" if source.model.num_classes else "features"
+    external = sum(p.nbytes for p in model.parameters()) > ONE_FILE
+    batch = torch.export.Dim("batch", max=2**31 - 1)  # torch 2.7 fails without a bound
+    sides = {i: torch.export.Dim(n, min=model.patch_size, max=2**15) for i, n in ((2, "height"), (3, "width"))}
+    program = torch.onnx.export(
+        model, (example(source, 2),), input_names=["images"], output_names=[name],
+        dynamic_shapes=({0: batch, **sides},), opset_version=OPSET, dynamo=True, verbose=False,
+    )  # fmt: skip
+    told = {"input_size": source.input_size, "crop_pct": source.crop_pct, "interpolation": "bicubic"}
+    told |= {**source.normalisation, "classes": source.classes}
+    program.model.metadata_props.update({key: json.dumps(value) for key, value in told.items()})
+    program.save(str(file), external_data=external)
+
+    def load():
+        import onnxruntime
+
+        session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+        return lambda x: [torch.from_numpy(out) for out in session.run(None, {"images": x.numpy()})]
+
+    recipe = f"onnxruntime.InferenceSession({str(file)!r}).run(None, {{'images': images}})"
+    files = [file, *([Path(f"{file}.data")] if external else [])]
+    shape = f"float32 (N, {model.in_chans}, H, W), any N, H and W from {model.patch_size} on"
+    meta = "its get_modelmeta().custom_metadata_map has classes, mean, std, input_size and crop_pct as JSON"
+    return Exported(files, [f"{recipe}  # {shape}; opset {OPSET}", meta], "onnxruntime", load)
+
+
+TARGETS = {  # by whom it is written, what the weights are called in a folder, and what a file of them may end in
+    "timm": (write_timm, "model.safetensors", (".safetensors", ".pth")),
+    "hf": (write_hf, "model.safetensors", ()),
+    "safetensors": (write_safetensors, "model.safetensors", (".safetensors",)),
+    "onnx": (write_onnx, "model.onnx", (".onnx",)),
+}

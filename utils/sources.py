@@ -1,0 +1,106 @@
+"""Where weights come from: a file, an address, or a name on the Hugging Face hub; a download is kept."""
+
+import os
+import re
+import urllib.error
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import timm
+import torch
+
+from .checkpoint import read
+from .distributed import main_process_first
+from .errors import UsageError, suggest
+
+HUB_FILES = ("model.safetensors", "pytorch_model.bin")  # as timm and transformers call them, the first one first
+HASH = re.compile(r"-([0-9a-f]{8,64})\.\w+$")  # what torch.hub's files have in their names: sha256, its beginning
+
+
+def releases() -> list[str]:
+    """The names of the official releases, as timm calls them: convnextv2_atto.fcmae and so on."""
+    return timm.list_pretrained("convnextv2_*")
+
+
+def is_remote(source: str) -> bool:
+    """Whether this is no file: an address, hf-hub:OWNER/NAME, timm/NAME.TAG, or the name of a release."""
+    if os.path.exists(source):
+        return False
+    return bool(re.match(r"(https?://|hf-hub:|timm/)", source)) or source in releases()
+
+
+def check_source(flag: str, source: str) -> None:
+    """Raise UsageError, without a look at the network, for what is neither a file nor such a name."""
+    if not os.path.isfile(source) and not is_remote(source):
+        raise UsageError(f"{flag} {source}: no such file{suggest(source, releases())}")
+
+
+def local_file(flag: str, source: str | os.PathLike) -> Path:
+    """The file of a source, downloaded where it is not here yet, by one process of each node.
+
+    Raises:
+        UsageError: it cannot be had, has another hash than its name says, or is not a checkpoint.
+    """
+    source, named = os.fspath(source), f"{flag} {source}".strip()
+    if not is_remote(source):
+        if not os.path.isfile(source) and (hint := suggest(source, releases())):
+            raise UsageError(f"{named}: no such file{hint}")
+        return Path(source)
+    with main_process_first():
+        try:
+            return _from_address(source) if re.match("https?://", source) else _from_hub(source)
+        except UsageError as error:
+            raise UsageError(f"{named}: {error}") from error
+
+
+def _from_address(address: str) -> Path:
+    parts = urlsplit(address)
+    name = Path(unquote(parts.path)).name or "checkpoint"
+    # below host and folder: torch.hub's own cache takes files of one name for one file
+    folder = Path(
+        torch.hub.get_dir(), "checkpoints", re.sub(r"[^\w.-]", "_", parts.netloc + os.path.dirname(parts.path))
+    )
+    path, aside = folder / name, folder / f".{os.getpid()}.{name}"
+    if path.exists():
+        return path
+    known = HASH.search(name)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(address, str(aside), known and known[1], progress=False)
+        _check(aside)  # a download that broke off, a page that says sorry
+        os.replace(aside, path)
+    except urllib.error.HTTPError as error:
+        raise UsageError(f"the server answers {error.code} {error.reason}") from error
+    except (OSError, RuntimeError, ValueError) as error:
+        raise UsageError(f"cannot be downloaded ({getattr(error, 'reason', None) or error})") from error
+    finally:
+        aside.unlink(missing_ok=True)
+    return path
+
+
+def _check(path: Path) -> None:
+    try:
+        read(path)
+    except UsageError as error:
+        raise UsageError(f"what the server gives is no checkpoint: {str(error).removeprefix(f'{path}: ')}") from error
+
+
+def _from_hub(source: str) -> Path:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    repo, _, revision = source.removeprefix("hf-hub:").partition("@")
+    repo = repo if "/" in repo else f"timm/{repo}"
+    for name in HUB_FILES:
+        try:
+            return Path(hf_hub_download(repo, name, revision=revision or None, endpoint=os.environ.get("HF_ENDPOINT")))
+        except RepositoryNotFoundError as error:
+            known = suggest(repo, (f"timm/{release}" for release in releases()))
+            raise UsageError(f"the hub has no {repo} that you may read{known}") from error
+        except LocalEntryNotFoundError as error:
+            raise UsageError(f"cannot be downloaded, the hub does not answer ({error})") from error
+        except EntryNotFoundError:
+            continue
+        except Exception as error:  # the hub's client has exceptions of several libraries
+            raise UsageError(f"cannot be downloaded ({type(error).__name__}: {error})") from error
+    raise UsageError(f"{repo} holds neither {' nor '.join(HUB_FILES)}")
