@@ -6,7 +6,6 @@ import re
 import threading
 
 import pytest
-import timm
 import torch
 from safetensors.torch import save
 
@@ -149,9 +148,7 @@ def test_names_that_the_hub_has_not(server):
 
 
 def test_names_that_nobody_knows(scripts):
-    with pytest.raises(
-        UsageError, match=re.escape("convnextv2_ato.fcmae: no such file (did you mean convnextv2_ato")[:-15]
-    ):
+    with pytest.raises(UsageError, match="no such file .did you mean convnextv2_atto.fcmae"):
         loaded("convnextv2_ato.fcmae")
     for run, flag in ((scripts.finetune, "--finetune"), (scripts.pretrain, "--initial_checkpoint")):
         result = run(flag, "convnextv2_tiny.fcmea")
@@ -173,4 +170,3 @@ def test_a_run_starts_from_an_address(server, scripts, tmp_path):
 def test_the_releases_are_those_of_the_docs():
     table = (sources.Path(__file__).parent.parent / "docs/weights.md").read_text()
     assert set(re.findall(r"`(convnextv2_\w+\.\w+)`", table)) == set(sources.releases())
-    assert {name.split(".")[0] for name in sources.releases()} == set(timm.list_models("convnextv2_*"))
