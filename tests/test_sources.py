@@ -148,7 +148,7 @@ def test_names_that_the_hub_has_not(server):
 
 
 def test_names_that_nobody_knows(scripts):
-    with pytest.raises(UsageError, match="no such file .did you mean convnextv2_atto.fcmae"):
+    with pytest.raises(UsageError, match=r"no such file .did you mean convnextv2_atto.fcmae"):
         loaded("convnextv2_ato.fcmae")
     for run, flag in ((scripts.finetune, "--finetune"), (scripts.pretrain, "--initial_checkpoint")):
         result = run(flag, "convnextv2_tiny.fcmea")

@@ -199,7 +199,9 @@ WRAPPERS = {
     "model": lambda s: {"model": s, "optimizer": {"state": {}}, "epoch": 3},
     "module": lambda s: {"module": s},
     "state_dict": lambda s: {"state_dict": s, "arch": "convnextv2_atto"},
+    "model_state_dict": lambda s: {"model_state_dict": s, "epoch": 3},
     "model_ema": lambda s: {"model": None, "model_ema": s},
+    "state_dict_ema": lambda s: {"epoch": 3, "state_dict_ema": s},
     "ddp": lambda s: {f"module.{name}": value for name, value in s.items()},
     "ddp twice, compiled": lambda s: {"model": {f"_orig_mod.module.module.{name}": s[name] for name in s}},
     "compiled, ddp": lambda s: {f"module._orig_mod.{name}": value for name, value in s.items()},
@@ -216,6 +218,42 @@ def test_unwrap_takes_the_first_key_present():
     a, b = {"weight": torch.zeros(1)}, {"weight": torch.ones(1)}
     assert_same(unwrap({"model": a, "model_ema": b}), a)
     assert_same(unwrap({"model": a, "model_ema": b}, model_key="absent|model_ema|model"), b)
+
+
+def test_the_average_beside_the_model():
+    a, b = {"weight": torch.zeros(1)}, {"weight": torch.ones(1)}
+    for name in ("model", "state_dict"):
+        assert_same(unwrap({name: a, "state_dict_ema": b}), a)
+        assert_same(unwrap({name: a, "state_dict_ema": b}, "model_ema"), b)
+
+
+@pytest.mark.parametrize("kind", ["backbone", "fcmae", "timm", "huggingface", "reference_sparse"])
+@pytest.mark.parametrize("prefix", ["model.", "net.module.backbone."])
+def test_a_prefix_of_all_names_is_taken_off(prefix, kind, dense, fcmae, sparse):
+    """As Lightning writes it; what stands beside it is dropped, a head of something else too."""
+    layouts = {"backbone": dense, "fcmae": fcmae, "timm": to_timm(dense), "huggingface": to_huggingface(dense)}
+    state = (layouts | {"reference_sparse": sparse})[kind]
+    wrapped = {f"{prefix}{name}": v for name, v in state.items()} | {"head.weight": torch.ones(1000, 320)}
+    assert recognise(wrapped) == (kind, prefix)
+    assert_same(convert(wrapped), convert(state))
+    report = load(model := convnextv2_atto(), unwrap({"state_dict": wrapped, "hyper_parameters": {}}))
+    assert report.layout == f"{kind}, under {prefix}*"
+    assert "head.weight" in report.unexpected_keys
+    own = model.state_dict()
+    assert_same({n: own[n] for n in report.loaded}, {n: to_backbone(state)[n] for n in report.loaded})
+
+
+def test_two_models_in_one_file_are_told(dense):
+    both = {f"{prefix}.{name}": v for prefix in ("student", "teacher") for name, v in dense.items()}
+    with pytest.raises(ValueError, match=r"under 'student.' and 'teacher.'"):
+        recognise(both)
+    assert_same(unwrap(both, model_prefix="teacher."), dense)
+
+
+def test_older_names_of_transformers(dense):
+    older = {n.replace("grn.weight", "grn.gamma").replace("grn.bias", "grn.beta"): v
+             for n, v in to_huggingface(dense).items()}  # fmt: skip
+    assert_same(to_backbone(older), dense)
 
 
 def test_a_key_that_is_named_is_the_one_taken():
