@@ -1,0 +1,79 @@
+"""tools/shrink.py: a folder or tar to one tar of smaller images, which goes on where it was stopped."""
+
+import contextlib
+import tarfile
+
+import pytest
+from PIL import Image
+
+from tests.pictures import picture, save
+from tools import shrink
+from utils.data.tars import open_tar
+from utils.errors import run_cli
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    def call(*flags):
+        monkeypatch.setattr("sys.argv", ["shrink.py", "--num_workers", "1", *map(str, flags)])
+        with contextlib.suppress(SystemExit):
+            run_cli(shrink.main)
+        captured = capsys.readouterr()
+        return captured.out + captured.err
+
+    return call
+
+
+@pytest.fixture
+def images(tmp_path):
+    for i, name in enumerate(("ant/a.png", "ant/b.jpg", "bee/c.webp", "bee/small.png")):
+        image = picture(seed=i)  # 60 x 40
+        save(image if "small" not in name else image.resize((20, 12)), tmp_path / "in" / name)
+    (tmp_path / "in/bee/broken.jpg").write_bytes(b"none")
+    return tmp_path / "in"
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "webp"])
+def test_a_folder_becomes_a_tar_that_data_path_reads(call, images, tmp_path, kind):
+    output = tmp_path / "out.tar"
+    text = call("--data_path", images, "--output", output, "--size", 24, "--format", kind)
+    assert "4 images, 1 left out" in text
+    assert f"left out: {images}/bee/broken.jpg" in text
+    found = open_tar(str(output), "--data_path", 3)
+    assert found.classes == ["ant", "bee"]
+    assert found.targets == [0, 0, 1, 1]
+    assert [tuple(found[i][0].shape) for i in range(4)] == [(3, 24, 36)] * 3 + [(3, 12, 20)]
+    smaller = tmp_path / "smaller.tar"
+    assert "4 images" in call("--data_path", output, "--output", smaller, "--size", 12, "--format", kind)
+    assert min(open_tar(str(smaller), "--data_path", 3)[0][0].shape[1:]) == 12
+    with tarfile.open(output) as tar:
+        assert tar.extractfile("bee/small.png").read() == (images / "bee/small.png").read_bytes()
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.62, 0.9, 1.0])
+def test_what_was_stopped_goes_on(call, images, tmp_path, share):
+    """However much of the tar was on disk: the bytes are those of a run that was not stopped."""
+    (images / "bee/broken.jpg").unlink()
+    flags = "--data_path", images, "--size", 24, "--output"
+    whole, output = tmp_path / "whole.tar", tmp_path / "out.tar"
+    call(*flags, whole)
+    content = whole.read_bytes()
+    part = tmp_path / "out.tar.part"
+    part.write_bytes(content[: int(share * len(content))])
+    assert "4 images" in call(*flags, output)
+    assert not part.exists()
+    assert output.read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [("--output x.zip", "--output x.zip: must end in .tar"), ("--output {}/in/../there.tar", "is there already"),
+     ("--output {}/begun.tar", "was begun with other flags"), ("--quality 0 --output x.tar", "--quality 0: must be")],
+)  # fmt: skip
+def test_mistakes_are_one_line(call, images, tmp_path, flags, message):
+    (tmp_path / "there.tar").touch()
+    with tarfile.open(tmp_path / "begun.tar.part", "w") as tar:
+        shrink.add_file(tar, shrink.SETTINGS, b"{}")
+    text = call("--data_path", images, *flags.format(tmp_path).split())
+    assert message in text.splitlines()[-1]
+    assert Image.open(images / "ant/a.png").size == (60, 40)
