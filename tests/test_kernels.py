@@ -23,6 +23,7 @@ from models.visible import VisiblePatches
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
+pytestmark = pytest.mark.gpu  # there, compiled
 has_triton = pytest.mark.skipif(not hasattr(kernels.tl, "tuple"), reason="needs Triton 3.3")
 runs = pytest.mark.skipif(
     not (INTERPRETED or torch.cuda.is_available()) or not kernels.available(torch.device(DEVICE), torch.float32),
