@@ -3,6 +3,7 @@
 import copy
 import logging
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,7 @@ from utils.amp import Amp
 from utils.distributed import accumulate, all_reduce_sum, broadcast, get_rank, get_world_size
 from utils.lr_sched import Schedule
 from utils.metrics import Averages, Progress
+from utils.report import Answers
 from utils.run import Run
 from utils.seeding import seed_all
 
@@ -90,44 +92,69 @@ def top_k(logits: torch.Tensor, labels: torch.Tensor, k: int) -> torch.Tensor:
     return (highest == labels[:, None]).any(dim=1).float().mean() * 100
 
 
+def classify(model: torch.nn.Module, imgs: torch.Tensor, amp: Amp) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pooled features (N, D) and logits (N, classes) of a classifier, float32."""
+    with amp.autocast():
+        features = model.forward_features(imgs)
+    return features.float(), model.head(features.float())  # bfloat16's would tie, and ties go by the order of classes
+
+
 @torch.inference_mode()
-def evaluate(model: torch.nn.Module, loader, amp: Amp, header: str = "eval") -> dict[str, float]:
+def evaluate(
+    model: torch.nn.Module, loader, amp: Amp, header: str = "eval", report: Callable | None = None
+) -> dict[str, float]:
     """acc1, acc5 (percent) and cross entropy of a classifier over all readable images, each counted once.
 
-    The model is not wrapped for distribution here: processes have different numbers of batches.
+    The model is not wrapped for distribution here: processes have different numbers of batches. report: is given the
+    `Answers` to all images and the statistics, in every process.
     """
     was_training = model.training
     model.eval()
-    averages = Averages(("loss", "acc1", "acc5"), amp.device)
+    averages, answers = Averages(("loss",), amp.device), [torch.empty(3, 0, dtype=torch.float32, device=amp.device)]
     progress = Progress(header, len(loader), amp.device)
+    counts = torch.zeros(2, dtype=torch.int64, device=amp.device)  # of images whose label is among the first 1 and 5
     seen = 0
     for step, batch in progress(loader):
         imgs, labels = (x.to(amp.device, non_blocking=True) for x in batch)
-        with amp.autocast():
-            features = model.forward_features(imgs)
-        logits = model.head(features.float())  # bfloat16's would tie, and ties go by the order of classes
-        acc1, acc5 = (top_k(logits, labels, k) for k in (1, 5))
-        averages.update(len(imgs), loss=F.cross_entropy(logits, labels), acc1=acc1, acc5=acc5)
+        _, logits = classify(model, imgs, amp)
+        highest = logits.topk(min(5, logits.shape[1]), dim=1).indices
+        hits = highest == labels[:, None]
+        counts += torch.stack([hits[:, 0].sum(), hits.sum()])
+        averages.update(len(imgs), loss=F.cross_entropy(logits, labels))
+        top1 = highest[:, :1]
+        answers.append(torch.stack([labels, top1[:, 0], logits.softmax(1).gather(1, top1)[:, 0]]))
         progress.samples += len(imgs)
         seen += len(imgs)
         if progress.due(step) and step > 0:
             progress.line(step)
     model.train(was_training)
-    stats = averages.epoch()
     # a sampler that steps over no image of another process gives every process all of them
     copies = get_world_size() // getattr(loader.sampler, "step", get_world_size())
-    counted = torch.tensor([seen, len(getattr(loader, "bad", ()))], device=amp.device)
-    seen, bad = (all_reduce_sum(counted) // copies).tolist()
-    counts = f"({seen} images)" + f", {bad} unreadable left out" * bool(bad)
-    log.info("%s: acc1 %.2f  acc5 %.2f  loss %.4f  %s", header, stats["acc1"], stats["acc5"], stats["loss"], counts)
+    counted = torch.tensor([*counts.tolist(), seen, len(getattr(loader, "bad", ()))], device=amp.device)
+    *correct, images, bad = (all_reduce_sum(counted) // copies).tolist()
+    acc1, acc5 = (100 * count / max(images, 1) for count in correct)
+    stats = averages.epoch() | {"acc1": acc1, "acc5": acc5}
+    told = f"({images} images)" + f", {bad} unreadable left out" * bool(bad)
+    log.info("%s: acc1 %.2f  acc5 %.2f  loss %.4f  %s", header, acc1, acc5, stats["loss"], told)
+    if report:
+        indices = loader.read if hasattr(loader, "bad") else range(seen)  # of a stream
+        labels, top1, probabilities = torch.cat(answers, dim=1).cpu()
+        mine = Answers(torch.tensor(indices, dtype=torch.int64), labels.long(), top1.long(), probabilities)
+        report(mine if copies > 1 else mine.gathered(), stats | {"unreadable": bad})
     return stats
 
 
-def score(model: torch.nn.Module, ema: ModelEmaV3 | None, loader, amp: Amp) -> dict[str, float]:
-    """Statistics of the model, and, with "_ema" behind their names, of its moving average where given."""
-    scores = evaluate(model, loader, amp)
+def score(
+    model: torch.nn.Module, ema: ModelEmaV3 | None, loader, amp: Amp, report: Callable | None = None
+) -> dict[str, float]:
+    """Statistics of the model, and, with "_ema" behind their names, of its moving average where given.
+
+    report: see `evaluate`; of the average, it is given the suffix "-ema".
+    """
+    scores = evaluate(model, loader, amp, "eval", report)
     if ema:
         # an average that is kept on the CPU stays there: only a copy moves
         average = ema.module if ema.device is None else copy.deepcopy(ema.module).to(amp.device)
-        scores |= {f"{name}_ema": value for name, value in evaluate(average, loader, amp, "eval EMA").items()}
+        of_average = average, loader, amp, "eval EMA", report and partial(report, suffix="-ema")
+        scores |= {f"{name}_ema": value for name, value in evaluate(*of_average).items()}
     return scores

@@ -10,6 +10,7 @@ python main_finetune.py --eval true --resume out/ft/checkpoint-best.pth --data_p
 """
 
 import logging
+import os
 import sys
 from functools import partial
 from pathlib import Path
@@ -29,12 +30,13 @@ from models.convnextv2 import SIZES, ConvNeXtV2, layer_id, name_of, num_layer_id
 from models.linear_probe import LinearProbe
 from utils import distributed, errors, flags, weights
 from utils.amp import Amp
-from utils.args import ArgumentParser, check_shared_arguments, effective_lr, given, tell_idle
-from utils.data.sampling import StepLoader, first_of_each_class
+from utils.args import ArgumentParser, check_shared_arguments, effective_lr, given, prepared_output_dir, tell_idle
+from utils.data.sampling import StepLoader, first_of_each_class, path_of
 from utils.data.transforms import SMALL_INPUT_SIZE
 from utils.errors import UsageError, refuse, suggest
 from utils.lr_sched import Schedule
 from utils.param_groups import param_groups
+from utils.report import Reporter
 from utils.run import Run, open_run, to_evaluate
 from utils.settings import as_trained
 
@@ -98,7 +100,7 @@ def idle_flags(args, use_amp: bool) -> list[tuple[str, object, str]]:
     return [
         (training, args.eval, "with --eval true"),
         ("stem_average", args.eval, "with --eval true"),
-        ("output_dir auto_resume", args.eval and (args.resume or args.finetune), "with --eval true of a named file"),
+        ("auto_resume", args.eval and (args.resume or args.finetune), "with --eval true of a named file"),
         ("warmup_epochs", args.warmup_steps >= 0, "beside --warmup_steps"),
         ("model_key model_prefix stem_average", not (args.finetune or args.eval), "without --finetune"),
         ("head_init_scale", args.linear_probe, "with --linear_probe true"),
@@ -113,7 +115,7 @@ def idle_flags(args, use_amp: bool) -> list[tuple[str, object, str]]:
         ("mixup_switch_prob", not (args.mixup > 0 and cutmix), "unless both --mixup and --cutmix are on"),
         ("model_ema_decay model_ema_force_cpu", not args.model_ema, "without --model_ema true"),
         ("dist_eval", distributed.get_world_size() == 1, "on one process"),
-        ("eval_freq dist_eval eval_data_path eval_list crop_pct model_ema_eval", args.disable_eval,
+        ("eval_freq dist_eval eval_data_path eval_list crop_pct model_ema_eval predictions", args.disable_eval,
          "with --disable_eval true"),
         *flags.idle_flags(args, use_amp),
     ]  # fmt: skip
@@ -217,6 +219,11 @@ def build_classifier(path: str | Path, config: weights.BackboneConfig) -> ConvNe
     return ConvNeXtV2(**config.encoder(), num_classes=config.num_classes)
 
 
+def build_reporter(args, evaluated: str, dataset, classes: list[str] | None, nb_classes: int) -> Reporter:
+    names = list(classes or getattr(dataset, "classes", None) or map(str, range(nb_classes)))
+    return Reporter(evaluated, names, partial(path_of, dataset), args.output_dir, args.predictions, not args.eval)
+
+
 def evaluate_only(args, amp: Amp) -> None:
     """Score a checkpoint on the validation set; neither training data nor training state is needed.
 
@@ -229,19 +236,21 @@ def evaluate_only(args, amp: Amp) -> None:
         raise UsageError("--eval true: needs a checkpoint; give --resume FILE, or the --output_dir of a run")
     load = partial(weights.load_checkpoint, path, partial(build_classifier, path), whole=True)
     found = load("--eval true:", model_key=args.model_key, model_prefix=args.model_prefix)
-    scored, config = {f"eval {path}": found.model}, found.config
+    scored, config = {"": found.model}, found.config
     if args.model_ema_eval:
-        scored[f"eval {path} (EMA)"] = load("--model_ema_eval true:", model_key="model_ema").model
+        scored["-ema"] = load("--model_ema_eval true:", model_key="model_ema").model
     same = SIZES[args.model] == {"depths": config.depths, "dims": config.dims}
     name = args.model if same else name_of(config) or "(of no published size)"
     as_trained(args, path, found.content, config, model=name, nb_classes=config.num_classes)
-    dataset, _ = datasets.build_dataset(False, args, found.content.get("classes"))
+    classes = found.content.get("classes")
+    dataset, _ = datasets.build_dataset(False, args, classes)
     loader = datasets.build_eval_loader(dataset, args, spread=args.dist_eval)
-    for header, model in scored.items():
+    report = build_reporter(args, str(path), dataset, classes, config.num_classes)
+    for suffix, model in scored.items():
         model.to(amp.device)
         if args.compile:
             model.forward_features = torch.compile(model.forward_features)
-        evaluate(model, loader, amp, header)
+        evaluate(model, loader, amp, f"eval {path}{suffix and ' (EMA)'}", partial(report, suffix=suffix))
 
 
 def train(args, amp: Amp, run: Run) -> None:
@@ -275,7 +284,10 @@ def train(args, amp: Amp, run: Run) -> None:
     for epoch in run.epochs():
         stats = train_one_epoch(wrapped, loader, optimizer, schedule, run, epoch, mixup)
         evaluates = eval_loader is not None and run.due(epoch, args.eval_freq)
-        scores = score(model, ema if args.model_ema_eval else None, eval_loader, amp) if evaluates else {}
+        report = None
+        if evaluates and epoch + 1 == args.epochs:
+            report = build_reporter(args, f"epoch {epoch}", eval_loader.dataset, classes, nb_classes)
+        scores = score(model, ema if args.model_ema_eval else None, eval_loader, amp, report) if evaluates else {}
         run.record(epoch, stats, scores)
 
 
@@ -284,11 +296,14 @@ def main(args) -> None:
     with distributed.process_group(args) as device:
         amp = Amp(device, args.use_amp, getattr(torch, args.amp_dtype), args.clip_grad)
         tell_idle(args, idle_flags(args, amp.enabled))
-        if args.eval:
-            evaluate_only(args, amp)
-            return
-        with open_run(vars(args), amp) as run:
-            train(args, amp, run)
+        folder = args.predictions and os.path.dirname(os.path.abspath(args.predictions))
+        with prepared_output_dir(folder, "--predictions"):
+            if args.eval:
+                with prepared_output_dir(args.output_dir):
+                    evaluate_only(args, amp)
+                return
+            with open_run(vars(args), amp) as run:
+                train(args, amp, run)
 
 
 if __name__ == "__main__":

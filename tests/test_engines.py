@@ -293,7 +293,7 @@ def test_moving_average_kept_on_the_cpu_stays_there():
     ema = main_finetune.build_ema(classifier(), finetune_args("--model_ema", "--model_ema_force_cpu", "true"))
     seen = []
 
-    def evaluate(model, loader, amp, header="eval"):
+    def evaluate(model, loader, amp, header="eval", report=None):
         seen.append(next(model.parameters()).device.type)
         return {}
 

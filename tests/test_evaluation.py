@@ -434,7 +434,8 @@ FINETUNE = [
     ("--lr 0.1", "--eval true", ""),
     ("--fused false", "--eval true", ""),
     ("--smoothing 0.2", "--eval true", "--mixup 0.8"),
-    ("--output_dir x", "--eval true --resume $file", "--eval true"),
+    ("--auto_resume false", "--eval true --output_dir x --resume $file", "--eval true --output_dir x"),
+    ("--predictions x.csv", "--disable_eval true", ""),
 ]
 ROWS = [(main_pretrain, *row) for row in BOTH + PRETRAIN] + [(main_finetune, *row) for row in BOTH + FINETUNE]
 

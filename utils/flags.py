@@ -176,6 +176,9 @@ def add_evaluation_arguments(parser: ArgumentParser) -> None:
     add("--model_prefix", default="", help="take only the weights under this prefix, without it")
     eval_help = "only evaluate --resume, or --finetune with its head; model and images are as in its training"
     add_switch("--eval", False, eval_help)
+    csv_file = matching(r"(?s).+\.csv", "a file that ends in .csv")
+    predictions_help = "write path, label, prediction and probability of each evaluated image; in training, at its end"
+    add("--predictions", type=csv_file, default="", metavar="FILE.csv", help=predictions_help)
     add_switch("--dist_eval", True, "spread the evaluation over the processes")
     add_switch("--model_ema_eval", False, "evaluate the moving average after each epoch, beside the model")
     add_switch("--imagenet_default_mean_and_std", True, "normalise as ImageNet models do; false: as Inception")

@@ -1,7 +1,9 @@
-"""Reconstructions as pictures."""
+"""Reconstructions, a confusion matrix and predictions as pictures."""
 
 import torch
+from PIL import Image, ImageDraw, ImageFont
 from torch import nn
+from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
 from .amp import Amp
@@ -37,3 +39,34 @@ def tile(pictures: torch.Tensor, columns: int) -> torch.Tensor:
 def reconstruction_grid(model: nn.Module, imgs: torch.Tensor, amp: Amp, mean, std, seed: int = 0) -> torch.Tensor:
     """Input, visible part and prediction pasted into it, two images a row: a picture (C, H, W) in 0..1."""
     return tile(reconstructions(model, imgs, amp, mean, std, model.mask_ratio, seed).flatten(0, 1), 6)
+
+
+def confusion_picture(counts: torch.Tensor, names: list[str]) -> Image.Image:
+    """Images of each label (row) and prediction (column), (K, K), shaded by their share of the row."""
+    cell = min(max(900 // len(names), 20), 64)
+    font, names = ImageFont.load_default(max(10, cell // 4)), [shortened(name) for name in names]
+    margin = round(max(map(font.getlength, names))) + 34
+    picture = Image.new("RGB", (margin + cell * len(names) + 10,) * 2, "white")
+    draw = ImageDraw.Draw(picture)
+    shares = counts / counts.sum(dim=1, keepdim=True).clamp(min=1)
+    for i, name in enumerate(names):
+        start = margin + cell * i
+        draw.text((margin - 6, start + cell / 2), name, "black", font, anchor="rm")
+        upright = Image.new("RGB", (margin - 22, cell), "white")
+        ImageDraw.Draw(upright).text((0, cell / 2), name, "black", font, anchor="lm")
+        picture.paste(upright.rotate(90, expand=True), (start, 16))
+        for j, (share, count) in enumerate(zip(shares[i].tolist(), counts[i].tolist(), strict=True)):
+            left, colour = margin + cell * j, tuple(round(255 - share * (255 - end)) for end in (8, 48, 107))
+            draw.rectangle((left, start, left + cell - 1, start + cell - 1), colour, "lightgrey")
+            if count and font.getlength(str(count)) < cell:
+                middle, ink = (left + cell / 2, start + cell / 2), "white" if share > 0.5 else "black"
+                draw.text(middle, str(count), ink, font, anchor="mm")
+    draw.text((6, 4), "rows: label", "black", font)
+    draw.text((6, 20), "columns: prediction", "black", font)
+    return picture
+
+
+def shortened(name: str, most: int = 24) -> str:
+    """A class name for a picture, on one line."""
+    name = " ".join(name.encode(errors="replace").decode().split())
+    return name if len(name) <= most else f"{name[: most - 3]}..."

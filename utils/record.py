@@ -28,7 +28,7 @@ log = logging.getLogger("fcmae")
 # arguments that change no result
 PLACES = {
     *("output_dir", "log_dir", "job_dir", "auto_resume", "num_workers", "pin_mem", "local_rank", "world_size"),
-    *("dist_url", "dist_timeout", "device", "max_bad_images", "kernels"),
+    *("dist_url", "dist_timeout", "device", "max_bad_images", "kernels", "predictions"),
 }
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -99,7 +99,9 @@ def set_earlier_aside(output_dir: str, start_epoch: int) -> None:
     """Rename the records of an earlier run and its pictures from this epoch on, which a new run will write as well."""
     earlier = (read(output_dir) or [{}])[-1].get("run") or "earlier"
     for path in Path(output_dir).iterdir():
-        found = re.fullmatch(r"log\.txt|bad_images\.txt|reconstruction-(\d+)\.png", path.name)
+        found = re.fullmatch(
+            r"(?:log|bad_images)\.txt|(?:report|confusion)(?:-ema)?\.(?:json|png)|reconstruction-(\d+)\.png", path.name
+        )
         if found and int(found[1] or start_epoch) >= start_epoch:
             set_aside(path, earlier)
 

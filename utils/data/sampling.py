@@ -47,6 +47,18 @@ def shuffled_indices(samples: Sized) -> torch.Tensor:
     return torch.randperm(len(samples), generator=torch.Generator().manual_seed(0))
 
 
+def path_of(dataset: Dataset, index: int) -> str:
+    """Where a sample of a data set comes from: the path of its file, or its number where there is none."""
+    if isinstance(dataset, Subset):
+        return path_of(dataset.dataset, dataset.indices[index])
+    if isinstance(dataset, EvalSamples):
+        return path_of(dataset.dataset, index)
+    if paths := getattr(dataset, "paths", None):
+        return paths[index]
+    files = getattr(dataset, "samples", None)  # of torchvision's folders
+    return files[index][0] if files else str(index)
+
+
 def first_of_each_class(dataset: Dataset, count: int, name: str) -> Subset:
     """At most `count` images of each class, the first in the data set's order: the same ones under every seed.
 
@@ -152,6 +164,11 @@ class EvalLoader(DataLoader):
     def __init__(self, dataset: Dataset, **options):
         super().__init__(EvalSamples(dataset), collate_fn=collate, **options)
         self.bad = BadImages("not evaluated")
+
+    @property
+    def read(self) -> list[int]:
+        """The indices of the samples that a whole pass gave, in its order."""
+        return [index for index in self.sampler if index not in self.bad]
 
     def __iter__(self) -> Iterator[list]:
         self.bad.clear()

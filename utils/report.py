@@ -1,0 +1,187 @@
+"""The report of an evaluation: scores per class, what is confused with what, how far probabilities can be trusted."""
+
+import csv
+import io
+import json
+import logging
+import math
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from operator import itemgetter
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from .checkpoint import replace
+from .distributed import gather, is_main_process
+from .errors import UsageError
+from .pictures import confusion_picture
+
+log = logging.getLogger("fcmae")
+
+SHOWN = 50  # classes in the picture and the table
+MATRIX = 1000  # classes up to which report.json holds the whole matrix
+BINS = 15  # of the calibration error
+AVERAGES = ("macro", "weighted")
+
+
+class Answers(NamedTuple):
+    """What a classifier says of images: their numbers in the data set, labels, top-1 and its probability, (N,) each."""
+
+    indices: torch.Tensor
+    labels: torch.Tensor
+    predictions: torch.Tensor
+    probabilities: torch.Tensor
+
+    def gathered(self) -> "Answers":
+        """Of all processes, in the order of the data set; all call it together."""
+        columns = [torch.cat(column) for column in zip(*gather(self), strict=True)]
+        order = columns[0].argsort(stable=True)
+        return Answers(*(column[order] for column in columns))
+
+
+def class_scores(answers: Answers, count: int) -> torch.Tensor:
+    """Precision, recall, F1 and support of each class, float64 (count, 4); what is 0 / 0 counts as 0."""
+    hits = answers.labels[answers.labels == answers.predictions]
+    true, support, predicted = (
+        x.bincount(minlength=count).double() for x in (hits, answers.labels, answers.predictions)
+    )
+    shares = [true / predicted.clamp(min=1), true / support.clamp(min=1), 2 * true / (support + predicted).clamp(min=1)]
+    return torch.stack([*shares, support], dim=1)
+
+
+def calibration_error(answers: Answers) -> float:
+    """Expected calibration error: the mean distance of accuracy and probability in 15 even bins of the latter."""
+    probability = answers.probabilities.double()
+    bins = (probability * BINS).ceil().long().clamp(1, BINS) - 1
+    gap = (answers.predictions == answers.labels).double() - probability
+    return torch.zeros(BINS, dtype=torch.float64).index_add_(0, bins, gap).abs().sum().item() / len(gap)
+
+
+def count_pairs(answers: Answers, chosen: torch.Tensor, count: int) -> torch.Tensor:
+    """Images of each label (row) and prediction (column) among the chosen of `count` classes: int64 (K, K)."""
+    place = torch.full((count,), -1).scatter(0, chosen, torch.arange(len(chosen)))
+    rows, columns = place[answers.labels], place[answers.predictions]
+    cells = (rows * len(chosen) + columns)[(rows >= 0) & (columns >= 0)]
+    return cells.bincount(minlength=len(chosen) ** 2).view(len(chosen), -1)
+
+
+def summarise(answers: Answers, classes: list[str], stats: dict[str, float]) -> dict:
+    """What report.json holds.
+
+    macro: over the classes that are a label or a prediction; balanced accuracy: over those that are a label.
+    """
+    count, names = len(classes), ("precision", "recall", "f1", "support")
+    scores = class_scores(answers, count)
+    shares, support = scores[:, :3], scores[:, 3]
+    occurs = support + answers.predictions.bincount(minlength=count) > 0
+    averages = dict(zip(AVERAGES, (shares[occurs].mean(0), support @ shares / support.sum()), strict=True))
+    found = {name: value if math.isfinite(value) else None for name, value in stats.items()}  # JSON has no NaN
+    error = calibration_error(answers)
+    found["images"] = len(answers.labels)
+    found["balanced_accuracy"] = shares[support > 0, 1].mean().item()
+    found["expected_calibration_error"] = error if math.isfinite(error) else None
+    for name, values in averages.items():
+        found[name] = dict(zip(names, values.tolist(), strict=False))
+    wrong = answers.labels != answers.predictions
+    pairs = Counter(zip(answers.labels[wrong].tolist(), answers.predictions[wrong].tolist(), strict=True))
+    found["most_confused"] = [
+        {"label": classes[i], "prediction": classes[j], "images": images}
+        for (i, j), images in sorted(pairs.items(), key=lambda x: (-x[1], x[0]))[:20]
+    ]
+    found["classes"] = [
+        {"name": name} | dict(zip(names, (*row[:3], int(row[3])), strict=True))
+        for name, row in zip(classes, scores.tolist(), strict=True)
+    ]
+    if count <= MATRIX:
+        found["confusion_matrix"] = count_pairs(answers, torch.arange(count), count).tolist()
+    return found
+
+
+def table(report: dict) -> list[str]:
+    """The report as lines for people; of many classes those with the lowest F1."""
+    rows = report["classes"]
+    if len(rows) > SHOWN:
+        rows = sorted((row for row in rows if row["support"]), key=itemgetter("f1"))[:SHOWN]
+    averages = [report[name] | {"name": f"{name} average", "support": report["images"]} for name in AVERAGES]
+    width = max(len(row["name"]) for row in (*rows, *averages))
+    lines = [f"{'class':{width}}  precision  recall      F1  support"]
+    for row in (*rows, *averages):
+        scores = f"{row['precision']:9.4f}  {row['recall']:6.4f}  {row['f1']:6.4f}  {row['support']:7}"
+        lines.append(f"{row['name']:{width}}  {scores}")
+    if len(rows) < len(report["classes"]):
+        lines.append(f"these are the {len(rows)} of {len(report['classes'])} classes with the lowest F1")
+    error = report["expected_calibration_error"]
+    lines.append(
+        f"balanced accuracy {report['balanced_accuracy']:.4f}, "
+        f"expected calibration error {math.nan if error is None else error:.4f}"
+    )
+    worst = [f"{x['label']} as {x['prediction']} {x['images']}" for x in report["most_confused"][:10]]
+    return [*lines, f"most confused: {', '.join(worst) or 'none'}"]
+
+
+def most_confused(answers: Answers, count: int) -> torch.Tensor:
+    """The numbers of at most 50 classes, those with most errors as label or prediction, in their order."""
+    wrong = answers.labels != answers.predictions
+    errors = sum(x[wrong].bincount(minlength=count) for x in (answers.labels, answers.predictions))
+    return errors.argsort(descending=True, stable=True)[:SHOWN].sort().values
+
+
+def predictions_csv(answers: Answers, classes: list[str], path_of: Callable[[int], str]) -> bytes:
+    text = io.StringIO(newline="")
+    rows = csv.writer(text, lineterminator="\n")
+    rows.writerow(("path", "label", "prediction", "probability"))
+    for i, label, prediction, probability in zip(*(column.tolist() for column in answers), strict=True):
+        rows.writerow((path_of(i), classes[label], classes[prediction], f"{probability:.6f}"))
+    return text.getvalue().encode(errors="surrogateescape")
+
+
+class Reporter(NamedTuple):
+    """Reports what `evaluate` found: a table in the log, report.json and confusion.png, and a file of predictions.
+
+    evaluated: what was, for the report. path_of: the path of an image by its number. output_dir, predictions: "": no
+    files. in_training: a full disk is reported, and training goes on.
+    """
+
+    evaluated: str
+    classes: list[str]
+    path_of: Callable[[int], str]
+    output_dir: str
+    predictions: str
+    in_training: bool
+
+    def __call__(self, answers: Answers, stats: dict[str, float], suffix: str = "") -> None:
+        """Write, in the first process, the files with the suffix behind their names.
+
+        Raises:
+            UsageError: a file that cannot be written, unless in training.
+        """
+        if not is_main_process() or not len(answers.labels):
+            return
+        classes, count = self.classes, len(self.classes)
+        report = {"evaluated": self.evaluated + suffix} | summarise(answers, classes, stats)
+        for line in table(report):
+            log.info("%s", line)
+        files = {}
+        if self.output_dir:
+            chosen = most_confused(answers, count)
+            picture = confusion_picture(count_pairs(answers, chosen, count), [classes[i] for i in chosen])
+            files[Path(self.output_dir) / f"report{suffix}.json"] = lambda file: file.write(
+                json.dumps(report, indent=1).encode() + b"\n"
+            )
+            files[Path(self.output_dir) / f"confusion{suffix}.png"] = partial(picture.save, format="png")
+        if self.predictions:
+            path = Path(self.predictions)
+            content = predictions_csv(answers, classes, self.path_of)
+            files[path.with_stem(path.stem + suffix)] = lambda file: file.write(content)
+        try:
+            for path, write in files.items():
+                replace(path, write)
+                log.info("written: %s", path)
+        except OSError as error:
+            message = f"{path}: cannot be written ({error.strerror})"
+            if not self.in_training:
+                raise UsageError(message) from error
+            log.error("%s; training goes on", message)
