@@ -1,5 +1,6 @@
 """Several gloo processes: the same trajectory as one, exact evaluation, prompt failure, elastic restart, signals."""
 
+import json
 import os
 import signal
 import socket
@@ -125,15 +126,21 @@ def test_downloads_once_per_node_and_file_counts(tmp_path):
 
 def test_evaluation_counts_every_image_once(scripts, tmp_path):
     """22 validation images, which 3 does not divide, nor 8 per batch; lr 0 keeps the weights the same."""
-    lines = []
+    lines, tables = [], []
     for processes in (1, 2, 3):
         folder = tmp_path / str(processes)
         flags = ["--epochs", 1, "--warmup_epochs", 0, "--lr", 0, "--min_lr", 0, "--batch_size", 4]
+        flags += ["--predictions", folder / "all.csv"]
         done = launch(scripts, "main_finetune", processes, folder, *flags)
         assert done.returncode == 0, done.stderr[-3000:]
         assert "(22 images)" in done.stdout
         lines.append(records(folder)[0])
-    for line in lines[1:]:
+        report = json.loads((folder / "report.json").read_text())
+        matrix = report["confusion_matrix"]
+        assert 100 * sum(row[i] for i, row in enumerate(matrix)) / 22 == report["acc1"] == lines[-1]["test_acc1"]
+        tables.append([row.rsplit(",", 1) for row in (folder / "all.csv").read_text().splitlines()[1:]])
+    for line, table in zip(lines[1:], tables[1:], strict=True):
+        assert [row for row, _ in table] == [row for row, _ in tables[0]]
         for key in ("test_acc1", "test_acc5", "test_loss"):
             assert line[key] == pytest.approx(lines[0][key], rel=1e-6)
 

@@ -3,7 +3,6 @@
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import nn
-from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
 from .amp import Amp
