@@ -58,7 +58,7 @@ def minutes(text: str) -> int:
     days, dash, rest = text.rpartition("-")
     fields = rest.split(":")
     numbers = all(field.isdecimal() for field in [*fields, *([days] if dash else [])])
-    if not numbers or len(fields) > 3 or not text.strip("0:-"):
+    if not numbers or len(fields) > 3 or not text.strip("0:-") or len(text) > 16:
         raise argparse.ArgumentTypeError(f"{text}: must be minutes, at least 1, or [days-]hours:minutes:seconds")
     hours, mins, secs, *_ = map(int, [*("" if dash or len(fields) == 3 else "0"), *fields, 0, 0])
     return int(days or 0) * 1440 + hours * 60 + mins + (secs > 0)
@@ -90,8 +90,9 @@ def add_slurm_arguments(parser: ArgumentParser) -> None:
         group.add_argument(f"--{name}", default=None, help=text)
     sbatch_help = "any other option of sbatch; KEY= takes one away; repeatable"
     group.add_argument("--sbatch", type=option, action="append", default=[], metavar="KEY=VALUE", help=sbatch_help)
-    group.add_argument("--signal_delay", type=int, default=120, help="seconds from the signal to the end of the limit")
-    group.add_argument("--max_requeues", type=int, default=100, help="how often a job that timed out is requeued")
+    delay_help = "seconds from the signal to the end of the limit"
+    group.add_argument("--signal_delay", type=whole(1, 65535), default=120, help=delay_help)
+    group.add_argument("--max_requeues", type=whole(0), default=100, help="how often a job that timed out is requeued")
     group.add_argument("--setup", action="append", default=[], help="shell line to run before the job; repeatable")
     add_bool(group, "--local", False, "run on this machine through submitit's local executor")
     add_bool(group, "--dry_run", False, "print the sbatch script and submit nothing")
