@@ -1,33 +1,31 @@
 """Data sets, transforms and loaders by the names and values in `args`, which utils/data/, below, does not see."""
 
 import logging
-import os
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
 import timm.data
 import torch
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
 
 from utils.args import given
 from utils.data import sampling, transforms
-from utils.data.files import ClassFolders, ImageFiles, ImageList, ImageTree, describe
+from utils.data.files import ImageFiles, ImageList, describe
 from utils.data.images import Reading, Survey, load_image, survey, to_tensor
 from utils.data.sampling import StepLoader, StepSampler, TrainSamples
 from utils.data.shapes import Shapes
-from utils.data.tars import open_tar, tar_shards
+from utils.data.splits import parts
 from utils.data.transforms import MEAN_STD_HINT, Normalise
 from utils.distributed import check_same, get_rank, get_world_size, main_process_first
 from utils.errors import UsageError, suggest
 from utils.interrupts import ignore_signals
 from utils.settings import eval_crop, mean_std
+from utils.named_files import FOLDERS, data_path, labelled_files, unlabelled_files, validation
 
 log = logging.getLogger("fcmae")
 
-FOLDERS = ("IMNET", "image_folder")
 DATA_SETS = (*FOLDERS, "CIFAR", "CIFAR10", "shapes")
 TIMM_SCHEMES = ("wds/", "tfds/", "torch/")
 DATA_SETS_HELP = (
@@ -78,19 +76,6 @@ def build_pretrain_dataset(args) -> Dataset:
     return dataset
 
 
-def unlabelled_files(args) -> ImageFiles:
-    """The training files of --data_set IMNET or image_folder, without labels and a transform."""
-    if args.train_list:
-        return ImageList(args.train_list, "--train_list", args.data_path, in_chans=args.in_chans)
-    root, flag = _class_root(True, args)
-    if args.data_set == "IMNET" and not os.path.isdir(root):
-        instead = "for any folder of images give --data_set image_folder"
-        raise UsageError(f"{flag} {args.data_path}: has no folder 'train'; {instead}")
-    if tar_shards(root):
-        return open_tar(root, flag, args.in_chans, labelled=False)
-    return ImageTree(root, flag, args.in_chans)
-
-
 def build_dataset(is_train: bool, args, classes: list[str] | None = None) -> tuple[Dataset, int]:
     """The labelled data set of --data_set with its transform, and its number of classes.
 
@@ -116,22 +101,6 @@ def build_dataset(is_train: bool, args, classes: list[str] | None = None) -> tup
         raise UsageError(f"--nb_classes {args.nb_classes}: the data set {args.data_set} has {nb_classes} classes")
     dataset.transform = build_transform(is_train, args, detect_bit_depth(dataset, args, tell=is_train))
     return dataset, nb_classes
-
-
-def labelled_files(is_train: bool, args, classes: list[str] | None = None) -> ImageFiles:
-    """The files of --data_set IMNET or image_folder, without a transform; `classes` as for `build_dataset`."""
-    file, flag = (args.train_list, "--train_list") if is_train else (args.eval_list, "--eval_list")
-    if not is_train and classes is None and args.data_path:
-        root, _ = _class_root(True, args)
-        if args.train_list or os.path.isdir(root) or tar_shards(root):
-            classes = labelled_files(True, args).classes
-    if file:
-        root = args.data_path if is_train else args.eval_data_path or args.data_path
-        return ImageList(file, flag, root, classes or [], args.in_chans, args.nb_classes)
-    root, flag = _class_root(is_train, args)
-    if tar_shards(root):
-        return open_tar(root, flag, args.in_chans, classes, nb_classes=args.nb_classes)
-    return ClassFolders(root, flag, classes, args.in_chans)
 
 
 def read_alike(dataset: ImageFiles, args) -> Survey:
@@ -179,25 +148,8 @@ def detect_bit_depth(dataset: Dataset, args, tell: bool = False) -> bool:
     return eight_bit
 
 
-def _data_path(args) -> str:
-    if not args.data_path:
-        raise UsageError(f"--data_set {args.data_set} needs --data_path; --data_set shapes needs no data")
-    return args.data_path
-
-
-def _class_root(is_train: bool, args) -> tuple[str, str]:
-    """The folder of class folders, and the flag that names it."""
-    if not is_train and args.eval_data_path:
-        return args.eval_data_path, "--eval_data_path"
-    if args.data_set == "IMNET":
-        return os.path.join(_data_path(args), "train" if is_train else "val"), "--data_path"
-    if not is_train:
-        raise UsageError("--data_set image_folder evaluates on --eval_data_path: give it, or --disable_eval true")
-    return _data_path(args), "--data_path"
-
-
 def _named_dataset(is_train: bool, args) -> Dataset:
-    for name in ("train_list", "eval_list"):
+    for name in ("train_list", "eval_list", *({"val_split"} & given(args))):
         if getattr(args, name):
             raise UsageError(f"--{name}: is for --data_set image_folder, not {args.data_set}")
     if args.data_set == "shapes":
@@ -206,7 +158,7 @@ def _named_dataset(is_train: bool, args) -> Dataset:
         build = CIFAR10 if args.data_set == "CIFAR10" else CIFAR100
         try:
             with main_process_first():
-                return build(_data_path(args), train=is_train, download=True)
+                return build(data_path(args), train=is_train, download=True)
         except (OSError, RuntimeError) as error:
             missing = f"{args.data_set} is not there and cannot be downloaded"
             raise UsageError(f"--data_path {args.data_path}: {missing} ({error})") from error
@@ -216,7 +168,7 @@ def _named_dataset(is_train: bool, args) -> Dataset:
             known = "write Hugging Face's data sets to .tar shards, which image_folder and wds/ read"
         raise UsageError(f"--data_set {args.data_set}: unknown{suggest(args.data_set, DATA_SETS)}; {known}")
     root = None if is_train else getattr(args, "eval_data_path", None)
-    root = root or (_data_path(args) if args.data_set.startswith("torch/") else args.data_path)
+    root = root or (data_path(args) if args.data_set.startswith("torch/") else args.data_path)
     try:
         dataset = timm.data.create_dataset(
             args.data_set,
@@ -242,7 +194,7 @@ def _count_classes(dataset: Dataset) -> int:
 def labelled_splits(args) -> tuple[Dataset, Dataset]:
     """Training and test images with their labels, not augmented, whatever the first are otherwise trained on.
 
-    Of class folders without --eval_data_path, every fifth image of a class is a test image and no training image.
+    Where nothing tells the test images, nor --val_split, every fifth image of a class is one, and no training image.
 
     Raises:
         UsageError: images without labels, one class alone, no test images, or a data set that is only streamed.
@@ -251,18 +203,12 @@ def labelled_splits(args) -> tuple[Dataset, Dataset]:
     if isinstance(train, IterableDataset):
         raise UsageError(f"--data_set {args.data_set}: is streamed; a data set whose images have indices is needed")
     train.transform = build_transform(False, args, detect_bit_depth(train, args))
-    classes, source = getattr(train, "classes", None), args.train_list or args.data_path
-    if isinstance(train, ImageFiles) and len(classes) < 2:
-        raise UsageError(f"{source}: has one class folder, {classes[0]}; at least two are needed")
-    if args.data_set != "image_folder" or args.eval_data_path or args.eval_list:
-        return train, build_dataset(False, args, classes)[0]
-    count, parts = Counter(), ([], [])
-    for i, label in enumerate(train.targets):
-        count[label] += 1
-        parts[count[label] % 5 == 0].append(i)
-    if not parts[1]:
-        raise UsageError(f"{source}: fewer than five images in each class; give --eval_data_path")
-    return Subset(train, parts[0]), Subset(train, parts[1])
+    if validation(args) or getattr(args, "val_split", None):
+        return train, build_dataset(False, args, getattr(train, "classes", None))[0]
+    split = parts(train, None)
+    if not len(split[1]):
+        raise UsageError(f"{train.source}: fewer than five images in each class; give --eval_data_path")
+    return split
 
 
 # ---- loaders ---------------------------------------------------------------------------------------------------------

@@ -96,7 +96,7 @@ def test_data_set_errors(folders, flags, message):
 
 
 def test_pretraining_data_sets(folders):
-    assert len(datasets.build_pretrain_dataset(pretrain_args(data_set="image_folder", data_path=folders))) == 20
+    assert len(datasets.build_pretrain_dataset(pretrain_args(data_set="image_folder", data_path=folders))) == 12
     assert len(datasets.build_pretrain_dataset(pretrain_args(data_set="IMNET", data_path=folders))) == 12
     shapes = datasets.build_pretrain_dataset(pretrain_args(data_set="shapes", input_size=32))
     assert shapes[0][0].shape == (3, 32, 32)

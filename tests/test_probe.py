@@ -222,7 +222,7 @@ def test_knn_images_are_a_fixed_random_part(monkeypatch):
     ("flags", "message"),
     [
         ("--knn_freq 1 --data_path $flat", "--knn_freq 1: needs labelled images; --data_path .* no class folders"),
-        ("--knn_freq 1 --data_path $one", "--knn_freq 1: .* one class folder, c0; at least two"),
+        ("--knn_freq 1 --data_path $one", "--knn_freq 1: .* one class alone, c0; at least two"),
         ("--knn_freq 1 --data_path $few", "--knn_freq 1: .* fewer than five images in each"),
         ("--knn_freq 1 --eval_data_path /nowhere", "--knn_freq 1: .*--eval_data_path /nowhere: no such folder"),
         ("--knn_freq 1 --eval_data_path $other", "--knn_freq 1: .*class folder 'd0' is not among the 4 training"),

@@ -25,6 +25,7 @@ SYNONYMS = {  # what MAE, timm and others call a flag of this project
     **dict.fromkeys(("-j", "--workers"), "--num_workers"),
     **dict.fromkeys(("--data_dir", "--data", "--train_dir"), "--data_path"),
     **dict.fromkeys(("--val_dir", "--val_path"), "--eval_data_path"),
+    **dict.fromkeys(("--val_ratio", "--validation_split"), "--val_split"),
     **dict.fromkeys(("--img_size", "--image_size"), "--input_size"),
     **dict.fromkeys(("--amp", "--mixed_precision"), "--use_amp"),
     **dict.fromkeys(("--save_freq", "--save_interval"), "--save_ckpt_freq"),
@@ -40,7 +41,7 @@ SYNONYMS = {  # what MAE, timm and others call a flag of this project
 WEIGHTS = "nothing is downloaded; give a file of weights to --finetune, in pre-training to --initial_checkpoint"
 HINTS = {  # what others have a flag for, and what does it here
     **dict.fromkeys(("--pretrained", "--pretrained_weights", "--finetune", "--initial_checkpoint"), WEIGHTS),
-    **dict.fromkeys(("--val_split", "--train_split", "--val_ratio"), "--eval_data_path or --eval_list names them"),
+    "--train_split": "--val_split is the share that is held out",
     **dict.fromkeys(("--log_wandb", "--use_wandb"), "--wandb PROJECT"),
     **dict.fromkeys(("--scale", "--ratio"), "--min_crop is the smallest share of an image that is cropped"),
     **dict.fromkeys(("--sched", "--lr_scheduler"), "the schedule is a cosine after --warmup_epochs, down to --min_lr"),
@@ -143,6 +144,7 @@ finite = _type(float, lambda x: -1e39 <= x <= 1e39, "a finite number")
 not_negative = _type(float, lambda x: 0 <= x <= 1e9, "a number from 0 to 1e9")
 positive = _type(float, lambda x: 0 < x <= 1e9, "a number above 0, at most 1e9")
 fraction = _type(float, lambda x: 0 <= x <= 1, "a number from 0 to 1")
+part = _type(float, lambda x: 0 < x < 1, "a number above 0, below 1")
 share = _type(float, lambda x: 0 < x <= 1, "a number above 0, at most 1")
 below_one = _type(float, lambda x: 0 <= x < 1, "a number from 0 on, below 1")
 seed = whole(0, 2**32 - 1)  # larger numbers would draw what others draw

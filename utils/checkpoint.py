@@ -194,6 +194,10 @@ def check_same_run(path: Path, state: dict, flags: dict, classes: list[str] | No
     opt = flags.get("opt")
     if opt and (was := str(state.get("args", {}).get("opt", opt))).lower() != opt.lower():
         raise UsageError(f"--opt {opt}: {path} was trained with {was}, whose state does not fit")
+    split, was = (x.get("val_split") and (x["val_split"], x.get("split_seed")) for x in (flags, state.get("args", {})))
+    if split != was:  # other images would then be held out than were not trained on
+        shown = f"--val_split {was[0]} --split_seed {was[1]}" if was else "no --val_split"
+        raise UsageError(f"--val_split: {path} was trained with {shown}; go on with that")
     if classes and (known := state.get("classes")) and list(known) != list(classes):
         pairs = itertools.zip_longest(known, classes, fillvalue="none")
         changed = next(f"{i} was {a!r}, in the training data it is {b!r}" for i, (a, b) in enumerate(pairs) if a != b)

@@ -13,6 +13,7 @@ from .args import (
     fraction,
     matching,
     not_negative,
+    part,
     positive,
     seed,
     share,
@@ -45,12 +46,19 @@ def add_shared_arguments(parser: ArgumentParser, data_sets: str) -> None:
     add_switch("--compile", False, "compile model and loss as one graph with torch.compile")
 
     add, add_switch = add_group(parser, "data")
-    add("--data_path", default=None, help="folder of training images, or of .tar shards; a .tar; a glob")
-    add("--eval_data_path", default=None, help="class folders of the images that are evaluated")
+    add(
+        "--data_path",
+        default=None,
+        help="folder of training images, of train/ and val/, or of .tar shards; a .tar; a glob; a list",
+    )
+    add("--eval_data_path", default=None, help="the same, of the images that are evaluated, by class")
     add("--data_set", default="IMNET", help=data_sets)
     list_help = "file with an image per line: its path below --data_path, and after a tab, space or comma its label"
     add("--train_list", default=None, help=list_help)
     add("--eval_list", default=None, help="the same for evaluation, below --eval_data_path if given")
+    split_help = "share of each class that image_folder holds out of training, for evaluation, without a folder for it"
+    add("--val_split", type=part, default=None, help=split_help)
+    add("--split_seed", type=seed, default=0, help="draws what --val_split holds out, whatever --seed is")
     add("--nb_classes", type=whole(1), default=None, help="number of classes, where the data does not tell")
     add("--mean", type=finite, nargs="+", default=None, help="of each channel; ImageNet's for 8-bit RGB")
     add("--std", type=positive, nargs="+", default=None, help="of each channel; ImageNet's for 8-bit RGB")
@@ -195,6 +203,7 @@ def idle_flags(args: Namespace, use_amp: bool) -> list[tuple[str, object, str]]:
         ("amp_dtype", not use_amp, "without mixed precision"),
         ("kernels", not args.fused, "with --fused false"),
         ("data_path", args.data_set == "shapes", data),
+        ("split_seed", not args.val_split, "without --val_split"),
         ("depth nodata max_pixels", args.data_set not in ("IMNET", "image_folder"), data),
         ("eval_data_path", args.data_set.startswith(("shapes", "CIFAR")), data),
     ]

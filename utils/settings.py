@@ -14,7 +14,7 @@ log = logging.getLogger("fcmae")
 TOLD = {  # what a checkpoint tells of its training, and in which types
     "input_size": int, "crop_pct": (float, int, type(None)), "mean": (list, type(None)), "std": (list, type(None)),
     "depth": (int, type(None)), "nodata": (float, int, type(None)), "imagenet_default_mean_and_std": bool,
-    "norm_pix_loss": bool,
+    "norm_pix_loss": bool, "val_split": (float, type(None)), "split_seed": int,
 }  # fmt: skip
 NORMALISATION = {"mean", "std", "imagenet_default_mean_and_std"}
 

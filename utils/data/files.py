@@ -1,24 +1,31 @@
 """Data sets of image files: folders of any depth, class folders, lists of files; tars.py has those of tars."""
 
+import copy
 import csv
 import logging
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median_low
+from typing import TypeVar
 
 from torch.utils.data import Dataset
 
 from ..errors import UsageError, suggest
 from .images import EXTENSIONS, IMAGE_EXTENSIONS, Reading, Survey, decode, hidden, read_file
 
+T = TypeVar("T", bound="ImageFiles")
 log = logging.getLogger("fcmae")
 
 MANY_CLASSES = 1000  # beyond which a list of fewer images holds ids, not numbers of classes
 LOOKED_FOR = 100_000  # files of a list, before training; a network file system takes a minute for so many
+LISTS = (".csv", ".tsv", ".txt")  # what --data_path takes for a list
 DEPTHS = {8: "bytes", 16: "shares of what 8 or 16 bits can hold", 32: "numbers as they are"}
 LINE = "a line is the path of an image, then, after a tab, a comma, a semicolon or a space, its label"
+LINE += "; or a header names the columns, path and label among them"
+PATHS = ("path", "file", "filename", "filepath", "image", "imagepath", "imagename", "img", "imgpath")
+LABELS = ("label", "labels", "class", "classname", "target", "category", "labelname")
 
 
 class ImageFiles(Dataset):
@@ -44,6 +51,12 @@ class ImageFiles(Dataset):
     def read(self, index: int) -> bytes:
         """The content of a file. Raises BadImage."""
         return read_file(self.paths[index])
+
+    def part(self: T, indices: Sequence[int]) -> T:
+        """The same data set with these images alone."""
+        part = copy.copy(self)
+        part.paths, part.targets = ([x[i] for i in indices] for x in (self.paths, self.targets))
+        return part
 
 
 class ImageTree(ImageFiles):
@@ -176,14 +189,15 @@ class ImageList(ImageFiles):
         self, file: str, flag: str, root: str | None, classes: list[str] | None = None, in_chans: int = 3,
         nb_classes: int | None = None,
     ):  # fmt: skip
-        source, paths, labels, where = f"{flag} {file}", [], [], []
+        source, paths, labels, where, split = f"{flag} {file}", [], [], [], split_line
         for number, line in enumerate(_lines(file, source), 1):
             if not line.strip():
                 continue
-            path, label = split_line(line)
+            path, label = split(line)
             if path.lower().endswith(EXTENSIONS):
                 fault = "" if label or classes is None else "has no label"
-            elif not paths and _is_header(line):
+            elif not paths and split is split_line and _is_header(line):
+                split = by_columns(line)
                 continue
             else:
                 fault = f"names no image ({', '.join(EXTENSIONS)})"
@@ -241,8 +255,32 @@ def split_line(line: str) -> tuple[str, str]:
     return line, ""
 
 
+def by_columns(header: str) -> Callable[[str], tuple[str, str]]:
+    """What splits the lines below a header: by its columns, where they are more than a path and then a label."""
+    delimiter = next((mark for mark in "\t,;" if mark in header), ",")
+    names = [_letters(name) for name in header.split(delimiter)]
+    path, label = (next((i for i, name in enumerate(names) if name in known), None) for known in (PATHS, LABELS))
+    if path is None or (path == 0 and len(names) < 3):
+        return split_line
+    at = path, (1 - path if len(names) == 2 else label)
+
+    def split(line: str) -> tuple[str, str]:
+        try:
+            row = dict(enumerate(next(csv.reader([line], delimiter=delimiter))))
+        except csv.Error:  # too long
+            return line, ""
+        return row.get(at[0], "").strip(), row.get(at[1], "").strip()
+
+    return split
+
+
+def _letters(name: str) -> str:
+    return "".join(filter(str.isalpha, name.lower()))
+
+
 def _is_header(line: str) -> bool:
-    return any(mark in line for mark in ",;\t") and not any(mark in line for mark in "./\\")
+    columns = any(mark in line for mark in ",;\t") and not any(mark in line for mark in "./\\")
+    return columns or _letters(line) in PATHS
 
 
 def number_labels(

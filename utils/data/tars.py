@@ -17,7 +17,7 @@ import numpy as np
 
 from ..distributed import main_process_first
 from ..errors import UsageError
-from .files import ImageFiles, arrays_beside, extension, is_folder, number_classes, number_labels
+from .files import ImageFiles, T, arrays_beside, extension, is_folder, number_classes, number_labels
 from .images import EXTENSIONS, IMAGE_EXTENSIONS, BadImage, hidden
 
 log = logging.getLogger("fcmae")
@@ -75,6 +75,11 @@ class TarFiles(ImageFiles):
         if len(content) < size:
             raise BadImage(self.paths[index], "the tar was cut short since the start")
         return content
+
+    def part(self: T, indices: Sequence[int]) -> T:
+        part = super().part(indices)
+        part.paths, part.places = Paths(part.paths), self.places[np.array(indices, int)]
+        return part
 
 
 def read_index(shards: list[str], flag: str) -> dict:

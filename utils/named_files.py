@@ -1,0 +1,118 @@
+"""Which image files --data_path, --eval_data_path, --train_list, --eval_list and --val_split name."""
+
+import logging
+import os
+
+from .args import given
+from .data.files import LISTS, ClassFolders, ImageFiles, ImageList, ImageTree
+from .data.splits import parts, split_folders
+from .data.tars import open_tar, tar_shards
+from .errors import UsageError
+
+log = logging.getLogger("fcmae")
+
+FOLDERS = ("IMNET", "image_folder")
+
+
+def data_path(args) -> str:
+    if not args.data_path:
+        raise UsageError(f"--data_set {args.data_set} needs --data_path; --data_set shapes needs no data")
+    return args.data_path
+
+
+def validation(args) -> str:
+    """What tells the validation images: a flag, or the folder beside train/; '': nothing does."""
+    flags = [name for name in ("eval_list", "eval_data_path") if getattr(args, name, None)]
+    if flags or args.data_set not in FOLDERS:
+        return f"--{flags[0]}" if flags else f"--data_set {args.data_set}"
+    val = os.path.join(args.data_path or "", "val")
+    if args.data_set == "IMNET" and (os.path.isdir(val) or not _listed(True, args)):
+        return val
+    return split_folders(args.data_path).get("val", "")
+
+
+def unlabelled_files(args) -> ImageFiles:
+    """The training files of --data_set IMNET or image_folder, without a transform; labels are not needed."""
+    if _share(args):  # labels tell which are held out
+        try:
+            return labelled_files(True, args)
+        except UsageError as error:
+            raise UsageError(f"--val_split {args.val_split}: needs labelled images; {error}") from error
+    if listed := _listed(True, args):
+        return ImageList(*listed, in_chans=args.in_chans)
+    root, flag = _class_root(True, args)
+    if args.data_set == "IMNET" and not os.path.isdir(root):
+        instead = "for any folder of images give --data_set image_folder"
+        raise UsageError(f"{flag} {args.data_path}: has no folder 'train'; {instead}")
+    if tar_shards(root):
+        return open_tar(root, flag, args.in_chans, labelled=False)
+    return ImageTree(root, flag, args.in_chans)
+
+
+def labelled_files(is_train: bool, args, classes: list[str] | None = None) -> ImageFiles:
+    """The files of --data_set IMNET or image_folder, without a transform; `classes` as for `build_dataset`.
+
+    Raises UsageError where --val_split is given beside other validation images, or one class alone is to be trained.
+    """
+    share = _share(args)
+    if not share:
+        return _all_files(is_train, args, classes)
+    whole = _all_files(True, args, classes)
+    split = parts(whole, share, args.split_seed)
+    if is_train:
+        log.info("--val_split %s: of %d images, %d are held out", share, len(whole), len(split[1]))
+    return split[not is_train]
+
+
+def _share(args) -> float | None:
+    """--val_split, of the flags or of a checkpoint, where nothing else tells the validation images."""
+    share, known = getattr(args, "val_split", None), validation(args)
+    if share and known and "val_split" in given(args):
+        instead = "leave one out; --data_set image_folder --data_path FOLDER/train splits that alone"
+        raise UsageError(f"--val_split {share}: {known} tells the validation images already; {instead}")
+    return None if known else share
+
+
+def _all_files(is_train: bool, args, classes: list[str] | None) -> ImageFiles:
+    untold = not is_train and classes is None and args.data_path
+    if untold and (_listed(True, args) or os.path.isdir(root := _class_root(True, args)[0]) or tar_shards(root)):
+        classes = _all_files(True, args, None).classes
+    if listed := _listed(is_train, args):
+        dataset = ImageList(*listed, classes or [], args.in_chans, args.nb_classes)
+    else:
+        root, flag = _class_root(is_train, args)
+        if tar_shards(root):
+            dataset = open_tar(root, flag, args.in_chans, classes, nb_classes=args.nb_classes)
+        else:
+            dataset = ClassFolders(root, flag, classes, args.in_chans)
+    if is_train and len(dataset.classes) < 2:
+        raise UsageError(f"{dataset.source}: has one class alone, {dataset.classes[0]}; at least two are needed")
+    return dataset
+
+
+def _is_list(path: str | None) -> bool:
+    return (path or "").lower().endswith(LISTS) and not os.path.isdir(path)
+
+
+def _listed(is_train: bool, args) -> tuple[str, str, str | None] | None:
+    """The file that lists the images, the flag that names it, and the folder that its paths are relative to."""
+    name, folder = ("train_list", "data_path") if is_train else ("eval_list", "eval_data_path")
+    file, root = getattr(args, name), getattr(args, folder) or args.data_path
+    if not file and _is_list(getattr(args, folder)):
+        name, file = folder, root
+    return file and (file, f"--{name}", os.path.dirname(root) if _is_list(root) else root)
+
+
+def _class_root(is_train: bool, args) -> tuple[str, str]:
+    """The folder of class folders, and the flag that names it."""
+    own = not is_train and args.eval_data_path
+    flag, root = ("--eval_data_path", own) if own else ("--data_path", data_path(args))
+    split = "train" if is_train else "val"
+    if args.data_set == "IMNET" and not _is_list(root):
+        return root if own else os.path.join(root, split), flag
+    if found := split_folders(root).get(split):
+        log.info("%s %s: holds a folder for each split; %s is read", flag, root, found)
+    elif not is_train and not own:
+        instead = "give it, --val_split 0.1, or --disable_eval true"
+        raise UsageError(f"--data_set image_folder evaluates on --eval_data_path: {instead}")
+    return found or root, flag
