@@ -21,8 +21,8 @@ from utils.data.transforms import MEAN_STD_HINT, Normalise
 from utils.distributed import check_same, get_rank, get_world_size, main_process_first
 from utils.errors import UsageError, suggest
 from utils.interrupts import ignore_signals
-from utils.settings import eval_crop, mean_std
 from utils.named_files import FOLDERS, data_path, labelled_files, unlabelled_files, validation
+from utils.settings import eval_crop, mean_std
 
 log = logging.getLogger("fcmae")
 

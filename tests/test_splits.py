@@ -1,4 +1,4 @@
-"""utils/named_files.py and utils/data/splits.py: train/ and val/ of a folder, what --val_split holds out, lists as data."""
+"""utils/named_files.py and utils/data/splits.py: train/ and val/, what --val_split holds out, lists."""
 
 import json
 import re

@@ -46,11 +46,8 @@ def add_shared_arguments(parser: ArgumentParser, data_sets: str) -> None:
     add_switch("--compile", False, "compile model and loss as one graph with torch.compile")
 
     add, add_switch = add_group(parser, "data")
-    add(
-        "--data_path",
-        default=None,
-        help="folder of training images, of train/ and val/, or of .tar shards; a .tar; a glob; a list",
-    )
+    path_help = "folder of training images, of train/ and val/, or of .tar shards; a .tar; a glob; a list"
+    add("--data_path", default=None, help=path_help)
     add("--eval_data_path", default=None, help="the same, of the images that are evaluated, by class")
     add("--data_set", default="IMNET", help=data_sets)
     list_help = "file with an image per line: its path below --data_path, and after a tab, space or comma its label"
