@@ -95,7 +95,9 @@ def test_every_declared_flag_is_read(name):
     sys.path.insert(0, str(ROOT))
     parser = __import__(name).get_args_parser()
     files = [ROOT / f"{name}.py", ROOT / "datasets.py"]
-    files += [ROOT / "utils" / f"{file}.py" for file in ("args", "distributed", "record", "run", "settings")]
+    files += [
+        ROOT / "utils" / f"{file}.py" for file in ("args", "distributed", "named_files", "record", "run", "settings")
+    ]
     trees = [ast.parse(file.read_text()) for file in files]
     read = {node.attr for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
     read |= {  # getattr(args, "name", default)

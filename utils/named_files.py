@@ -96,11 +96,14 @@ def _is_list(path: str | None) -> bool:
 
 def _listed(is_train: bool, args) -> tuple[str, str, str | None] | None:
     """The file that lists the images, the flag that names it, and the folder that its paths are relative to."""
-    name, folder = ("train_list", "data_path") if is_train else ("eval_list", "eval_data_path")
-    file, root = getattr(args, name), getattr(args, folder) or args.data_path
-    if not file and _is_list(getattr(args, folder)):
-        name, file = folder, root
-    return file and (file, f"--{name}", os.path.dirname(root) if _is_list(root) else root)
+    if is_train:
+        file, flag, own, own_flag = args.train_list, "--train_list", args.data_path, "--data_path"
+    else:
+        file, flag, own, own_flag = args.eval_list, "--eval_list", args.eval_data_path, "--eval_data_path"
+    if not file and _is_list(own):
+        file, flag = own, own_flag
+    root = own or args.data_path
+    return (file, flag, os.path.dirname(root) if _is_list(root) else root) if file else None
 
 
 def _class_root(is_train: bool, args) -> tuple[str, str]:
