@@ -3,6 +3,7 @@
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import nn
+from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
 from .amp import Amp
@@ -69,3 +70,19 @@ def shortened(name: str, most: int = 24) -> str:
     """A class name for a picture, on one line."""
     name = " ".join(name.encode(errors="replace").decode().split())
     return name if len(name) <= most else f"{name[: most - 3]}..."
+
+
+def captioned(pictures: torch.Tensor, captions: list[list[str]], columns: int = 8, side: int = 160) -> Image.Image:
+    """Pictures (N, C, H, W) in 0..1 in rows, each above its lines of text."""
+    font, height = ImageFont.load_default(13), side + 16 * max(map(len, captions)) + 10
+    columns = min(columns, len(pictures))
+    page = Image.new("RGB", (columns * (side + 8), -(-len(pictures) // columns) * height), "white")
+    for i, (picture, texts) in enumerate(zip(pictures, captions, strict=True)):
+        left, top = i % columns * (side + 8) + 4, i // columns * height + 4
+        image = to_pil_image(picture[: shown(pictures)]).convert("RGB")
+        scale = side / max(image.size)
+        image = image.resize((round(scale * image.width), round(scale * image.height)))
+        page.paste(image, (left, top))
+        for line, text in enumerate(texts):
+            ImageDraw.Draw(page).text((left, top + side + 2 + 16 * line), text, "black", font)
+    return page

@@ -35,6 +35,10 @@ class BadImage(Exception):
         return f"{self.path if self.path.isprintable() else repr(self.path)}: {self.reason}"
 
 
+class Unreadable(UsageError):
+    """Most files of a data set cannot be read."""
+
+
 @dataclass(frozen=True)
 class Reading:
     """How all files of a data set become tensors; `survey` finds depth and alpha.
@@ -133,7 +137,7 @@ def survey(dataset, reading: Reading, source: str) -> Survey:
     source: what the data set is called in messages.
 
     Raises:
-        UsageError: more than two thirds cannot be read, as with another number of channels.
+        Unreadable: more than two thirds cannot be read, as with another number of channels.
     """
     kinds, scales, pages, sizes, bad = Counter(), Counter(), Counter(), [], []
     alphas = pixels = without = 0
@@ -154,7 +158,7 @@ def survey(dataset, reading: Reading, source: str) -> Survey:
     if extra := sum(error.reason == formats.WITHOUT_EXTRA for error in bad):
         log.warning("%s: %d of a sample of %d files: %s", source, extra, count, formats.WITHOUT_EXTRA)
     if len(bad) > 2 * len(sizes):
-        raise UsageError(f"{source}: of a sample of {count} files {len(bad)} are unreadable: {bad[0]}")
+        raise Unreadable(f"{source}: of a sample of {count} files {len(bad)} are unreadable: {bad[0]}")
     (most, times), *_ = pages.most_common(1)
     if most not in (1, reading.in_chans) and 2 * times > count:
         log.warning("%s: files of %d pages, of which the first is read; --in_chans %d takes all", source, most, most)

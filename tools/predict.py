@@ -1,0 +1,219 @@
+"""What a classifier says of each image: a row of classes and probabilities, features, a picture.
+
+python tools/predict.py --checkpoint output/finetune/checkpoint-best.pth --images photos/ --output answers.csv
+python tools/predict.py --checkpoint base.pth --images shard.tar --embeddings features.npy --grid uncertain.png
+torchrun --nproc_per_node=8 tools/predict.py --checkpoint base.pth --images list.txt --data_path /data --json
+
+Names of the classes, size, crop and normalisation of the images are those of the checkpoint. An image that cannot be
+read is told, counted and left out.
+"""
+
+import contextlib
+import csv
+import io
+import json
+import logging
+import os
+import sys
+from collections import Counter
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import safetensors.torch
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import datasets
+from engine_finetune import classify
+from models.convnextv2 import ConvNeXtV2, Encoder
+from tools.probe import add_device_arguments, add_image_arguments
+from utils import distributed, weights
+from utils.amp import Amp
+from utils.args import ArgumentParser, add_bool, matching, prepared_output_dir, whole
+from utils.checkpoint import replace
+from utils.data.files import ImageFiles, ImageList, ImageTree
+from utils.data.images import EXTENSIONS, Reading, Unreadable
+from utils.data.tars import TARS, open_tar, tar_shards
+from utils.errors import UsageError, refuse, run_cli
+from utils.knn import pooled_features
+from utils.metrics import Progress
+from utils.pictures import captioned, shortened
+from utils.settings import as_trained
+
+log = logging.getLogger("fcmae")
+
+
+def load(args) -> tuple[nn.Module, list[str]]:
+    """The model of --checkpoint, an encoder where that has no head, and its classes; `args` then are as in training."""
+
+    def build(config: weights.BackboneConfig) -> nn.Module:
+        sizes = config.encoder()
+        return ConvNeXtV2(**sizes, num_classes=config.num_classes) if config.num_classes else Encoder(**sizes)
+
+    found = weights.load_checkpoint(args.checkpoint, build, "--checkpoint", whole=True)
+    as_trained(args, args.checkpoint, found.content, found.config)
+    count = found.config.num_classes
+    asks_classes = not count and (args.grid or not args.embeddings)
+    needs = "without a classifier's head, which gives --embeddings alone; fine-tune it for classes"
+    refuse(asks_classes, f"--checkpoint {args.checkpoint}: an encoder {needs}")
+    classes = list(map(str, found.content.get("classes") or range(count)))
+    return found.model.eval(), classes
+
+
+def open_images(args) -> ImageFiles:
+    """The images of --images, with the transform of evaluation. Raises UsageError where there are none."""
+    path, flag = args.images, "--images"
+    if os.path.isfile(path) and path.lower().endswith(EXTENSIONS):
+        dataset = ImageFiles([path], [0], args.in_chans, f"{flag} {path}", Counter())
+    elif os.path.isfile(path) and not path.lower().endswith(TARS):
+        dataset = ImageList(path, flag, args.data_path, in_chans=args.in_chans)
+    elif tar_shards(path):
+        dataset = open_tar(path, flag, args.in_chans, labelled=False)
+    else:
+        dataset = ImageTree(path, flag, args.in_chans)
+    try:
+        datasets.detect_bit_depth(dataset, args)
+    except Unreadable as error:  # each is told then
+        log.warning("%s", error)
+        depth = args.depth or (32 if args.mean else 8)
+        dataset.reading = Reading(args.in_chans, depth, nodata=args.nodata)
+    dataset.transform = datasets.build_transform(False, args)
+    return dataset
+
+
+@torch.inference_mode()
+def predict(model: nn.Module, loader: DataLoader, amp: Amp, top_k: int) -> tuple[torch.Tensor, ...]:
+    """Of all readable images, in their order: numbers (N,), features (N, D), top classes and probabilities (N, k).
+
+    All processes call it together; the last two have no columns without a head.
+    """
+    model.to(amp.device)
+    rows, progress = [], Progress("predict", len(loader), amp.device)
+    for step, (imgs, _) in progress(loader):
+        imgs = imgs.to(amp.device, non_blocking=True)
+        if isinstance(model, ConvNeXtV2):
+            features, logits = classify(model, imgs, amp)
+        else:
+            with amp.autocast():
+                features, logits = pooled_features(model, imgs), imgs.new_empty(len(imgs), 0)
+        highest = logits.topk(min(top_k, logits.shape[1]), dim=1).indices
+        rows.append([x.cpu() for x in (features, highest, logits.softmax(1).gather(1, highest))])
+        progress.samples += len(imgs)
+        if progress.due(step):
+            progress.line(step)
+    mine = [torch.tensor(loader.read), *map(torch.cat, zip(*rows, strict=True))] if rows else None
+    parts = [part for part in distributed.gather(mine) if part]
+    if not parts:
+        return (torch.empty(0, dtype=torch.int64), *(torch.empty(0, 0) for _ in range(3)))
+    columns = [torch.cat(column) for column in zip(*parts, strict=True)]
+    order = columns[0].argsort()
+    return tuple(column[order] for column in columns)
+
+
+def lines(paths: list[str], names: list[list[str]], probabilities: list[list[float]], as_json: bool) -> bytes:
+    """A CSV with a header, or JSON lines: of each image its path, then classes and probabilities, likeliest first."""
+    text = io.StringIO(newline="")
+    if as_json:
+        for path, classes, shares in zip(paths, names, probabilities, strict=True):
+            text.write(json.dumps({"path": path, "classes": classes, "probabilities": shares}) + "\n")
+    else:
+        table = csv.writer(text, lineterminator="\n")
+        count = len(names[0]) if names else 0
+        table.writerow(["path", *(f"{what}{i + 1}" for i in range(count) for what in ("class", "probability"))])
+        for path, classes, shares in zip(paths, names, probabilities, strict=True):
+            pairs = zip(classes, (f"{share:.6f}" for share in shares), strict=True)
+            table.writerow([path, *(x for pair in pairs for x in pair)])
+    return text.getvalue().encode(errors="surrogateescape")
+
+
+def least_certain(dataset: Dataset, columns: tuple[torch.Tensor, ...], classes: list[str], args):
+    """A picture of at most --grid_images images with their names and probabilities, the least certain first."""
+    indices, _, top, probabilities = columns
+    first = probabilities[:, 0].argsort(stable=True)[: args.grid_images].tolist()
+    pictures = torch.stack([dataset[i][0] for i in indices[first].tolist()])
+    mean, std = (torch.tensor(x).view(-1, 1, 1) for x in datasets.picture_mean_std(args))
+    captions = []
+    for row in first:
+        pairs = zip(top[row, :2].tolist(), probabilities[row, :2].tolist(), strict=True)
+        captions.append([f"{100 * share:.1f} % {shortened(classes[i], 16)}" for i, share in pairs])
+    return captioned((pictures * std + mean).clamp(0, 1), captions)
+
+
+def get_args_parser() -> ArgumentParser:
+    parser = ArgumentParser(__doc__.splitlines()[0])
+    add_image_arguments(parser)
+    images_help = "folder, however nested, .tar shards, a glob of them, list with a path per line, or an image"
+    parser.add_argument("--images", required=True, help=images_help)
+    parser.add_argument("--data_path", default=None, help="folder that paths of a list are below")
+    parser.add_argument("--output", default=None, help="file to write; predictions.csv or .jsonl where not given")
+    add_bool(parser, "--json", False, "write JSON lines instead of a CSV")
+    parser.add_argument("--top_k", type=whole(1), default=5, help="classes per image, the likeliest first")
+    tables = matching(r"(?s).+\.(npy|safetensors)", "a file that ends in .npy or .safetensors")
+    features_help = "write pooled features: .npy, and FILE.npy.paths.json beside it; or .safetensors with the paths"
+    parser.add_argument("--embeddings", type=tables, default=None, metavar="FILE", help=features_help)
+    png = matching(r"(?s).+\.png", "a file that ends in .png")
+    grid_help = "draw images with their names and probabilities, the least certain first"
+    parser.add_argument("--grid", type=png, default=None, metavar="FILE.png", help=grid_help)
+    parser.add_argument("--grid_images", type=whole(1, 10000), default=64, help="at most so many are drawn")
+    parser.add_argument("--batch_size", type=whole(1), default=64, help="images per process and forward pass")
+    parser.add_argument("--num_workers", type=whole(0, 1024), default=10, help="loader processes")
+    add_bool(parser, "--pin_mem", True, "page-locked host memory for faster copies to the GPU")
+    add_device_arguments(parser)
+    launched = {"world_size": 1, "local_rank": -1, "dist_on_itp": False, "dist_url": "env://", "dist_timeout": None}
+    parser.set_defaults(data_set="image_folder", depth=None, **launched)
+    return parser
+
+
+def write(path: str, content) -> None:
+    """Raises UsageError where that fails."""
+    try:
+        replace(path, content)
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be written ({error.strerror})") from error
+    log.info("written: %s", path)
+
+
+def write_all(args, dataset: ImageFiles, classes: list[str], columns: tuple[torch.Tensor, ...]) -> None:
+    """The files that were asked for. Raises UsageError for one that cannot be written."""
+    indices, features, top, probabilities = columns
+    paths = [dataset.paths[i] for i in indices.tolist()]
+    names = [[classes[i] for i in row] for row in top.tolist()]
+    content = lines(paths, names, probabilities.tolist(), args.json)
+    write(args.output, lambda file: file.write(content))
+    if args.embeddings and args.embeddings.endswith(".npy"):
+        write(args.embeddings, lambda file: np.save(file, features.numpy()))
+        write(f"{args.embeddings}.paths.json", lambda file: file.write(json.dumps(paths).encode()))
+    elif args.embeddings:
+        packed = safetensors.torch.save({"features": features.contiguous()}, {"paths": json.dumps(paths)})
+        write(args.embeddings, lambda file: file.write(packed))
+    if args.grid and paths:
+        picture = least_certain(dataset, columns, classes, args)
+        write(args.grid, partial(picture.save, format="png"))
+
+
+def main(args) -> None:
+    args.output = args.output or ("predictions.jsonl" if args.json else "predictions.csv")
+    with distributed.process_group(args) as device:
+        model, classes = load(args)
+        dataset = open_images(args)
+        loader = datasets.build_eval_loader(dataset, args, spread=True)
+        loader.bad.fate = "left out"
+        with contextlib.ExitStack() as folders:
+            for flag in ("output", "embeddings", "grid"):
+                folder = getattr(args, flag) and os.path.dirname(os.path.abspath(getattr(args, flag)))
+                folders.enter_context(prepared_output_dir(folder, f"--{flag}"))
+            columns = predict(model, loader, Amp(device, args.use_amp, torch.bfloat16), args.top_k)
+            bad = sum(distributed.gather(len(loader.bad)))
+            if distributed.is_main_process():
+                write_all(args, dataset, classes, columns)
+        log.info("%d images", len(columns[0]))
+        if bad and distributed.is_main_process():
+            log.warning("%d of %d images are unreadable and left out, see above", bad, len(dataset))
+
+
+if __name__ == "__main__":
+    run_cli(lambda: main(get_args_parser().parse_args()))
