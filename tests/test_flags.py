@@ -10,7 +10,7 @@ import main_pretrain
 from utils.args import HINTS, SYNONYMS
 from utils.slurm import add_slurm_arguments
 
-TOOLS = ("benchmark", "export", "mean_std", "plot", "predict", "probe", "visualize")
+TOOLS = ("benchmark", "export", "mean_std", "plot", "predict", "probe", "roofline", "visualize")
 VALUES = ("", "nan", "inf", "-inf", "-1", "0", "1.5", "1e308", str(2**64), str(10**40), "text")
 
 # Which flags take such a value; the others refuse it, but for those of TEXT, which are checked where they are used.
@@ -24,7 +24,7 @@ MEANT = {
     "-1": "mean nodata local_rank warmup_steps",
     **dict.fromkeys(("nan", "inf", "text"), "sbatch"),  # long options without a value
     "1.5": "lr blr min_lr weight_decay weight_decay_end mean std nodata clip_grad color_jitter mixup cutmix "
-    "head_init_scale temperature tolerance mem_gb minutes dist_timeout",
+    "head_init_scale temperature tolerance mem_gb minutes dist_timeout tflops bandwidth",
 }
 TEXT = (
     "model data_path eval_data_path data_set train_list eval_list output_dir resume log_dir wandb initial_checkpoint "
