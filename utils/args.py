@@ -20,7 +20,7 @@ log = logging.getLogger("fcmae")
 T = TypeVar("T")
 
 SYNONYMS = {  # what MAE, timm and others call a flag of this project
-    **dict.fromkeys(("--accum_iter", "--grad_accum_steps", "--gradient_accumulation_steps"), "--update_freq"),
+    **dict.fromkeys(("--accum_iter", "--grad_accum", "--grad_accum_steps"), "--update_freq"),
     **dict.fromkeys(("-b", "--bs", "--batch_size_per_gpu"), "--batch_size"),
     **dict.fromkeys(("-j", "--workers"), "--num_workers"),
     **dict.fromkeys(("--data_dir", "--data", "--train_dir"), "--data_path"),
@@ -38,7 +38,7 @@ SYNONYMS = {  # what MAE, timm and others call a flag of this project
     "--drop_path_rate": "--drop_path", "--clip_grad_norm": "--clip_grad", "--max_grad_norm": "--clip_grad",
     "--gradient_checkpointing": "--grad_checkpointing", "--picture_freq": "--vis_freq",
 }  # fmt: skip
-WEIGHTS = "nothing is downloaded; give a file of weights to --finetune, in pre-training to --initial_checkpoint"
+WEIGHTS = "give a file, an address or a name of weights to --finetune, in pre-training to --initial_checkpoint"
 HINTS = {  # what others have a flag for, and what does it here
     **dict.fromkeys(("--pretrained", "--pretrained_weights", "--finetune", "--initial_checkpoint"), WEIGHTS),
     "--train_split": "--val_split is the share that is held out",
