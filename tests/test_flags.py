@@ -10,7 +10,7 @@ import main_pretrain
 from utils.args import HINTS, SYNONYMS
 from utils.slurm import add_slurm_arguments
 
-TOOLS = ("benchmark", "export", "mean_std", "plot", "predict", "probe", "roofline", "visualize")
+TOOLS = ("benchmark", "export", "mean_std", "plot", "predict", "probe", "roofline", "shrink", "visualize")
 VALUES = ("", "nan", "inf", "-inf", "-1", "0", "1.5", "1e308", str(2**64), str(10**40), "text")
 
 # Which flags take such a value; the others refuse it, but for those of TEXT, which are checked where they are used.

@@ -5,6 +5,7 @@ import tarfile
 
 import pytest
 from PIL import Image
+from torchvision.transforms.functional import pil_to_tensor
 
 from tests.pictures import picture, save
 from tools import shrink
@@ -50,7 +51,18 @@ def test_a_folder_becomes_a_tar_that_data_path_reads(call, images, tmp_path, kin
         assert tar.extractfile("bee/small.png").read() == (images / "bee/small.png").read_bytes()
 
 
-@pytest.mark.parametrize("share", [0.0, 0.3, 0.62, 0.9, 1.0])
+def test_a_large_jpeg_is_decoded_at_a_reduced_scale_that_changes_little(call, tmp_path):
+    image = picture(seed=1).resize((288, 256), Image.Resampling.BICUBIC)
+    (tmp_path / "in").mkdir()
+    image.save(tmp_path / "in/a.jpg", quality=95)
+    call("--data_path", tmp_path / "in", "--output", tmp_path / "out.tar", "--size", 32, "--quality", 95)
+    small, _ = open_tar(str(tmp_path / "out.tar"), "--data_path", 3, labelled=False)[0]
+    usual = pil_to_tensor(image.resize((36, 32), Image.Resampling.BICUBIC))
+    assert small.shape == usual.shape
+    assert (small.int() - usual.int()).abs().float().mean() < 4
+
+
+@pytest.mark.parametrize("share", [0.0, 0.005, 0.03, 0.06, 0.3, 0.62, 0.9, 1.0])
 def test_what_was_stopped_goes_on(call, images, tmp_path, share):
     """However much of the tar was on disk: the bytes are those of a run that was not stopped."""
     (images / "bee/broken.jpg").unlink()

@@ -10,6 +10,7 @@ import os
 import sys
 import tarfile
 import time
+from contextlib import suppress
 from itertools import repeat
 from pathlib import Path
 
@@ -38,15 +39,17 @@ class Shrunk(Dataset):
         try:
             content = self.images.read(index)
             with Image.open(io.BytesIO(content)) as image:
+                scale, buffer = self.size / min(image.size), io.BytesIO()
+                size = [max(self.size, round(side * scale)) for side in image.size]
+                if scale < 1:  # a JPEG at a half, quarter or eighth, where that is still twice as large
+                    image.draft(None, [2 * side for side in size])
                 image.load()  # a damaged file is told now, not in training
-                if min(image.size) <= self.size:
+                if scale >= 1:
                     return "", content, ""
                 if image.mode[0] in "IF":
                     return "", b"", f"{path}: has more than 8 bits"
-                scale, buffer = self.size / min(image.size), io.BytesIO()
                 image = image.convert("L" if image.mode in ("1", "L") else "RGB")
-                image = image.resize([max(self.size, round(side * scale)) for side in image.size], 3)  # bicubic
-                image.save(buffer, self.kind, quality=self.quality)
+                image.resize(size, Image.Resampling.BICUBIC).save(buffer, self.kind, quality=self.quality)
         except Exception as error:  # on damaged files, Pillow's decoders raise whatever they run into
             return "", b"", f"{path}: {error or type(error).__name__}"
         return "" if path.lower().endswith(SUFFIXES[self.kind]) else SUFFIXES[self.kind][0], buffer.getvalue(), ""
@@ -62,7 +65,7 @@ def whole_members(path: Path, settings: bytes) -> list[str]:
     """Names of the files that an unfinished tar holds whole; what follows them is cut off."""
     names, end, size = [], 0, path.stat().st_size if path.exists() else 0
     if size:
-        with open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
+        with suppress(tarfile.TarError), open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
                 after = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
                 if after > size:
@@ -84,7 +87,7 @@ def get_args_parser() -> ArgumentParser:
     add("--size", type=whole(1), default=256, help="short side in pixels; 292 leaves crops more detail")
     add("--format", choices=SUFFIXES, default="jpeg", help="WebP is smaller, and slower to decode")
     add("--quality", type=whole(1, 100), default=90, help="of JPEG or WebP")
-    add("--num_workers", type=whole(1, 1024), default=os.cpu_count() or 1, help="processes")
+    add("--num_workers", type=whole(0, 1024), default=os.cpu_count() or 1, help="processes")
     return parser
 
 
@@ -118,7 +121,7 @@ def main() -> None:
                     add_file(tar, names[index] + ending, content)
                 tar.members.clear()  # of a million, gigabytes
     os.replace(part, output)
-    rate = len(left) / (time.perf_counter() - begun) / args.num_workers
+    rate = len(left) / (time.perf_counter() - begun) / max(args.num_workers, 1)
     print(f"{output}: {len(names) - bad} images, {bad} left out, {rate:.0f} images/s per process")
 
 
