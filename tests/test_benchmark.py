@@ -130,6 +130,13 @@ def test_the_gpus_report_grows_and_leaves_out_what_does_not_fit(gpu_parts, monke
     assert re.findall("table .", tables) == ["table 1", "table 2"]
 
 
+def test_shares_of_the_peak():
+    record = {"form": "FCMAE, compiled", "model": "convnextv2_atto", "batch_size": 4, "input_size": 224}
+    flop = sum(kind[0] for kind in gpu.roofline.count("convnextv2_atto", 4, 1, 1).classes.values())
+    table = gpu.shares([record | {"seconds": [flop / 99e12] * 3}, record | {"form": "MAE ViT-B/16"}])
+    assert table.splitlines()[3:] == ["| convnextv2_atto, FCMAE, compiled | 4 | 99.0 | 10.0% |"]
+
+
 def test_a_part_that_fails_says_why():
     status, *_ = gpu.run_part("--what nothing", 500)
     assert "nothing" in status

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from models import fcmae, operators
+from models import fcmae
 from tools import roofline
 from tools.baselines import MaskedAutoencoderViT
 
@@ -17,13 +17,6 @@ def products(model, *inputs, **kwargs) -> int:
         out = model(*inputs, **kwargs)
         (out[0] if isinstance(out, tuple) else out).backward()
     return sum(n for name, n in counter.get_flop_counts()["Global"].items() if "convolution" not in str(name))
-
-
-@pytest.fixture(autouse=True)
-def as_before(monkeypatch):
-    monkeypatch.setattr(operators, "CACHE", operators.CACHE)
-    for name in ("_is_watched", "_is_plain"):
-        monkeypatch.setattr(roofline.fused, name, getattr(roofline.fused, name))
 
 
 def test_products_are_those_of_the_plain_model():

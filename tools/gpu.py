@@ -11,6 +11,7 @@ from statistics import median
 
 import torch
 
+from tools import roofline
 from utils.errors import UsageError
 
 SMALL, LARGE, HUGE = "atto femto pico nano tiny base", "--batch_size 128 --model large", "--batch_size 64 --model huge"
@@ -58,6 +59,19 @@ def run(minutes: float, output: str, device: str, name: str) -> None:
         path.write_text(json.dumps({"device": name, "torch": torch.__version__, "parts": parts}, indent=1))
         path.with_suffix(".md").write_text("\n".join(f"`{p['flags']}`: {p['status']}\n\n{p['table']}" for p in parts))
         draw([record for part in parts for record in part["records"]], path.with_suffix(".png"))
+    with path.with_suffix(".md").open("a") as file:
+        file.write(shares([record for part in parts for record in part["records"]]))
+
+
+def shares(records: list[dict]) -> str:
+    """A table of FCMAE's steps at 224 px: the share of an H100's peak, 990 TFLOP/s, that their arithmetic takes."""
+    lines = ["\n| FCMAE step | batch | TFLOP/s | of 990 |\n|---|---|---|---|"]
+    for r in records:
+        if r["form"].startswith("FCMAE") and r["input_size"] == 224:
+            flop = sum(kind[0] for kind in roofline.count(r["model"], r["batch_size"], 1, 1).classes.values())
+            rate = flop / median(r["seconds"]) / 1e12
+            lines.append(f"| {r['model']}, {r['form']} | {r['batch_size']} | {rate:.1f} | {rate / 990:.1%} |")
+    return "\n".join(lines) + "\n"
 
 
 def run_part(flags: str, seconds: float) -> tuple[str, str, list[dict]]:
@@ -72,7 +86,7 @@ def run_part(flags: str, seconds: float) -> tuple[str, str, list[dict]]:
             )
         except subprocess.TimeoutExpired as error:
             status, out = "out of time", error.stdout or b""
-        return status, out.decode(), [json.loads(line) for line in file]
+        return status, out.decode(), [json.loads(line) for line in file if line.endswith("}\n")]
 
 
 def draw(records: list[dict], path: Path) -> None:
