@@ -471,6 +471,7 @@ FINETUNE_MISTAKES = [
     ("--mixup 0.8 --batch_size 7", "--batch_size 7: must be even"),
     ("--model_ema_eval true", "--model_ema_eval true"),
     ("--aa nonsense", "--aa nonsense"),
+    ("--aa rand-mxx", "--aa rand-mxx: no policy"),
     ("--finetune $missing", "--finetune .*missing: no such file"),
     ("--finetune $nonsense", "nonsense.pth"),
     ("--finetune $cut", "cut.pth: .*truncated"),

@@ -209,6 +209,7 @@ def test_ranks_from_the_launcher(values, flags, ranks, variables):
         ({"RANK": 2, "WORLD_SIZE": 2}, [], "RANK 2: must be less than WORLD_SIZE 2"),
         (LAUNCHERS["srun"] | {"SLURM_PROCID": 4}, [], "SLURM_PROCID 4: must be less than SLURM_STEP_NUM_TASKS 4"),
         ({}, ["--world_size", "2", "--local-rank", "2"], "--local_rank 2: must be less than --world_size 2"),
+        ({}, ["--local_rank", "5"], "--local_rank 5: must be less than --world_size 1"),
         (LAUNCHERS["torchrun"], [], "MASTER_ADDR '': several processes need"),
         (LAUNCHERS["torchrun"] | {"MASTER_ADDR": "localhost"}, [], "MASTER_PORT '': several processes need"),
         (LAUNCHERS["srun"] | PLACE | {"MASTER_PORT": "x1"}, [], "MASTER_PORT 'x1': several processes need"),

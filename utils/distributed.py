@@ -190,8 +190,7 @@ def launched_ranks(world_size: int, local_rank: int, dist_on_itp: bool) -> tuple
     else:
         rank = local_rank = max(local_rank, 0)
     rank_name, size_name, _ = names or FLAGS
-    beyond = (names or world_size > 1) and rank >= world_size
-    refuse(beyond, f"{rank_name} {rank}: must be less than {size_name} {world_size}")
+    refuse(rank >= world_size, f"{rank_name} {rank}: must be less than {size_name} {world_size}")
     return rank, world_size, local_rank
 
 

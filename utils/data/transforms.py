@@ -1,6 +1,7 @@
 """What is done to an image, PIL or tensor (C, H, W), on its way to the model's input (C, size, size)."""
 
 import logging
+import re
 import math
 from collections.abc import Callable
 from functools import partial
@@ -154,7 +155,10 @@ def sample_box(height: int, width: int, min_crop: float) -> tuple[int, int, int,
 
 
 def _timm_transform(size: int, augmentation: dict, mean, std) -> Callable:
+    _, *parts = (augmentation["auto_augment"] or "").split("-")
     try:
+        if not all(re.search(r"\d|^t", part) for part in parts):
+            raise ValueError("which timm passes over")
         transform = timm.data.create_transform(size, is_training=True, mean=mean, std=std, **augmentation)
     except (AssertionError, KeyError, ValueError) as error:
         raise UsageError(f"--aa {augmentation['auto_augment']}: no policy of timm's; one is {AUTO_AUGMENT}") from error
