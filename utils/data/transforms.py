@@ -1,8 +1,8 @@
 """What is done to an image, PIL or tensor (C, H, W), on its way to the model's input (C, size, size)."""
 
 import logging
-import re
 import math
+import re
 from collections.abc import Callable
 from functools import partial
 
