@@ -23,6 +23,7 @@ from utils.data.sampling import Batch
 from utils.data.transforms import Normalise
 from utils.knn import knn_acc1
 from utils.lr_sched import Schedule
+from utils.metrics import Progress
 from utils.param_groups import param_groups
 from utils.pictures import reconstruction_grid
 
@@ -35,6 +36,7 @@ DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 @pytest.mark.slow
 @pytest.mark.skipif(INSIDE or not shutil.which("cc") or sys.platform != "linux", reason="needs a C compiler on Linux")
+@pytest.mark.skipif(torch.version.cuda is None or torch.cuda.is_available(), reason="needs torch for CUDA, and no GPU")
 @pytest.mark.skipif(parse(torch.__version__) < parse("2.14"), reason="older fake tensors differ")
 def test_with_a_device_that_is_not_there(tmp_path):
     """In a process of its own: what answers for the device must be there before torch is."""
@@ -155,6 +157,58 @@ def test_evaluation_knn_and_pictures(cuda, dtype):
     assert 0 <= knn_acc1(model.encoder, (Evaluated(cuda), Evaluated(cuda)), amp) <= 100
     picture = reconstruction_grid(model, torch.randn(2, 3, 16, 16), amp, (0.5,) * 3, (0.5,) * 3)
     assert picture.device == CPU
+
+
+# ---- the entry scripts, from their flags on
+
+
+@pytest.fixture
+def on_cuda(cuda, scripts, monkeypatch):
+    """on_cuda(stage, *flags): an epoch of 5 steps, and what follows it; only the first and the last step may wait."""
+    every = Progress.__call__
+
+    def steps(progress, items):
+        for step, item in every(progress, items):
+            cuda.may_wait = progress.due(step)
+            yield step, item
+        cuda.may_wait = True
+
+    def call(stage, *flags):
+        common = ("--epochs", 1, "--warmup_epochs", 0, "--device", "cuda", "--save_ckpt", "false")
+        result = getattr(scripts, stage)(*common, *flags)
+        assert result.code == 0, result.err
+
+    monkeypatch.setattr(Progress, "__call__", steps)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "none")
+    return call
+
+
+RUNS = {
+    "pretrain": ("--kernels triton --knn_freq 1", "--fused false --update_freq 2 --batch_size 4 --use_amp false"),
+    "finetune": (
+        "--kernels triton --mixup 0.8 --cutmix 1 --clip_grad 1 --drop_path 0.2 --grad_checkpointing true",
+        "--model_ema true --model_ema_eval true --layer_decay 0.9 --fused false",
+        "--linear_probe true --opt lars",
+    ),
+}
+
+
+@inside
+@pytest.mark.parametrize(("stage", "flags"), [(stage, flags) for stage in RUNS for flags in RUNS[stage]])
+def test_scripts(on_cuda, stage, flags, tmp_path):
+    on_cuda(stage, *flags.split(), "--output_dir", tmp_path)
+    assert (tmp_path / "log.txt").exists()
+    assert (tmp_path / "reconstruction-0.png").exists() == (stage == "pretrain")
+    assert bool(kernels._weight_grad_kernel.count) == ("triton" in flags)
+
+
+@inside
+def test_a_read_in_a_script_names_its_line(on_cuda, monkeypatch):
+    backward = Amp.backward
+    monkeypatch.setattr(Amp, "backward", lambda self, loss: (loss.item(), backward(self, loss)))
+    with pytest.raises(WaitsError, match=r"^tests/test_fake_cuda.py:\d+ .*loss.item"):
+        on_cuda("pretrain")
 
 
 # ---- the harness itself ----------------------------------------------------------------------------------------------

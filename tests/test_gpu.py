@@ -13,6 +13,7 @@ from tests.test_fake_cuda import Steps, autoencoder, prepared
 from utils import distributed
 from utils.amp import Amp
 from utils.lr_sched import Schedule
+from utils.metrics import Progress
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 CUDA = torch.device("cuda", 0)
@@ -43,6 +44,48 @@ def test_steps_do_not_wait(dtype):
         assert train(model, optimizer, loader, amp)["loss"] > 0
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.fixture
+def strict_steps(monkeypatch):
+    """In steps without a console line, torch raises where the device is waited for."""
+    every = Progress.__call__
+
+    def steps(progress, items):
+        try:
+            for step, item in every(progress, items):
+                torch.cuda.set_sync_debug_mode("default" if progress.due(step) else "error")
+                yield step, item
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(Progress, "__call__", steps)
+
+
+RUNS = {
+    "pretrain": (
+        "",
+        "--kernels triton --grad_checkpointing true",
+        "--amp_dtype float16 --update_freq 2 --batch_size 4",
+    ),
+    "finetune": (
+        "--kernels triton --drop_path 0.2 --grad_checkpointing true",
+        "--amp_dtype float16 --mixup 0.8 --cutmix 1 --clip_grad 1 --model_ema true",
+    ),
+}
+
+
+@pytest.mark.parametrize(("stage", "flags"), [(stage, flags) for stage in RUNS for flags in RUNS[stage]])
+def test_scripts_do_not_wait(strict_steps, scripts, stage, flags):
+    result = getattr(scripts, stage)("--device", "cuda", *flags.split())
+    assert result.code == 0, result.err
+
+
+def test_a_step_that_waits_is_found(strict_steps, scripts, monkeypatch):
+    backward = Amp.backward
+    monkeypatch.setattr(Amp, "backward", lambda self, loss: (loss.item(), backward(self, loss)))
+    with pytest.raises(RuntimeError, match="synchronizing"):
+        scripts.pretrain("--device", "cuda")
 
 
 def test_float16_steps_over_infinities():

@@ -235,29 +235,6 @@ def test_positions_beyond_2_to_the_31():
     assert places.tolist() == [far * 16 + 2 * 4 + i + 1 for i in range(3)] + [-1]
 
 
-@kernels._jit
-def _places(out_ptr, index_ptr, height, width, lanes, lane, R: kernels.tl.constexpr, MAP: kernels.tl.constexpr):
-    index, _ = kernels._place(index_ptr, height, width, lanes, lane + kernels.tl.arange(0, 4), 1, 1, 7, R, MAP)
-    kernels.tl.store(out_ptr + kernels.tl.arange(0, 4), index)
-
-
-@runs
-@pytest.mark.parametrize("on_map", [False, True])
-def test_places_beyond_2_to_the_31(on_map):
-    """Of tensors too large for any memory: one position to the right and below that of a lane."""
-    out, side, lane = torch.zeros(4, dtype=torch.int64, device=DEVICE), 8, 2**30
-    if on_map:
-        height = width = 40000
-        _places[(1,)](out, out, height, width, 2**31 - 1, lane, R=side, MAP=True)
-        strips = [divmod(lane + i, width) for i in range(4)]
-        expected = [(strip // 5000 * height + strip % 5000 * side + 1) * width + column + 1 for strip, column in strips]
-    else:
-        table = torch.full((1, 3, 3), 2**31 - 1, dtype=torch.int32, device=DEVICE)
-        _places[(1,)](out, table, side, side, 8, 0, R=side, MAP=False)
-        expected = [(2**31 - 1) * side * side + side + column + 1 for column in range(4)]
-    assert out.tolist() == expected
-
-
 # ---- maps -------------------------------------------------------------------------------------------------------
 
 
