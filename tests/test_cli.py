@@ -46,7 +46,7 @@ def event_tags(folder):
 def test_pretraining_leaves_its_files(journey):
     (result, _, _), out, _ = journey
     assert {path.name.split(".tfevents")[0].split("events")[0] or "events" for path in out.iterdir()} == {
-        "checkpoint-0.pth", "checkpoint-1.pth", "checkpoint-2.pth", "log.txt", "reconstruction-1.png",
+        "checkpoint-0.pth", "checkpoint-1.pth", "checkpoint-2.pth", "log.txt", "summary.csv", "reconstruction-1.png",
         "reconstruction-2.png", "run.json", "events",
     }  # fmt: skip
     model = fcmae.FCMAE(**TINY, decoder_embed_dim=16, patch_size=8)

@@ -214,7 +214,10 @@ def test_a_resume_drops_what_it_does_again(tmp_path, start_epoch, kept, torn):
     log.write_text('{"epoch": 0}')
     run_log.epoch({"epoch": 1})
     assert log.read_text() == '{"epoch": 0}\n{"epoch": 1}\n'
-    assert [path.name for path in tmp_path.iterdir()] == ["log.txt"]
+    assert {path.name for path in tmp_path.iterdir()} == {"log.txt", "summary.csv"}
+    run_log.epoch({"epoch": 2, "test_loss": math.nan, "test_acc1": 50.0, "test_acc1_ema": 25.0, "train_lr": 1e-3})
+    names = "epoch,eval_loss,eval_top1,eval_top1_ema,train_lr"
+    assert (tmp_path / "summary.csv").read_text() == f"{names}\n0,,,,\n1,,,,\n2,,50.0,25.0,0.001\n"
 
 
 def test_tensorboard_holds_the_curves(tmp_path):
@@ -251,7 +254,8 @@ def test_log_dir_and_output_dir_apart(tmp_path, monkeypatch, output_dir, log_dir
     written(run_log, 1.0)
     found = {str(path.relative_to(tmp_path))[:20] for path in tmp_path.rglob("*") if path.is_file()}
     assert found == {
-        name for folder, name in ((output_dir, "out/log.txt"), (log_dir, "board/events.out.tfe")) if folder
+        *(["out/log.txt", "out/summary.csv"] if output_dir else []),
+        *(["board/events.out.tfe"] if log_dir else []),
     }
 
 

@@ -123,11 +123,18 @@ def test_a_picture_on_a_full_disk_does_not_end_a_run(monkeypatch, tmp_path, capl
 
 
 def test_what_an_earlier_run_wrote_is_renamed(tmp_path):
-    for name in ("log.txt", "bad_images.txt", "reconstruction-1.png", "reconstruction-2.png", "my-3.png"):
+    for name in (
+        "log.txt",
+        "summary.csv",
+        "bad_images.txt",
+        "reconstruction-1.png",
+        "reconstruction-2.png",
+        "my-3.png",
+    ):
         (tmp_path / name).touch()
     record.set_earlier_aside(str(tmp_path), 2)
     expected = {"log.earlier.txt", "bad_images.earlier.txt", "reconstruction-1.png", "reconstruction-2.earlier.png"}
-    assert {path.name for path in tmp_path.iterdir()} == expected | {"my-3.png"}
+    assert {path.name for path in tmp_path.iterdir()} == expected | {"my-3.png", "summary.earlier.csv"}
 
 
 @pytest.mark.skipif(not shutil.which("git"), reason="needs git")

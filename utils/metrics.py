@@ -1,6 +1,8 @@
 """Running averages that stay on the device, console lines, log.txt and curves."""
 
 import contextlib
+import csv
+import io
 import json
 import logging
 import math
@@ -185,12 +187,12 @@ def duration(seconds: float) -> str:
 
 
 class RunLog:
-    """What a run leaves beside its checkpoints: log.txt (a JSON object per epoch) and TensorBoard curves and pictures.
+    """What a run leaves beside its checkpoints: log.txt (a JSON object per epoch), the same as summary.csv, and curves.
 
     A full disk is reported, and training goes on.
 
     Args:
-        output_dir: where log.txt goes; "": nowhere.
+        output_dir: where both go; "": nowhere.
         log_dir: where TensorBoard files go; "": nowhere.
         done: epochs that are done already, with the begun part of one: curves that an interrupted run left beyond are
             hidden.
@@ -243,12 +245,24 @@ class RunLog:
                 with open(self.path, "a") as file:
                     finite = {k: v if math.isfinite(v) else None for k, v in record.items()}  # JSON has no NaN
                     file.write(json.dumps(finite) + "\n")
+                summary = _summary([*map(json.loads, kept.splitlines()), finite])
+                replace(self.path.with_name("summary.csv"), lambda file: file.write(summary.encode()))
         self._draw(lambda board: board.flush())
 
     def close(self) -> None:
         if self.board:
             with contextlib.suppress(OSError):
                 self.board.close()
+
+
+def _summary(records: list[dict]) -> str:
+    """The records of log.txt as CSV, with timm's names of what evaluation gives."""
+    names = {key: key.replace("test_acc", "eval_top").replace("test_", "eval_") for row in records for key in row}
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, names, lineterminator="\n")
+    writer.writerow(names)
+    writer.writerows(records)
+    return text.getvalue()
 
 
 def _is_before(line: str, epoch: int) -> bool:

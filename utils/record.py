@@ -100,7 +100,8 @@ def set_earlier_aside(output_dir: str, start_epoch: int) -> None:
     earlier = (read(output_dir) or [{}])[-1].get("run") or "earlier"
     for path in Path(output_dir).iterdir():
         found = re.fullmatch(
-            r"(?:log|bad_images)\.txt|(?:report|confusion)(?:-ema)?\.(?:json|png)|reconstruction-(\d+)\.png", path.name
+            r"(?:log|bad_images)\.txt|summary\.csv|(?:report|confusion)(?:-ema)?\.(?:json|png)|reconstruction-(\d+)\.png",
+            path.name,
         )
         if found and int(found[1] or start_epoch) >= start_epoch:
             set_aside(path, earlier)
