@@ -151,7 +151,10 @@ def test_finetuning(cuda, way):
 def test_evaluation_knn_and_pictures(cuda, dtype):
     amp = run_of(DTYPES[dtype]).amp
     model, _ = prepared(ConvNeXtV2(num_classes=CLASSES, **TINY, stem_stride=1))
-    stats = engine_finetune.evaluate(model, Evaluated(cuda), amp)
+    reported = []
+    stats = engine_finetune.evaluate(model, Evaluated(cuda), amp, report=lambda answers, _: reported.append(answers))
+    assert len(reported[0].predictions) == 3 * COUNT
+    assert all(column.device == CPU for column in reported[0])
     assert set(stats) == {"loss", "acc1", "acc5"}
     model, _ = prepared(autoencoder())
     assert 0 <= knn_acc1(model.encoder, (Evaluated(cuda), Evaluated(cuda)), amp) <= 100

@@ -9,8 +9,6 @@ read is told, counted and left out.
 """
 
 import contextlib
-import csv
-import io
 import json
 import logging
 import os
@@ -34,14 +32,14 @@ from tools.probe import add_device_arguments, add_image_arguments
 from utils import distributed, weights
 from utils.amp import Amp
 from utils.args import ArgumentParser, add_bool, matching, prepared_output_dir, whole
-from utils.checkpoint import replace
 from utils.data.files import ImageFiles, ImageList, ImageTree
 from utils.data.images import EXTENSIONS, Reading, Unreadable
 from utils.data.tars import TARS, open_tar, tar_shards
-from utils.errors import UsageError, refuse, run_cli
+from utils.errors import refuse, run_cli
 from utils.knn import pooled_features
 from utils.metrics import Progress
 from utils.pictures import captioned, shortened
+from utils.report import as_csv, write_file
 from utils.settings import as_trained
 
 log = logging.getLogger("fcmae")
@@ -114,20 +112,16 @@ def predict(model: nn.Module, loader: DataLoader, amp: Amp, top_k: int) -> tuple
     return tuple(column[order] for column in columns)
 
 
-def lines(paths: list[str], names: list[list[str]], probabilities: list[list[float]], as_json: bool) -> bytes:
+def table(paths: list[str], names: list[list[str]], shares: list[list[float]], as_json: bool) -> bytes:
     """A CSV with a header, or JSON lines: of each image its path, then classes and probabilities, likeliest first."""
-    text = io.StringIO(newline="")
+    images = list(zip(paths, names, shares, strict=True))
     if as_json:
-        for path, classes, shares in zip(paths, names, probabilities, strict=True):
-            text.write(json.dumps({"path": path, "classes": classes, "probabilities": shares}) + "\n")
-    else:
-        table = csv.writer(text, lineterminator="\n")
-        count = len(names[0]) if names else 0
-        table.writerow(["path", *(f"{what}{i + 1}" for i in range(count) for what in ("class", "probability"))])
-        for path, classes, shares in zip(paths, names, probabilities, strict=True):
-            pairs = zip(classes, (f"{share:.6f}" for share in shares), strict=True)
-            table.writerow([path, *(x for pair in pairs for x in pair)])
-    return text.getvalue().encode(errors="surrogateescape")
+        return "".join(json.dumps({"path": p, "classes": n, "probabilities": s}) + "\n" for p, n, s in images).encode()
+    count = len(names[0]) if names else 0
+    rows = [["path", *(f"{what}{i + 1}" for i in range(count) for what in ("class", "probability"))]]
+    for path, *pairs in images:
+        rows.append([path, *(text for name, share in zip(*pairs, strict=True) for text in (name, f"{share:.6f}"))])
+    return as_csv(rows)
 
 
 def least_certain(dataset: Dataset, columns: tuple[torch.Tensor, ...], classes: list[str], args):
@@ -168,31 +162,22 @@ def get_args_parser() -> ArgumentParser:
     return parser
 
 
-def write(path: str, content) -> None:
-    """Raises UsageError where that fails."""
-    try:
-        replace(path, content)
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be written ({error.strerror})") from error
-    log.info("written: %s", path)
-
-
 def write_all(args, dataset: ImageFiles, classes: list[str], columns: tuple[torch.Tensor, ...]) -> None:
     """The files that were asked for. Raises UsageError for one that cannot be written."""
     indices, features, top, probabilities = columns
     paths = [dataset.paths[i] for i in indices.tolist()]
     names = [[classes[i] for i in row] for row in top.tolist()]
-    content = lines(paths, names, probabilities.tolist(), args.json)
-    write(args.output, lambda file: file.write(content))
+    content = table(paths, names, probabilities.tolist(), args.json)
+    write_file(args.output, lambda file: file.write(content))
     if args.embeddings and args.embeddings.endswith(".npy"):
-        write(args.embeddings, lambda file: np.save(file, features.numpy()))
-        write(f"{args.embeddings}.paths.json", lambda file: file.write(json.dumps(paths).encode()))
+        write_file(args.embeddings, lambda file: np.save(file, features.numpy()))
+        write_file(f"{args.embeddings}.paths.json", lambda file: file.write(json.dumps(paths).encode()))
     elif args.embeddings:
         packed = safetensors.torch.save({"features": features.contiguous()}, {"paths": json.dumps(paths)})
-        write(args.embeddings, lambda file: file.write(packed))
+        write_file(args.embeddings, lambda file: file.write(packed))
     if args.grid and paths:
         picture = least_certain(dataset, columns, classes, args)
-        write(args.grid, partial(picture.save, format="png"))
+        write_file(args.grid, partial(picture.save, format="png"))
 
 
 def main(args) -> None:

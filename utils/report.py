@@ -6,7 +6,7 @@ import json
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from operator import itemgetter
 from pathlib import Path
@@ -42,16 +42,6 @@ class Answers(NamedTuple):
         return Answers(*(column[order] for column in columns))
 
 
-def class_scores(answers: Answers, count: int) -> torch.Tensor:
-    """Precision, recall, F1 and support of each class, float64 (count, 4); what is 0 / 0 counts as 0."""
-    hits = answers.labels[answers.labels == answers.predictions]
-    true, support, predicted = (
-        x.bincount(minlength=count).double() for x in (hits, answers.labels, answers.predictions)
-    )
-    shares = [true / predicted.clamp(min=1), true / support.clamp(min=1), 2 * true / (support + predicted).clamp(min=1)]
-    return torch.stack([*shares, support], dim=1)
-
-
 def calibration_error(answers: Answers) -> float:
     """Expected calibration error: the mean distance of accuracy and probability in 15 even bins of the latter."""
     probability = answers.probabilities.double()
@@ -69,14 +59,15 @@ def count_pairs(answers: Answers, chosen: torch.Tensor, count: int) -> torch.Ten
 
 
 def summarise(answers: Answers, classes: list[str], stats: dict[str, float]) -> dict:
-    """What report.json holds.
+    """What report.json holds; what is 0 / 0 counts as 0.
 
     macro: over the classes that are a label or a prediction; balanced accuracy: over those that are a label.
     """
     count, names = len(classes), ("precision", "recall", "f1", "support")
-    scores = class_scores(answers, count)
-    shares, support = scores[:, :3], scores[:, 3]
-    occurs = support + answers.predictions.bincount(minlength=count) > 0
+    hits = answers.labels[answers.labels == answers.predictions]
+    true, support, predicted = (x.bincount(minlength=count).double() for x in (hits, *answers[1:3]))
+    shares = torch.stack([true / predicted, true / support, 2 * true / (support + predicted)], 1).nan_to_num(0)
+    occurs = support + predicted > 0
     averages = dict(zip(AVERAGES, (shares[occurs].mean(0), support @ shares / support.sum()), strict=True))
     found = {name: value if math.isfinite(value) else None for name, value in stats.items()}  # JSON has no NaN
     error = calibration_error(answers)
@@ -92,8 +83,8 @@ def summarise(answers: Answers, classes: list[str], stats: dict[str, float]) -> 
         for (i, j), images in sorted(pairs.items(), key=lambda x: (-x[1], x[0]))[:20]
     ]
     found["classes"] = [
-        {"name": name} | dict(zip(names, (*row[:3], int(row[3])), strict=True))
-        for name, row in zip(classes, scores.tolist(), strict=True)
+        {"name": name} | dict(zip(names, (*row, images), strict=True))
+        for name, row, images in zip(classes, shares.tolist(), support.int().tolist(), strict=True)
     ]
     if count <= MATRIX:
         found["confusion_matrix"] = count_pairs(answers, torch.arange(count), count).tolist()
@@ -114,10 +105,8 @@ def table(report: dict) -> list[str]:
     if len(rows) < len(report["classes"]):
         lines.append(f"these are the {len(rows)} of {len(report['classes'])} classes with the lowest F1")
     error = report["expected_calibration_error"]
-    lines.append(
-        f"balanced accuracy {report['balanced_accuracy']:.4f}, "
-        f"expected calibration error {math.nan if error is None else error:.4f}"
-    )
+    error = math.nan if error is None else error
+    lines.append(f"balanced accuracy {report['balanced_accuracy']:.4f}, expected calibration error {error:.4f}")
     worst = [f"{x['label']} as {x['prediction']} {x['images']}" for x in report["most_confused"][:10]]
     return [*lines, f"most confused: {', '.join(worst) or 'none'}"]
 
@@ -129,13 +118,19 @@ def most_confused(answers: Answers, count: int) -> torch.Tensor:
     return errors.argsort(descending=True, stable=True)[:SHOWN].sort().values
 
 
-def predictions_csv(answers: Answers, classes: list[str], path_of: Callable[[int], str]) -> bytes:
+def as_csv(rows: Iterable) -> bytes:
     text = io.StringIO(newline="")
-    rows = csv.writer(text, lineterminator="\n")
-    rows.writerow(("path", "label", "prediction", "probability"))
-    for i, label, prediction, probability in zip(*(column.tolist() for column in answers), strict=True):
-        rows.writerow((path_of(i), classes[label], classes[prediction], f"{probability:.6f}"))
+    csv.writer(text, lineterminator="\n").writerows(rows)
     return text.getvalue().encode(errors="surrogateescape")
+
+
+def write_file(path: str | Path, write: Callable) -> None:
+    """Write a file that a user asked for, see `replace`. Raises UsageError where it cannot be written."""
+    try:
+        replace(path, write)
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be written ({error.strerror})") from error
+    log.info("written: %s", path)
 
 
 class Reporter(NamedTuple):
@@ -164,24 +159,21 @@ class Reporter(NamedTuple):
         report = {"evaluated": self.evaluated + suffix} | summarise(answers, classes, stats)
         for line in table(report):
             log.info("%s", line)
-        files = {}
+        files: dict[Path, Callable] = {}
         if self.output_dir:
-            chosen = most_confused(answers, count)
+            chosen, content = most_confused(answers, count), json.dumps(report, indent=1).encode()
             picture = confusion_picture(count_pairs(answers, chosen, count), [classes[i] for i in chosen])
-            files[Path(self.output_dir) / f"report{suffix}.json"] = lambda file: file.write(
-                json.dumps(report, indent=1).encode() + b"\n"
-            )
+            files[Path(self.output_dir) / f"report{suffix}.json"] = lambda file: file.write(content)
             files[Path(self.output_dir) / f"confusion{suffix}.png"] = partial(picture.save, format="png")
         if self.predictions:
-            path = Path(self.predictions)
-            content = predictions_csv(answers, classes, self.path_of)
-            files[path.with_stem(path.stem + suffix)] = lambda file: file.write(content)
+            path, rows = Path(self.predictions), [("path", "label", "prediction", "probability")]
+            for i, label, prediction, probability in zip(*(column.tolist() for column in answers), strict=True):
+                rows.append((self.path_of(i), classes[label], classes[prediction], f"{probability:.6f}"))
+            files[path.with_stem(path.stem + suffix)] = lambda file: file.write(as_csv(rows))
         try:
             for path, write in files.items():
-                replace(path, write)
-                log.info("written: %s", path)
-        except OSError as error:
-            message = f"{path}: cannot be written ({error.strerror})"
+                write_file(path, write)
+        except UsageError as error:
             if not self.in_training:
-                raise UsageError(message) from error
-            log.error("%s; training goes on", message)
+                raise
+            log.error("%s; training goes on", error)
