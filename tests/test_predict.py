@@ -128,7 +128,7 @@ def test_an_encoder_gives_features_alone(scripts, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--images /nowhere", "--images /nowhere: no such"),
+        ("--images /nowhere", "--images /nowhere: no such file"),
         ("--grid a.jpg", "--grid a.jpg: must be a file that ends in .png"),
         ("--embeddings a.pt", "--embeddings a.pt: must be a file that ends in .npy or .safetensors"),
         ("--output /dev/null/x.csv", "--output /dev/null.*: cannot be written"),

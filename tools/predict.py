@@ -65,6 +65,7 @@ def load(args) -> tuple[nn.Module, list[str]]:
 def open_images(args) -> ImageFiles:
     """The images of --images, with the transform of evaluation. Raises UsageError where there are none."""
     path, flag = args.images, "--images"
+    refuse(not (os.path.exists(path) or tar_shards(path)), f"{flag} {path}: no such file, and no folder or tars either")
     if os.path.isfile(path) and path.lower().endswith(EXTENSIONS):
         dataset = ImageFiles([path], [0], args.in_chans, f"{flag} {path}", Counter())
     elif os.path.isfile(path) and not path.lower().endswith(TARS):
