@@ -101,8 +101,7 @@ def test_killed_while_writing(tmp_path):
         import os, signal, sys
         sys.path.insert(0, {str(ROOT)!r})
         import torch
-        from tests.small_runs import same
-from utils import checkpoint
+        from utils import checkpoint
         def half(state, file):
             file.write(b"PK" + bytes(10_000))
             file.flush()

@@ -337,11 +337,9 @@ def test_without_arguments(name, script, tmp_path):
     result = script(name)
     assert result.returncode not in (0, None)
     assert result.stdout == ""
-    lines = result.stderr.splitlines()
-    assert len(lines) == 3
-    assert "recipes/demo_" in lines[0]
-    assert "--data_path" in lines[1]
-    assert "--help" in lines[2]
+    assert len(result.stderr.splitlines()) <= 10
+    for words in ("@recipes/demo_", "--data_path", "--help lists all flags"):
+        assert words in result.stderr
 
 
 @pytest.mark.slow
