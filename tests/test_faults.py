@@ -45,7 +45,7 @@ class Moments:
     def install(self, patch: pytest.MonkeyPatch) -> None:
         """Hooks in the step, in validation, inside the writing, renaming and pruning of checkpoints, and in log.txt."""
         step, torch_save, replace, unlink = Amp.step, torch.save, os.replace, Path.unlink
-        top_k, write_epoch = engine_finetune.top_k, RunLog.epoch
+        classify, write_epoch = engine_finetune.classify, RunLog.epoch
 
         def hooked_step(*args, **kwargs):
             self("before a step")
@@ -72,10 +72,9 @@ class Moments:
             if path.name.startswith("checkpoint"):
                 self("while pruning")
 
-        def hooked_top_k(logits, labels, k):
-            if k == 5:
-                self("in validation")
-            return top_k(logits, labels, k)
+        def hooked_classify(*args):
+            self("in validation")
+            return classify(*args)
 
         def hooked_epoch(log, record):
             write_epoch(log, record)
@@ -85,7 +84,7 @@ class Moments:
         patch.setattr(checkpoint.torch, "save", hooked_save)
         patch.setattr(os, "replace", hooked_replace)
         patch.setattr(Path, "unlink", hooked_unlink)
-        patch.setattr(engine_finetune, "top_k", hooked_top_k)
+        patch.setattr(engine_finetune, "classify", hooked_classify)
         patch.setattr(RunLog, "epoch", hooked_epoch)
 
 
