@@ -47,7 +47,7 @@ def get_args_parser() -> ArgumentParser:
     start_help = "weights to start from, in any layout; the decoder is fresh unless the file has one that fits"
     add("--initial_checkpoint", default="", help=f"{start_help}; ignored once a checkpoint of --output_dir is resumed")
     add("--vis_freq", type=whole(0), default=10, help="epochs between reconstruction pictures; 0: none")
-    knn_help = "on labelled images: without --eval_data_path, image_folder holds a fifth out; training sees no labels"
+    knn_help = "on labelled images; image_folder without a validation folder holds a fifth out; training sees no labels"
     add, _ = flags.add_group(parser, "k-NN accuracy of the encoder", knn_help)
     add("--knn_freq", type=whole(0), default=0, help="epochs between k-NN evaluations; 0: none")
     add("--knn_images", type=whole(1), default=5000, help="at most so many that vote, and so many tested")

@@ -45,7 +45,7 @@ def confusion_picture(counts: torch.Tensor, names: list[str]) -> Image.Image:
     """Images of each label (row) and prediction (column), (K, K), shaded by their share of the row."""
     cell = min(max(900 // len(names), 20), 64)
     font, names = ImageFont.load_default(max(10, cell // 4)), [shortened(name) for name in names]
-    margin = round(max(map(font.getlength, names))) + 34
+    margin = round(max(*map(font.getlength, names), font.getlength("columns: pred"))) + 34
     picture = Image.new("RGB", (margin + cell * len(names) + 10,) * 2, "white")
     draw = ImageDraw.Draw(picture)
     shares = counts / counts.sum(dim=1, keepdim=True).clamp(min=1)
