@@ -59,7 +59,7 @@ def test_commands_run_in_order(tmp_path, monkeypatch, capsys):
     for name in SIZES:
         monkeypatch.setitem(SIZES, name, TINY)
     monkeypatch.setattr(shapes, "NUM_SAMPLES", {"train": 16, "val": 8})
-    for folder in ("images", "train", "imagenet/train"):
+    for folder in ("images", "train", "imagenet/train", "new"):
         write_images(tmp_path / "data" / folder, "train", 16, size=32)
     write_images(tmp_path / "data/val", "val", 8, size=32)
     write_images(tmp_path / "data/small", "train", 16, size=32)
@@ -70,6 +70,7 @@ def test_commands_run_in_order(tmp_path, monkeypatch, capsys):
         paths = sorted((tmp_path / "data" / split).rglob("*.png"))
         lines = [f"{path.relative_to(tmp_path / 'data')}\t{path.parent.name}\n" for path in paths]
         (tmp_path / f"{split}.txt").write_text("".join(lines))
+    (tmp_path / "list.txt").write_text((tmp_path / "val.txt").read_text())
     found = [command for command in commands(README, *PAGES) if from_script(command)]
     assert len(found) >= 18
     for command in found:
@@ -87,7 +88,7 @@ def test_commands_run_in_order(tmp_path, monkeypatch, capsys):
             assert "#SBATCH --nodes=" in capsys.readouterr().out
             continue
         script = {"main_pretrain.py": main_pretrain, "main_finetune.py": main_finetune}[name]
-        flags = [re.sub(r"^/data\b", "data", re.sub(r"checkpoint-\d+", "checkpoint-0", word)) for word in flags]
+        flags = [re.sub(r"^/(data|shared)\b", r"\1", re.sub(r"checkpoint-\d+", "checkpoint-0", word)) for word in flags]
         small = SMALL if script is main_finetune else SMALL.replace("--warmup_steps 0", "")
         if not any("demo" in word for word in flags):
             small += " --input_size 64"
@@ -105,7 +106,8 @@ def test_commands_run_in_order(tmp_path, monkeypatch, capsys):
 
 def run_tool(name: str, *flags: str, monkeypatch) -> None:
     """In this process, where the network is shrunk; matplotlib, which some ask for, may be missing."""
-    flags = [re.sub(r"^/data\b", "data", re.sub(r"checkpoint-\d+", "checkpoint-0", word)) for word in flags]
+    flags = [re.sub(r"^/(data|shared)\b", r"\1", re.sub(r"checkpoint-\d+", "checkpoint-0", word)) for word in flags]
+    flags = [re.sub(r"^base\.pth", "output/finetune/checkpoint-best.pth", word) for word in flags]
     if importlib.util.find_spec("matplotlib") is None:
         if name == "tools/plot.py":
             return
@@ -115,7 +117,7 @@ def run_tool(name: str, *flags: str, monkeypatch) -> None:
         more = ""
     monkeypatch.setattr("sys.argv", [name, *flags, *more.split()])
     tool = importlib.import_module(name.removesuffix(".py").replace("/", "."))
-    takes_args = name in ("tools/probe.py", "tools/visualize.py")
+    takes_args = name in ("tools/predict.py", "tools/probe.py", "tools/visualize.py")
     run_cli((lambda: tool.main(tool.get_args_parser().parse_args())) if takes_args else tool.main)
 
 
