@@ -121,8 +121,9 @@ def evaluate(
         hits = highest == labels[:, None]
         counts += torch.stack([hits[:, 0].sum(), hits.sum()])
         averages.update(len(imgs), loss=F.cross_entropy(logits, labels))
-        top1 = highest[:, :1]
-        answers.append(torch.stack([labels, top1[:, 0], logits.softmax(1).gather(1, top1)[:, 0]]))
+        if report:
+            top1 = highest[:, :1]
+            answers.append(torch.stack([labels, top1[:, 0], logits.softmax(1).gather(1, top1)[:, 0]]))
         progress.samples += len(imgs)
         seen += len(imgs)
         if progress.due(step) and step > 0:

@@ -439,6 +439,16 @@ def test_evaluation_restores_the_mode_and_leaves_no_gradient():
         assert all(p.grad is None for p in model.parameters())
 
 
+def test_probabilities_are_for_a_report_alone(monkeypatch):
+    asked, softmax = [], torch.Tensor.softmax
+    monkeypatch.setattr(torch.Tensor, "softmax", lambda *args: (asked.append(1), softmax(*args))[1])
+    reports = []
+    for report, batches in ((None, 0), (lambda *args: reports.append(args), 2)):
+        engine_finetune.evaluate(confident(), eval_loader(Noise(8)), precise(), report=report)
+        assert len(asked) == batches
+    assert len(reports[0][0].probabilities) == 8
+
+
 # ---- non-finite losses
 
 
