@@ -85,6 +85,8 @@ def test_operators_keep_what_torch_library_asks(name):
         noise(*shape, seed=i).requires_grad_() for i, shape in enumerate([(32, c), (32,), (32,), (32,), (c, 32), (c,)])
     ]
     weight, bias = noise(c, 1, 7, 7).requires_grad_(), noise(c).requires_grad_()
+    returned = {str(result.type) for result in getattr(torch.ops.fcmae, name).default._schema.returns}
+    assert returned == {"Tensor"}, "torch flattens lists in Python, at each call"
     if name == "grn_mlp":
         torch.library.opcheck(torch.ops.fcmae.grn_mlp, (x.flatten(1, 2), *p, 1e-6))
     else:
