@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -288,6 +289,44 @@ def test_a_port_of_others(variables):
             variables({"RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "localhost", "MASTER_PORT": port})
             with pytest.raises(UsageError, match=told), distributed.process_group(args):
                 pass
+
+
+def meet(ranks: list[int], world_size: int, url: str, timeout: float = 20) -> list:
+    """The stores that ranks get, each in a thread, started in this order; of one that is refused, the words."""
+
+    def come(rank: int):
+        try:
+            return distributed._meet(rank, world_size, url, timeout, "X")
+        except UsageError as error:
+            return str(error)
+
+    with ThreadPoolExecutor() as threads:
+        coming = []
+        for rank in ranks:
+            coming.append(threads.submit(come, rank))
+            time.sleep(0.2)
+        return [future.result() for future in coming]
+
+
+@pytest.mark.parametrize("place", ["env://", "file://"])
+def test_workers_started_again_do_not_meet_the_dead(place, variables, tmp_path):
+    """torchrun keeps its store, and on the nodes where no worker died it also keeps TORCHELASTIC_RESTART_COUNT."""
+    agent = torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    variables({"MASTER_ADDR": "localhost", "MASTER_PORT": agent.port, "TORCHELASTIC_RESTART_COUNT": 0})
+    variables({"TORCHELASTIC_RUN_ID": "x", "TORCHELASTIC_USE_AGENT_STORE": "True"})
+    url = place if place == "env://" else f"file://{tmp_path}/store"
+    for ranks in ([0, 1], [1, 0], [2, 0, 1], [0, 1]):
+        assert {store.add("met", 1) for store in meet(ranks, len(ranks), url)} == {*range(1, len(ranks) + 1)}
+    died = meet([0, 1], 3, url, timeout=0.5)  # before rank 2 had come, which the next time comes first
+    assert died == ["--dist_timeout 0.5: of 3 processes, rank 2 had not come after so many seconds"] * 2
+    assert {store.add("met", 1) for store in meet([2, 1, 0], 3, url)} == {1, 2, 3}
+
+
+def test_a_rank_that_comes_twice_is_told(variables, tmp_path):
+    variables({})
+    url = f"file://{tmp_path}/store"
+    told = f"rank 1: two processes have it, by X; or {url} was used before"
+    assert meet([0, 1, 1], 3, url, timeout=1)[2] == told
 
 
 @pytest.mark.parametrize("launcher", ["mpirun", "hydra", "srun"])

@@ -256,18 +256,41 @@ def _meet(rank: int, world_size: int, dist_url: str, timeout: float, told_by: st
         wait_for(lambda: opened, lambda: f"{where} is another service's: it had not answered as rank 0 does")
     if isinstance(opened[0], Exception):
         raise UsageError(f"port {port}: {str(opened[0]).splitlines()[0]}; give another")
-    # torchrun's restarted workers may find the store of the attempt before, with addresses of the dead
-    store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", opened[0])
-    refuse(store.add(f"{rank}", 1) > 1, f"rank {rank}: two processes have it, by {told_by}; or {where} was used before")
-    if store.add("come", 1) == world_size:
-        store.set("all", "")
+    twice = f"rank {rank}: two processes have it, by {told_by}; or {where} was used before"
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        twice = ""  # never, but workers that torchrun starts again find the store of those before
+    return _gather_in(dist.PrefixStore(f"of {world_size}", opened[0]), rank, world_size, wait_for, twice)
+
+
+def _gather_in(store: dist.Store, rank: int, world_size: int, wait_for: Callable, twice: str) -> dist.Store:
+    """A part of the store in which all ranks are. Raises UsageError(twice), unless empty, where a rank comes twice.
+
+    torchrun's store outlives its workers, with the addresses of the dead in it, and each node counts restarts of its
+    own. So rank 0 gives each meeting a name, and alone says that all have come: of a meeting of the dead, either this
+    rank was there or rank 0 never says so.
+    """
+    name, meeting = b"", None
+    if rank == 0:
+        refuse(store.add("meetings", 1) > 1 and twice, twice)
+        store.set("name", str(time.time_ns()))
+
+    def all_here() -> object:
+        nonlocal name, meeting
+        if store.check(["name"]) and (latest := store.get("name")) != name:
+            name, meeting = latest, dist.PrefixStore(latest.decode(), store)
+            if meeting.add(f"{rank}", 1) > 1:
+                refuse(twice, twice)
+                meeting = None
+        if rank == 0 and meeting.check([f"{other}" for other in range(world_size)]):
+            meeting.set("all", "")
+        return meeting and meeting.check(["all"])
 
     def missing() -> str:
-        ranks = [str(other) for other in range(world_size) if not store.check([str(other)])]
+        ranks = [f"{other}" for other in range(world_size) if not meeting.check([f"{other}"])] if meeting else ["0"]
         return f"of {world_size} processes, rank {', '.join(ranks[:8])}{', ...' * (len(ranks) > 8)} had not come"
 
-    wait_for(lambda: store.check(["all"]), missing)
-    return store
+    wait_for(all_here, missing)
+    return dist.PrefixStore(name.decode(), store)
 
 
 @contextmanager
