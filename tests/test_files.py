@@ -80,6 +80,8 @@ def test_labels_that_are_numbers(images):
         ("a/0.png big dog\n", [], r"line 1, 'a/0.png big dog', names no image"),
         ("nowhere/0.png\n", None, r"line 1: no file .*nowhere/0.png; paths are absolute or below --data_path \("),
         ("\n \n", None, r"is empty; a line is"),
+        ("class,name\n0,cat\n1,dog\n", None, r"line 2, '0,cat', names no image"),
+        ("id,species,fold\n0,cat,1\n", [], r"line 2, '0,cat,1', names no image"),
         ("a/0.png cat\na/1.jpg bea\n", ["bee", "cat"], r"line 2: label 'bea' is not among the 2 .*did you mean bee\?"),
         ("a/0.png 2\n", ["bee", "cat"], r"line 1: label '2' is not among the 2 classes"),
         ("a/0.png -1\n", ["0", "1"], r"line 1: label '-1' is not among the 2 classes"),

@@ -189,15 +189,16 @@ class ImageList(ImageFiles):
         self, file: str, flag: str, root: str | None, classes: list[str] | None = None, in_chans: int = 3,
         nb_classes: int | None = None,
     ):  # fmt: skip
-        source, paths, labels, where, split = f"{flag} {file}", [], [], [], split_line
+        source, paths, labels, where = f"{flag} {file}", [], [], []
+        split, header = split_line, False
         for number, line in enumerate(_lines(file, source), 1):
             if not line.strip():
                 continue
             path, label = split(line)
             if path.lower().endswith(EXTENSIONS):
                 fault = "" if label or classes is None else "has no label"
-            elif not paths and split is split_line and _is_header(line):
-                split = by_columns(line)
+            elif not (paths or header) and _is_header(line):
+                split, header = by_columns(line), True
                 continue
             else:
                 fault = f"names no image ({', '.join(EXTENSIONS)})"
