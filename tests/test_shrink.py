@@ -3,11 +3,13 @@
 import contextlib
 import tarfile
 
+import numpy as np
 import pytest
 from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
 from tests.pictures import picture, save
+from tests.test_formats import png
 from tools import shrink
 from utils.data.tars import open_tar
 from utils.errors import run_cli
@@ -62,6 +64,18 @@ def test_a_large_jpeg_is_decoded_at_a_reduced_scale_that_changes_little(call, tm
     assert (small.int() - usual.int()).abs().float().mean() < 4
 
 
+def test_colour_of_16_bits_is_left_out(call, tmp_path):
+    """Pillow opens such files as 8-bit RGB."""
+    deep = np.random.default_rng(0).integers(0, 2**16, (40, 60, 3)).astype(">u2")
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a.png").write_bytes(png(deep))
+    (tmp_path / "in/b.ppm").write_bytes(b"P6 60 40 65535\n" + deep.tobytes())
+    save(picture(), tmp_path / "in/c.png")
+    text = call("--data_path", tmp_path / "in", "--output", tmp_path / "out.tar", "--size", 24)
+    assert "1 images, 2 left out" in text
+    assert text.count("has more than 8 bits") == 2
+
+
 @pytest.mark.parametrize("share", [0.0, 0.005, 0.03, 0.06, 0.3, 0.62, 0.9, 1.0])
 def test_what_was_stopped_goes_on(call, images, tmp_path, share):
     """However much of the tar was on disk: the bytes are those of a run that was not stopped."""
@@ -80,12 +94,15 @@ def test_what_was_stopped_goes_on(call, images, tmp_path, share):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [("--output x.zip", "--output x.zip: must end in .tar"), ("--output {}/in/../there.tar", "is there already"),
-     ("--output {}/begun.tar", "was begun with other flags"), ("--quality 0 --output x.tar", "--quality 0: must be")],
+     ("--output {}/begun.tar", "was begun with other flags"), ("--output {}/download.tar", "or is another file; delete"),
+     ("--output {}/none/x.tar", "none/x.tar.part: No such file or directory"), ("--quality 0 --output x.tar", "--quality 0: must be")],
 )  # fmt: skip
 def test_mistakes_are_one_line(call, images, tmp_path, flags, message):
     (tmp_path / "there.tar").touch()
     with tarfile.open(tmp_path / "begun.tar.part", "w") as tar:
         shrink.add_file(tar, shrink.SETTINGS, b"{}")
+    (tmp_path / "download.tar.part").write_bytes(b"half a download")
     text = call("--data_path", images, *flags.format(tmp_path).split())
     assert message in text.splitlines()[-1]
+    assert (tmp_path / "download.tar.part").read_bytes() == b"half a download"
     assert Image.open(images / "ant/a.png").size == (60, 40)

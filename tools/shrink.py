@@ -21,8 +21,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from utils.args import ArgumentParser, whole
 from utils.data.files import ImageFiles, ImageTree
+from utils.data.formats import deep_colour
 from utils.data.tars import TarFiles, open_tar, tar_shards
-from utils.errors import UsageError, run_cli
+from utils.errors import UsageError, refuse, run_cli
 
 SETTINGS = ".shrink.json"  # first in the tar; its readers pass over hidden files
 SUFFIXES = {"jpeg": (".jpg", ".jpeg"), "webp": (".webp",)}
@@ -40,13 +41,14 @@ class Shrunk(Dataset):
             content = self.images.read(index)
             with Image.open(io.BytesIO(content)) as image:
                 scale, buffer = self.size / min(image.size), io.BytesIO()
+                deep = image.mode[0] in "IF" or deep_colour(content, image)
                 size = [max(self.size, round(side * scale)) for side in image.size]
                 if scale < 1:  # a JPEG at a half, quarter or eighth, where that is still twice as large
                     image.draft(None, [2 * side for side in size])
                 image.load()  # a damaged file is told now, not in training
                 if scale >= 1:
                     return "", content, ""
-                if image.mode[0] in "IF":
+                if deep:
                     return "", b"", f"{path}: has more than 8 bits"
                 image = image.convert("L" if image.mode in ("1", "L") else "RGB")
                 image.resize(size, Image.Resampling.BICUBIC).save(buffer, self.kind, quality=self.quality)
@@ -63,18 +65,23 @@ def add_file(tar: tarfile.TarFile, name: str, content: bytes) -> None:
 
 def whole_members(path: Path, settings: bytes) -> list[str]:
     """Names of the files that an unfinished tar holds whole; what follows them is cut off."""
-    names, end, size = [], 0, path.stat().st_size if path.exists() else 0
+    other = f"{path}: was begun with other flags, or is another file; delete it, or give another --output"
+    try:
+        path.touch()
+    except OSError as error:
+        raise UsageError(f"--output: {path}: {error.strerror}") from error
+    names, end, size = [], 0, path.stat().st_size
     if size:
+        with open(path, "rb") as file:
+            refuse(file.read(len(SETTINGS)) != SETTINGS[:size].encode(), other)
         with suppress(tarfile.TarError), open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
                 after = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
                 if after > size:
                     break
-                if not names and tar.extractfile(member).read() != settings:
-                    raise UsageError(f"{path}: was begun with other flags; delete it, or give another --output")
+                refuse(not names and tar.extractfile(member).read() != settings, other)
                 names.append(member.name)
                 end = after
-    path.touch()
     os.truncate(path, end)
     return names
 

@@ -129,18 +129,23 @@ def pillow_pixels(image: Image.Image, in_chans: int) -> Stored:
     return Stored(array[None] if array.ndim == 2 else array.transpose(2, 0, 1), kind, mode in ("LA", "RGBA"))
 
 
+def deep_colour(content: bytes, image: Image.Image) -> bool:
+    """Whether a file is a PNG or PPM in colour beyond 8 bits, of which Pillow keeps 8."""
+    if image.format == "PPM":
+        return image.mode == "RGB" and image.tile[0][3][-1] in range(256, 65536)  # a mode, or the largest value
+    return content.startswith(PNG) and content[24] == 16 and image.mode[0] != "I"
+
+
 def _read_deep(content: bytes, image: Image.Image) -> Stored | None:
-    """A PNG or PPM in colour beyond 8 bits, of which Pillow keeps 8; None: another file."""
-    if image.format == "PPM" and image.mode == "RGB":
+    """The pixels of `deep_colour`; None: another file."""
+    if not deep_colour(content, image):
+        return None
+    if image.format == "PPM":
         (codec, _, start, options), (width, height) = image.tile[0], image.size
-        if options[-1] not in range(256, 65536):  # a mode, or the largest value
-            return None
         # in grey Pillow keeps all, so: three colours side by side
         header = f"P{2 if codec == 'ppm_plain' else 5} {3 * width} {height} {options[-1]}\n"
         with Image.open(io.BytesIO(header.encode() + content[start:])) as grey:
             return Stored(np.array(grey).astype(np.uint16).reshape(height, width, 3).transpose(2, 0, 1), "PPM")
-    if not content.startswith(PNG) or content[24] != 16 or image.mode[0] == "I":
-        return None
     if not FAST_DECODERS:
         raise ValueError("a PNG in colour of 16 bits, of which Pillow reads 8; pip install torchcodec")
     image.load()  # damaged ones crash torchvision
