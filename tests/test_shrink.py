@@ -93,16 +93,24 @@ def test_what_was_stopped_goes_on(call, images, tmp_path, share):
 
 @pytest.mark.parametrize(
     ("flags", "message"),
-    [("--output x.zip", "--output x.zip: must end in .tar"), ("--output {}/in/../there.tar", "is there already"),
-     ("--output {}/begun.tar", "was begun with other flags"), ("--output {}/download.tar", "or is another file; delete"),
-     ("--output {}/none/x.tar", "none/x.tar.part: No such file or directory"), ("--quality 0 --output x.tar", "--quality 0: must be")],
-)  # fmt: skip
+    [
+        ("--output x.zip", "--output x.zip: must end in .tar"),
+        ("--output {}/in/../there.tar", "is there already"),
+        ("--output {}/begun.tar", "was begun with other flags"),
+        ("--output {}/download.tar", "or is another file; delete"),
+        ("--output {}/x.tar --data_path {}/splits", "splits: holds a folder for each split; make a tar of each"),
+        ("--output {}/none/x.tar", "none/x.tar.part: No such file or directory"),
+        ("--quality 0 --output x.tar", "--quality 0: must be"),
+    ],
+)
 def test_mistakes_are_one_line(call, images, tmp_path, flags, message):
     (tmp_path / "there.tar").touch()
     with tarfile.open(tmp_path / "begun.tar.part", "w") as tar:
         shrink.add_file(tar, shrink.SETTINGS, b"{}")
+    for split in ("train", "val"):
+        save(picture(), tmp_path / "splits" / split / "a/0.png")
     (tmp_path / "download.tar.part").write_bytes(b"half a download")
-    text = call("--data_path", images, *flags.format(tmp_path).split())
+    text = call("--data_path", images, *flags.replace("{}", str(tmp_path)).split())
     assert message in text.splitlines()[-1]
     assert (tmp_path / "download.tar.part").read_bytes() == b"half a download"
     assert Image.open(images / "ant/a.png").size == (60, 40)

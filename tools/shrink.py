@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from utils.args import ArgumentParser, whole
 from utils.data.files import ImageFiles, ImageTree
 from utils.data.formats import deep_colour
+from utils.data.splits import split_folders
 from utils.data.tars import TarFiles, open_tar, tar_shards
 from utils.errors import UsageError, refuse, run_cli
 
@@ -103,6 +104,8 @@ def main() -> None:
     output, part = Path(args.output), Path(f"{args.output}.part")
     if output.suffix != ".tar" or output.exists():
         raise UsageError(f"--output {output}: {'is there already' if output.exists() else 'must end in .tar'}")
+    if "val" in split_folders(args.data_path):
+        raise UsageError(f"--data_path {args.data_path}: holds a folder for each split; make a tar of each")
     source = args.data_path, "--data_path", 3
     images = open_tar(*source, labelled=False) if tar_shards(args.data_path) else ImageTree(*source)
     roots = [images.shards[k] for k in images.places[:, 0]] if isinstance(images, TarFiles) else repeat(args.data_path)

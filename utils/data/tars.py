@@ -19,10 +19,12 @@ from ..distributed import main_process_first
 from ..errors import UsageError
 from .files import ImageFiles, T, arrays_beside, extension, is_folder, number_classes, number_labels
 from .images import EXTENSIONS, IMAGE_EXTENSIONS, BadImage, hidden
+from .splits import NAMES
 
 log = logging.getLogger("fcmae")
 
 TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")  # compressed ones to be refused by name
+SPLITS = {name for names in NAMES.values() for name in names}
 COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"PK\3\4")
 opened = lru_cache(256)(partial(open, mode="rb", buffering=0))  # of many shards, not all at a time
 
@@ -196,6 +198,8 @@ def open_tar(
         left_out += Counter({".npy, .npz": len(names) - len(kept)})
     if labelled:
         labels = labels if by_label else _class_folders(names, classes or [])
+        if len(found := {*labels} - {""}) > 1 and not by_label and {x.lower() for x in found} <= SPLITS:
+            raise UsageError(f"{source}: its folders {', '.join(sorted(found))} are no classes; make a tar of each")
         kept = [i for i in kept if by_label or labels[i]]
         kept.sort(key=lambda i: (labels[i], os.path.dirname(names[i]), i))
     names, labels = [names[i] for i in kept], [labels[i] for i in kept]
