@@ -201,11 +201,11 @@ def test_log_txt_is_json_lines(tmp_path):
 
 
 @pytest.mark.parametrize(("start_epoch", "kept"), [(0, []), (1, [0]), (2, [0, 1]), (9, [0, 1, 2])])
-@pytest.mark.parametrize("torn", ['{"train_loss": 3.0, "epo', '{"epoch": 99}', "\n[1]\n{}\na word"])
+@pytest.mark.parametrize("torn", ['{"train_loss": 3.0, "epo', '{"epoch": 99}', "\n[1]\n{}\na word", "\udcff"])
 def test_a_resume_drops_what_it_does_again(tmp_path, start_epoch, kept, torn):
     """And what a kill has torn, or is no record; a line whose end alone is missing gets it."""
     log = tmp_path / "log.txt"
-    log.write_text("a heading\n" + "".join(f'{{"epoch": {epoch}}}\n' for epoch in range(3)) + torn)
+    log.write_text("a heading\n" + "".join(f'{{"epoch": {epoch}}}\n' for epoch in range(3)) + torn, errors="surrogateescape")
     run_log = RunLog(str(tmp_path))
     for epoch in (start_epoch, start_epoch + 1):
         run_log.epoch({"epoch": epoch})

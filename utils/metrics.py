@@ -238,7 +238,7 @@ class RunLog:
         """Add an epoch's record to log.txt, in place of what an interrupted run left of this epoch and later ones."""
         if self.path:
             with surviving_disk_errors(f"{self.path} lacks epoch {record['epoch']}"):
-                text = self.path.read_text() if self.path.exists() else ""
+                text = self.path.read_text(errors="replace") if self.path.exists() else ""
                 kept = "".join(f"{line}\n" for line in text.splitlines() if _is_before(line, record["epoch"]))
                 if kept != text:
                     replace(self.path, lambda file: file.write(kept.encode()))
