@@ -205,7 +205,8 @@ def test_log_txt_is_json_lines(tmp_path):
 def test_a_resume_drops_what_it_does_again(tmp_path, start_epoch, kept, torn):
     """And what a kill has torn, or is no record; a line whose end alone is missing gets it."""
     log = tmp_path / "log.txt"
-    log.write_text("a heading\n" + "".join(f'{{"epoch": {epoch}}}\n' for epoch in range(3)) + torn, errors="surrogateescape")
+    whole = "".join(f'{{"epoch": {epoch}}}\n' for epoch in range(3))
+    log.write_text(f"a heading\n{whole}{torn}", errors="surrogateescape")
     run_log = RunLog(str(tmp_path))
     for epoch in (start_epoch, start_epoch + 1):
         run_log.epoch({"epoch": epoch})
