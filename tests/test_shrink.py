@@ -64,16 +64,18 @@ def test_a_large_jpeg_is_decoded_at_a_reduced_scale_that_changes_little(call, tm
     assert (small.int() - usual.int()).abs().float().mean() < 4
 
 
-def test_colour_of_16_bits_is_left_out(call, tmp_path):
-    """Pillow opens such files as 8-bit RGB."""
+def test_what_would_be_changed_without_a_word_is_left_out(call, tmp_path):
+    """Pillow opens 16-bit colour as 8-bit RGB; and a JPEG cannot tell where there is no data."""
     deep = np.random.default_rng(0).integers(0, 2**16, (40, 60, 3)).astype(">u2")
     (tmp_path / "in").mkdir()
     (tmp_path / "in/a.png").write_bytes(png(deep))
     (tmp_path / "in/b.ppm").write_bytes(b"P6 60 40 65535\n" + deep.tobytes())
     save(picture(), tmp_path / "in/c.png")
+    picture().save(tmp_path / "in/d.tif", tiffinfo={42113: "0"})
     text = call("--data_path", tmp_path / "in", "--output", tmp_path / "out.tar", "--size", 24)
-    assert "1 images, 2 left out" in text
+    assert "1 images, 3 left out" in text
     assert text.count("has more than 8 bits") == 2
+    assert "d.tif: names a value for no data" in text
 
 
 @pytest.mark.parametrize("share", [0.0, 0.005, 0.03, 0.06, 0.3, 0.62, 0.9, 1.0])

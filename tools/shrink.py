@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from utils.args import ArgumentParser, whole
 from utils.data.files import ImageFiles, ImageTree
-from utils.data.formats import deep_colour
+from utils.data.formats import GDAL_NODATA, deep_colour
 from utils.data.splits import split_folders
 from utils.data.tars import TarFiles, open_tar, tar_shards
 from utils.errors import UsageError, refuse, run_cli
@@ -51,6 +51,8 @@ class Shrunk(Dataset):
                     return "", content, ""
                 if deep:
                     return "", b"", f"{path}: has more than 8 bits"
+                if GDAL_NODATA in getattr(image, "tag_v2", ()):  # which resizing would mix with data
+                    return "", b"", f"{path}: names a value for no data"
                 image = image.convert("L" if image.mode in ("1", "L") else "RGB")
                 image.resize(size, Image.Resampling.BICUBIC).save(buffer, self.kind, quality=self.quality)
         except Exception as error:  # on damaged files, Pillow's decoders raise whatever they run into
