@@ -280,6 +280,13 @@ def test_options_of_sbatch(flags, present, absent, submit):
     assert ("--cpus-per-task=10" in out.splitlines()[-1]) == ("cpus-per-task" not in absent)
 
 
+def test_a_home_in_job_dir_is_one_for_results_too(submit, tmp_path, monkeypatch):
+    """A shell leaves `--job_dir=~/runs` as it is; submitit would put logs in the home and we results in `./~`."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    _, out, _ = submit("--dry_run", "true", "--job_dir=~/runs")
+    assert out.splitlines()[-1].endswith(f" {tmp_path}/runs")
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [("30", 30), ("2:30", 3), ("72:00:00", 4320), ("3-00:00:00", 4320), ("1-2", 1560), ("1-2:30", 1590), ("0:01", 1)],

@@ -81,8 +81,9 @@ def add_slurm_arguments(parser: ArgumentParser) -> None:
         "--timeout", type=minutes, default=4320, help="time limit: minutes, or as SLURM has it, 3-00:00:00"
     )
     group.add_argument(
-        "--job_dir", default="", help="folder shared by all nodes, for logs and, if no --output_dir, results; %%j: job"
-    )
+        "--job_dir", type=os.path.expanduser, default="",
+        help="folder shared by all nodes, for logs and, if no --output_dir, results; %%j: job",
+    )  # fmt: skip
     group.add_argument("--cpus_per_task", type=whole(1), default=10, help="cores per task")
     group.add_argument("--mem_gb", type=positive, default=None, help="memory per node in GB")
     add_bool(group, "--use_volta32", False, "ask for GPUs of 32 GB, as --constraint volta32gb")
@@ -137,7 +138,7 @@ def check_folders(args) -> None:
             raise UsageError(
                 f"--{name} {getattr(args, name)}: {unknown[0]} is not filled in, only %j is, with the job id"
             )
-    job_dir = Path(args.job_dir).expanduser()
+    job_dir = Path(args.job_dir)
     folder = next(path for path in (job_dir, *job_dir.parents) if "%j" not in str(path)).absolute()
     try:
         folder.mkdir(parents=True, exist_ok=True)
