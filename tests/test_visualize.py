@@ -307,9 +307,11 @@ def test_mistakes(flags, message, draw, tmp_path):
 
 
 def test_without_matplotlib(draw, monkeypatch):
+    """Refused before another picture is drawn."""
     for name in ("matplotlib", "matplotlib.figure"):
         monkeypatch.setitem(sys.modules, name, None)
-    result, _ = draw("--diversity")
+    result, out = draw("--features", "--diversity")
     assert result.code == 2
+    assert not out.exists()
     assert result.err == "error: --diversity: draws with matplotlib, which is missing: pip install matplotlib\n"
     assert draw("--features", "--max_images", 1)[0].code == 0

@@ -10,6 +10,7 @@ layer.
 """
 
 import contextlib
+import importlib.util
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -145,11 +146,8 @@ def feature_diversity(encoder: Encoder, imgs: torch.Tensor, amp: Amp, batch_size
 
 
 def plot_diversity(rows: list[tuple], title: str, path: Path) -> None:
-    """Both columns of `feature_diversity` as lines over the layers. Raises UsageError without matplotlib."""
-    try:
-        from matplotlib.figure import Figure  # not pyplot, which may look for a screen
-    except ImportError as error:
-        raise UsageError("--diversity: draws with matplotlib, which is missing: pip install matplotlib") from error
+    """Both columns of `feature_diversity` as lines over the layers."""
+    from matplotlib.figure import Figure  # not pyplot, which may look for a screen
 
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
@@ -191,6 +189,8 @@ def main(args) -> None:
     setup_logging()
     if not (args.reconstructions or args.features or args.diversity):
         raise UsageError("nothing to draw: give --reconstructions, --features or --diversity, or several of them")
+    if args.diversity and importlib.util.find_spec("matplotlib") is None:  # before anything is written
+        raise UsageError("--diversity: draws with matplotlib, which is missing: pip install matplotlib")
     encoder = load_encoder(args)
     if args.reconstructions:
         check_reconstructions(args, encoder.patch_size)
