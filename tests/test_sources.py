@@ -82,12 +82,13 @@ def left(folder) -> list[str]:
     return [path.name for path in folder.rglob("*") if path.is_file()]
 
 
-def test_an_address_is_downloaded_once_and_files_of_one_name_are_told_apart(server, tmp_path):
+@pytest.mark.parametrize("place", ["{}/best.pth", "best.pth?id={}", "long/" * 80 + "{}/best.pth"])
+def test_an_address_is_downloaded_once_and_files_of_one_name_are_told_apart(place, server, tmp_path):
     for i in range(2):
-        server.files[f"/{i}/best.pth"] = as_file(classifier(i).state_dict(), tmp_path)
+        server.files[f"/{place.format(i)}"] = as_file(classifier(i).state_dict(), tmp_path)
     for _ in range(2):
         for i in range(2):
-            assert same(loaded(f"{server.address}/{i}/best.pth"), classifier(i))
+            assert same(loaded(f"{server.address}/{place.format(i)}"), classifier(i))
     assert len(server.asked) == 2
     assert left(tmp_path / "torch") == ["best.pth"] * 2
 
@@ -116,6 +117,13 @@ def test_what_is_no_whole_checkpoint_leaves_nothing(server, tmp_path):
         assert left(tmp_path / "torch") == []
     server.breaks_off = None
     assert same(loaded(f"{server.address}/a.pth"), classifier())
+
+
+def test_a_cache_that_cannot_be_written(server, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "file"))
+    with pytest.raises(UsageError, match=r"a.pth: cannot be downloaded \(.*Not a directory"):
+        loaded(f"{server.address}/a.pth")
 
 
 def test_without_a_network():

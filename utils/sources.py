@@ -1,5 +1,7 @@
 """Where weights come from: a file, an address, or a name on the Hugging Face hub; a download is kept."""
 
+import contextlib
+import hashlib
 import os
 import re
 import urllib.error
@@ -55,11 +57,10 @@ def local_file(flag: str, source: str | os.PathLike) -> Path:
 
 def _from_address(address: str) -> Path:
     parts = urlsplit(address)
-    name = Path(unquote(parts.path)).name or "checkpoint"
-    # below host and folder: torch.hub's own cache takes files of one name for one file
-    folder = Path(
-        torch.hub.get_dir(), "checkpoints", re.sub(r"[^\w.-]", "_", parts.netloc + os.path.dirname(parts.path))
-    )
+    name = Path(unquote(parts.path)).name[-100:] or "checkpoint"
+    # a folder for each address, what follows its ? included: torch.hub's own cache takes one name for one file
+    digest = hashlib.sha256(address.encode()).hexdigest()[:16]
+    folder = Path(torch.hub.get_dir(), "checkpoints", f"{parts.hostname}-{digest}")
     path, aside = folder / name, folder / f".{os.getpid()}.{name}"
     if path.exists():
         return path
@@ -74,7 +75,8 @@ def _from_address(address: str) -> Path:
     except (OSError, RuntimeError, ValueError) as error:
         raise UsageError(f"cannot be downloaded ({getattr(error, 'reason', None) or error})") from error
     finally:
-        aside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            aside.unlink()
     return path
 
 
