@@ -1,5 +1,6 @@
 """What a GPU is to be measured for, in order of importance, until the time is used up: `benchmark.py --what gpu`."""
 
+import functools
 import json
 import re
 import subprocess
@@ -65,11 +66,11 @@ def run(minutes: float, output: str, device: str, name: str) -> None:
 
 def shares(records: list[dict]) -> str:
     """A table of FCMAE's steps at 224 px: the share of an H100's peak, 990 TFLOP/s, that their arithmetic takes."""
+    flop_of = functools.cache(lambda *step: sum(kind[0] for kind in roofline.count(*step, 1, 1).classes.values()))
     lines = ["\n| FCMAE step | batch | TFLOP/s | of 990 |\n|---|---|---|---|"]
     for r in records:
         if r["form"].startswith("FCMAE") and r["input_size"] == 224:
-            flop = sum(kind[0] for kind in roofline.count(r["model"], r["batch_size"], 1, 1).classes.values())
-            rate = flop / median(r["seconds"]) / 1e12
+            rate = flop_of(r["model"], r["batch_size"]) / median(r["seconds"]) / 1e12
             lines.append(f"| {r['model']}, {r['form']} | {r['batch_size']} | {rate:.1f} | {rate / 990:.1%} |")
     return "\n".join(lines) + "\n"
 
