@@ -132,6 +132,7 @@ def test_an_encoder_gives_features_alone(scripts, tmp_path):
         ("--grid a.jpg", "--grid a.jpg: must be a file that ends in .png"),
         ("--embeddings a.pt", "--embeddings a.pt: must be a file that ends in .npy or .safetensors"),
         ("--output /dev/null/x.csv", "--output /dev/null.*: cannot be written"),
+        ("--output /dev", "--output /dev: is a folder; give a file in it"),
         ("--in_chans 4", "unknown argument --in_chans"),
     ],
 )

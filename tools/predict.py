@@ -190,7 +190,9 @@ def main(args) -> None:
         loader.bad.fate = "left out"
         with contextlib.ExitStack() as folders:
             for flag in ("output", "embeddings", "grid"):
-                folder = getattr(args, flag) and os.path.dirname(os.path.abspath(getattr(args, flag)))
+                path = getattr(args, flag) or ""
+                refuse(os.path.isdir(path), f"--{flag} {path}: is a folder; give a file in it")
+                folder = path and os.path.dirname(os.path.abspath(path))
                 folders.enter_context(prepared_output_dir(folder, f"--{flag}"))
             columns = predict(model, loader, Amp(device, args.use_amp, torch.bfloat16), args.top_k)
             bad = sum(distributed.gather(len(loader.bad)))
