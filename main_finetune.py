@@ -276,9 +276,9 @@ def train(args, amp: Amp, run: Run) -> None:
     if args.linear_probe and not args.finetune and not run.resume_from:
         log.warning("--linear_probe true without --finetune: the frozen encoder is a random one")
     log.info(
-        "%s: %.2f M parameters, %d classes, lr %.3g, epochs %d to %d on %s",
-        args.model, sum(p.numel() for p in model.parameters()) / 1e6, nb_classes, lr, run.start_epoch,
-        args.epochs - 1, amp.device,
+        "%d images of %d classes; %s: %.2f M parameters, lr %.3g, epochs %d to %d on %s",
+        loader.sampler.num_samples, nb_classes, args.model, sum(p.numel() for p in model.parameters()) / 1e6, lr,
+        run.start_epoch, args.epochs - 1, amp.device,
     )  # fmt: skip
     wrapped = distributed.data_parallel(WithLoss(model, build_criterion(args, mixup)), args.compile)
     for epoch in run.epochs():

@@ -329,7 +329,7 @@ def test_lists_end_to_end(scripts, tmp_path):
     assert "40 images" in result.out, result.err
     flags = ("--train_list", tmp_path / "train.txt", "--eval_list", tmp_path / "val.txt", "--epochs", 2)
     result = scripts.finetune(*flags, "--output_dir", tmp_path / "out")
-    assert "M parameters, 4 classes" in result.out, result.err
+    assert "40 images of 4 classes" in result.out, result.err
     best = tmp_path / "out/checkpoint-best.pth"
     assert load(best)["classes"] == [f"class c{i}" for i in range(4)]
     folders = scripts.finetune("--epochs", 2, "--output_dir", tmp_path / "folders")
@@ -354,7 +354,7 @@ def test_hidden_folders_are_no_classes(scripts, tmp_path):
     (tmp_path / "train/c0/._0.png").write_text("Mac OS X")
     flags = ("--data_path", tmp_path / "train", "--eval_data_path", tmp_path / "val", "--epochs", 1)
     result = scripts.finetune(*flags, "--warmup_epochs", 0)
-    assert "M parameters, 4 classes" in result.out, result.err
+    assert "40 images of 4 classes" in result.out, result.err
     assert "unreadable" not in result.out
     args = finetune_args(data_set="image_folder", data_path=tmp_path / "train", eval_data_path=tmp_path / "val")
     assert datasets.labelled_files(False, args).classes == ["c0", "c1", "c2", "c3"]

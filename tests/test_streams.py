@@ -82,7 +82,7 @@ def test_evaluation_counts_every_image_once(processes, workers, shards, scripts,
     done = launch(scripts, "main_finetune", processes, tmp_path, *stream(shards), *flags, "--lr", 0, "--min_lr", 0)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("(22 images)") == 2
-    assert "M parameters, 4 classes" in done.stdout
+    assert "40 images of 4 classes" in done.stdout
     alone = scripts.finetune(
         *stream(shards), *flags, "--lr", 0, "--min_lr", 0, "--epochs", 1, "--output_dir", tmp_path / "alone"
     )

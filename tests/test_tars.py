@@ -366,7 +366,7 @@ def test_tars_end_to_end(scripts, tmp_path):
     result = scripts.pretrain(*flags, "--num_workers", 2)
     assert "40 images" in result.out, result.err
     result = scripts.finetune(*flags, "--eval_data_path", tmp_path / "val.tar")
-    assert "M parameters, 4 classes" in result.out, result.err
+    assert "40 images of 4 classes" in result.out, result.err
     assert "(22 images)" in result.out
     result = scripts.finetune(*flags)  # folders are numbered by the classes in the tar
     assert "(22 images)" in result.out, result.err
