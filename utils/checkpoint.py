@@ -102,9 +102,10 @@ def run_of(path: str | os.PathLike) -> str | None:
 
 
 def finite(state_dict: dict) -> bool:
-    """Whether no weight is NaN or infinite."""
+    """Whether no weight is NaN or infinite; waits for the device once."""
     tensors = (v for v in state_dict.values() if isinstance(v, torch.Tensor) and v.is_floating_point())
-    return all(bool(v.isfinite().all()) for v in tensors)
+    found = [v.isfinite().all() for v in tensors]
+    return not found or bool(torch.stack(found).all())
 
 
 def numbered(output_dir: str | os.PathLike) -> list[tuple[int, float, Path]]:
