@@ -76,7 +76,7 @@ def test_points_and_best_values():
 def test_damaged_lines_are_reported_and_skipped(tmp_path, monkeypatch, capsys):
     folder = write_log(tmp_path / "a", [2.0, 1.0])
     with open(folder / "log.txt", "a") as file:
-        file.write('\n[1]\n{"train_loss": 0.5, "epoch": 2}\n{"train_loss": 0.2, "epo')
+        file.write('\n[[1, 2]]\n{"train_loss": 0.5, "epoch": 2}\n{"train_loss": 0.2, "epo')
     code, out, _ = call(monkeypatch, capsys, folder, "--output", "")
     assert code == 0
     lines = out.splitlines()
@@ -127,7 +127,8 @@ def test_without_matplotlib(runs, monkeypatch, capsys):
 def test_a_panel_for_each_key_and_a_line_for_each_run(runs):
     pytest.importorskip("matplotlib")
     logs = {name: plot.read_log(runs / name) for name in "abc"}
-    figure = plot.draw(logs, ["train_loss", "test_acc1", "test_loss", "train_lr", "n_parameters"], "epoch")
+    keys = ["train_loss", "test_acc1", "test_loss", "train_lr", "n_parameters"]
+    figure = plot.draw(plot.choose(logs, keys, "epoch"), "epoch")
     panels = {panel.get_title(): panel for panel in figure.axes}
     assert list(panels) == ["train_loss", "test_acc1", "test_loss", "train_lr", "n_parameters"]
     drawn = {title: {line.get_label(): line for line in panel.lines} for title, panel in panels.items()}
@@ -145,7 +146,7 @@ def test_a_panel_for_each_key_and_a_line_for_each_run(runs):
 def test_many_runs_look_different_and_a_single_point_is_seen(runs):
     pytest.importorskip("matplotlib")
     logs = {f"run{i}": [{"epoch": 0, "train_loss": float(i)}] for i in range(25)}
-    lines = plot.draw(logs, ["train_loss"], "epoch").axes[0].lines
+    lines = plot.draw(plot.choose(logs, ["train_loss"], "epoch"), "epoch").axes[0].lines
     assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == 25
     assert {line.get_marker() for line in lines} == {"."}
 

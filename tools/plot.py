@@ -14,9 +14,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from utils.args import ArgumentParser
 from utils.distributed import setup_logging
-from utils.errors import UsageError, run_cli, suggest
+from utils.errors import UsageError, refuse, run_cli, suggest
 
 log = logging.getLogger("fcmae")
+
+Points = list[tuple[float, float]]
+Curves = dict[str, dict[str, Points]]  # of each key, each run's
 
 
 def get_args_parser() -> ArgumentParser:
@@ -37,91 +40,86 @@ def read_log(folder: str) -> list[dict]:
     records = []
     for number, line in enumerate(path.read_text(errors="replace").splitlines(), start=1):
         try:
-            records.append(dict(json.loads(line or "{}")))
+            records.append({**json.loads(line or "{}")})
         except (TypeError, ValueError):
             log.warning("%s: line %d is damaged, skipped", path, number)
-    if not any(records):
-        raise UsageError(f"{path}: holds no records")
+    refuse(not any(records), f"{path}: holds no records")
     return records
 
 
-def points(records: list[dict], x: str, key: str) -> list[tuple[float, float]]:
+def points(records: list[dict], x: str, key: str) -> Points:
     """(x, value) of the records that have both; a null, which stands for NaN, becomes NaN."""
     found = [(record[x], record[key]) for record in records if x in record and key in record]
     plain = [tuple(math.nan if value is None else value for value in pair) for pair in found]
     return [pair for pair in plain if all(isinstance(value, (int, float)) for value in pair)]
 
 
-def choose_keys(runs: dict[str, list[dict]], keys: list[str] | None, x: str) -> list[str]:
-    """The keys to draw: `keys`, or else the losses and accuracies that most runs have.
+def choose(runs: dict[str, list[dict]], keys: list[str] | None, x: str) -> Curves:
+    """The curves of `keys`, or else of the losses and accuracies that most runs have.
 
     Raises:
         UsageError: a key, or x, that no run has; nothing to draw.
     """
-    found = dict.fromkeys(key for records in runs.values() for record in records for key in record)
-    count = {key: sum(bool(points(records, x, key)) for records in runs.values()) for key in found}
-    known = [key for key in found if count[key] > 0] or list(found)
+    names = dict.fromkeys(key for records in runs.values() for record in records for key in record)
+    found = {key: {run: points(records, x, key) for run, records in runs.items()} for key in names}
+    count = {key: sum(map(bool, curves.values())) for key, curves in found.items()}
+    known = [key for key in names if count[key]] or list(names)
     for flag, name in [("--x", x), *(("--keys", key) for key in keys or [])]:
-        if name not in known:
-            raise UsageError(f"{flag} {name}: in none of the runs{suggest(name, known)}; {', '.join(known)}")
-    most = [key for key in known if 2 * count[key] > len(runs) and ("loss" in key or "acc" in key)]
-    if not (keys or most):
-        raise UsageError(f"--keys: no loss or accuracy is in most of the runs; give some of {', '.join(known)}")
-    return list(dict.fromkeys(keys or most))
+        refuse(name not in known, f"{flag} {name}: in none of the runs{suggest(name, known)}; {', '.join(known)}")
+    keys = keys or [key for key in known if 2 * count[key] > len(runs) and ("loss" in key or "acc" in key)]
+    refuse(not keys, f"--keys: no loss or accuracy is in most of the runs; give some of {', '.join(known)}")
+    return {key: found[key] for key in keys}
 
 
-def best_of(key: str, values: list[tuple[float, float]]) -> tuple[float, float] | None:
+def best_of(key: str, values: Points) -> tuple[float, float] | None:
     """Where a loss is lowest or an accuracy highest, the first time; of other keys nobody knows."""
     values = [pair for pair in values if not math.isnan(pair[1])]
-    if not values or not ("loss" in key or "acc" in key):
-        return None
-    return (min if "loss" in key else max)(values, key=lambda pair: pair[1])
+    best = min if "loss" in key else max if "acc" in key else None
+    return best(values, key=lambda pair: pair[1], default=None) if best else None
 
 
-def table(runs: dict[str, list[dict]], keys: list[str], x: str) -> str:
+def table(curves: Curves, x: str) -> str:
     """Last and best value of every key in every run, in aligned columns."""
     rows = [("key", "run", "last", "best", f"at {x}")]
-    for key in keys:
-        for label, records in runs.items():
-            if values := points(records, x, key):
-                best = best_of(key, values)
-                found = (f"{best[1]:.4g}", f"{best[0]:g}") if best else ("", "")
-                rows.append((key, label, f"{values[-1][1]:.4g}", *found))
+    for key, run, values in ((key, *curve) for key in curves for curve in curves[key].items()):
+        if values:
+            best = best_of(key, values)
+            found = (f"{best[1]:.4g}", f"{best[0]:g}") if best else ("", "")
+            rows.append((key, run, f"{values[-1][1]:.4g}", *found))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     line = "  ".join(f"{{:{side}{width}}}" for side, width in zip("<<>>>", widths, strict=True))
     return "\n".join(line.format(*row).rstrip() for row in rows)
 
 
-def draw(runs: dict[str, list[dict]], keys: list[str], x: str):
+def draw(curves: Curves, x: str):
     """A matplotlib figure with a panel per key; a run has the same colour in each."""
     from matplotlib.figure import Figure
 
-    columns = len(keys) if len(keys) <= 3 else math.ceil(math.sqrt(len(keys)))
-    rows = math.ceil(len(keys) / columns)
+    columns = len(curves) if len(curves) <= 3 else math.ceil(math.sqrt(len(curves)))
+    rows = math.ceil(len(curves) / columns)
     figure = Figure(figsize=(5 * columns, 3.5 * rows + 0.5), layout="constrained")
     lines = {}
-    for place, key in enumerate(keys, start=1):
+    for place, (key, of_runs) in enumerate(curves.items(), start=1):
         panel = figure.add_subplot(rows, columns, place, title=key, xlabel=x)
-        for i, (label, records) in enumerate(runs.items()):
-            if values := points(records, x, key):
-                style = {"color": f"C{i % 10}", "linestyle": ("-", "--", ":", "-.")[i // 10 % 4], "marker": "."}
-                (lines[label],) = panel.plot(*zip(*values, strict=True), label=label, **style)
+        for i, (run, values) in enumerate(of_runs.items()):
+            style = {"color": f"C{i % 10}", "linestyle": ("-", "--", ":", "-.")[i // 10 % 4], "marker": "."}
+            if values:
+                (lines[run],) = panel.plot(*zip(*values, strict=True), label=run, **style)
         panel.grid(alpha=0.3)
         if x == "epoch":
             panel.xaxis.get_major_locator().set_params(integer=True)
-    figure.legend(handles=[lines[label] for label in runs if label in lines], loc="outside lower center", ncols=columns)
+    figure.legend(handles=list(lines.values()), loc="outside lower center", ncols=columns)
     return figure
 
 
 def main() -> None:
     args = get_args_parser().parse_args()
     setup_logging()
-    runs = {folder: read_log(folder) for folder in args.runs}
-    keys = choose_keys(runs, args.keys, args.x)
-    print(table(runs, keys, args.x))
+    curves = choose({folder: read_log(folder) for folder in args.runs}, args.keys, args.x)
+    print(table(curves, args.x))
     if args.output:
         try:
-            draw(runs, keys, args.x).savefig(args.output, dpi=120)
+            draw(curves, args.x).savefig(args.output, dpi=120)
         except ImportError as error:
             more = "pip install matplotlib; --output '' prints the table alone"
             raise UsageError(f"--output {args.output}: needs a package more: {more}") from error
