@@ -1,6 +1,7 @@
 """tools/shrink.py: a folder or tar to one tar of smaller images, which goes on where it was stopped."""
 
 import contextlib
+import resource
 import tarfile
 
 import numpy as np
@@ -93,6 +94,34 @@ def test_what_was_stopped_goes_on(call, images, tmp_path, share):
     assert output.read_bytes() == content
 
 
+def test_a_full_disk_is_one_line_and_the_same_command_goes_on(call, images, tmp_path):
+    flags = "--data_path", images, "--size", 24, "--output"
+    call(*flags, tmp_path / "whole.tar")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        text = call(*flags, tmp_path / "out.tar")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    line = text.splitlines()[-1]
+    assert (
+        line == f"error: --output: {tmp_path}/out.tar.part: File too large; with that mended, the same command goes on"
+    )
+    assert "Traceback" not in text
+    call(*flags, tmp_path / "out.tar")
+    assert (tmp_path / "out.tar").read_bytes() == (tmp_path / "whole.tar").read_bytes()
+
+
+def test_two_files_of_one_name_are_refused(call, tmp_path):
+    """In JPEG a.png becomes a.png.jpg, which is there already; the name of a JPEG stays."""
+    for name in ("a.png", "a.png.jpg"):
+        save(picture(), tmp_path / "in" / name)
+    flags = "--data_path", tmp_path / "in", "--output", tmp_path / "out.tar", "--size", 24
+    assert call(*flags).endswith("in: two of its files would be a.png.jpg in the tar; rename one\n")
+    assert not (tmp_path / "out.tar.part").exists()
+    assert "2 images, 0 left out" in call(*flags, "--format", "webp")
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -108,7 +137,7 @@ def test_what_was_stopped_goes_on(call, images, tmp_path, share):
 def test_mistakes_are_one_line(call, images, tmp_path, flags, message):
     (tmp_path / "there.tar").touch()
     with tarfile.open(tmp_path / "begun.tar.part", "w") as tar:
-        shrink.add_file(tar, shrink.SETTINGS, b"{}")
+        tar.addfile(tarfile.TarInfo(shrink.SETTINGS))
     for split in ("train", "val"):
         save(picture(), tmp_path / "splits" / split / "a/0.png")
     (tmp_path / "download.tar.part").write_bytes(b"half a download")

@@ -81,11 +81,12 @@ def best_of(key: str, values: Points) -> tuple[float, float] | None:
 def table(curves: Curves, x: str) -> str:
     """Last and best value of every key in every run, in aligned columns."""
     rows = [("key", "run", "last", "best", f"at {x}")]
-    for key, run, values in ((key, *curve) for key in curves for curve in curves[key].items()):
-        if values:
-            best = best_of(key, values)
-            found = (f"{best[1]:.4g}", f"{best[0]:g}") if best else ("", "")
-            rows.append((key, run, f"{values[-1][1]:.4g}", *found))
+    for key, of_runs in curves.items():
+        for run, values in of_runs.items():
+            if values:
+                best = best_of(key, values)
+                found = (f"{best[1]:.4g}", f"{best[0]:g}") if best else ("", "")
+                rows.append((key, run, f"{values[-1][1]:.4g}", *found))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     line = "  ".join(f"{{:{side}{width}}}" for side, width in zip("<<>>>", widths, strict=True))
     return "\n".join(line.format(*row).rstrip() for row in rows)

@@ -10,12 +10,13 @@ import os
 import sys
 import tarfile
 import time
+from collections import Counter
 from contextlib import suppress
-from itertools import repeat
+from functools import partial
 from pathlib import Path
 
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -23,67 +24,57 @@ from utils.args import ArgumentParser, whole
 from utils.data.files import ImageFiles, ImageTree
 from utils.data.formats import GDAL_NODATA, deep_colour
 from utils.data.splits import split_folders
-from utils.data.tars import TarFiles, open_tar, tar_shards
+from utils.data.tars import open_tar, tar_shards
 from utils.errors import UsageError, refuse, run_cli
 
 SETTINGS = ".shrink.json"  # first in the tar; its readers pass over hidden files
 SUFFIXES = {"jpeg": (".jpg", ".jpeg"), "webp": (".webp",)}
 
 
-class Shrunk(Dataset):
-    """Of each image, the ending that its name gets, its content, and "", or what is wrong with it."""
-
-    def __init__(self, images: ImageFiles, size: int, kind: str, quality: int):
-        self.images, self.size, self.kind, self.quality = images, size, kind, quality
-
-    def __getitem__(self, index: int) -> tuple[str, bytes, str]:
-        path = self.images.paths[index]
-        try:
-            content = self.images.read(index)
-            with Image.open(io.BytesIO(content)) as image:
-                scale, buffer = self.size / min(image.size), io.BytesIO()
-                deep = image.mode[0] in "IF" or deep_colour(content, image)
-                size = [max(self.size, round(side * scale)) for side in image.size]
-                if scale < 1:  # a JPEG at a half, quarter or eighth, where that is still twice as large
-                    image.draft(None, [2 * side for side in size])
-                image.load()  # a damaged file is told now, not in training
-                if scale >= 1:
-                    return "", content, ""
-                if deep:
-                    return "", b"", f"{path}: has more than 8 bits"
-                if GDAL_NODATA in getattr(image, "tag_v2", ()):  # which resizing would mix with data
-                    return "", b"", f"{path}: names a value for no data"
-                image = image.convert("L" if image.mode in ("1", "L") else "RGB")
-                image.resize(size, Image.Resampling.BICUBIC).save(buffer, self.kind, quality=self.quality)
-        except Exception as error:  # on damaged files, Pillow's decoders raise whatever they run into
-            return "", b"", f"{path}: {error or type(error).__name__}"
-        return "" if path.lower().endswith(SUFFIXES[self.kind]) else SUFFIXES[self.kind][0], buffer.getvalue(), ""
-
-
-def add_file(tar: tarfile.TarFile, name: str, content: bytes) -> None:
-    member = tarfile.TarInfo(name)
-    member.size = len(content)
-    tar.addfile(member, io.BytesIO(content))
-
-
-def whole_members(path: Path, settings: bytes) -> list[str]:
-    """Names of the files that an unfinished tar holds whole; what follows them is cut off."""
-    other = f"{path}: was begun with other flags, or is another file; delete it, or give another --output"
+def shrunk(images: ImageFiles, size: int, kind: str, quality: int, index: int) -> tuple[bytes, bool, str]:
+    """A file's content, whether it was made smaller, and "", or what is wrong with it."""
     try:
-        path.touch()
-    except OSError as error:
-        raise UsageError(f"--output: {path}: {error.strerror}") from error
-    names, end, size = [], 0, path.stat().st_size
-    if size:
-        with open(path, "rb") as file:
-            refuse(file.read(len(SETTINGS)) != SETTINGS[:size].encode(), other)
-        with suppress(tarfile.TarError), open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
-            for member in tar:
-                after = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+        content = images.read(index)
+        with Image.open(io.BytesIO(content)) as image:
+            scale, buffer = size / min(image.size), io.BytesIO()
+            deep = image.mode[0] in "IF" or deep_colour(content, image)
+            sides = [max(size, round(side * scale)) for side in image.size]
+            if scale < 1:  # a JPEG at a half, quarter or eighth, where that is still twice as large
+                image.draft(None, [2 * side for side in sides])
+            image.load()  # a damaged file is told now, not in training
+            if scale >= 1:
+                return content, False, ""
+            refuse(deep, "has more than 8 bits")
+            # which resizing would mix with data
+            refuse(GDAL_NODATA in getattr(image, "tag_v2", ()), "names a value for no data")
+            image = image.convert("L" if image.mode in ("1", "L") else "RGB")
+            image.resize(sides, Image.Resampling.BICUBIC).save(buffer, kind, quality=quality)
+            return buffer.getvalue(), True, ""
+    except Exception as error:  # on damaged files, Pillow's decoders raise whatever they run into
+        return b"", False, f"{images.paths[index]}: {error or type(error).__name__}"
+
+
+def member(name: str, content: bytes) -> bytes:
+    """A file as it lies in a tar."""
+    header = tarfile.TarInfo(name)
+    header.size = len(content)
+    return header.tobuf() + content + bytes(-len(content) % tarfile.BLOCKSIZE)
+
+
+def whole_members(path: Path, first: bytes) -> set[str]:
+    """Names of the files that an unfinished tar holds whole; what follows them is cut off."""
+    path.touch()
+    names, end, size = set(), 0, path.stat().st_size
+    with open(path, "rb") as file:
+        other = f"{path}: was begun with other flags, or is another file; delete it, or give another --output"
+        refuse(not first.startswith(file.read(len(first))), other)
+        file.seek(0)
+        with suppress(tarfile.TarError), tarfile.open(fileobj=file, mode="r:") as tar:
+            for found in tar:
+                after = found.offset_data + -(-found.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
                 if after > size:
                     break
-                refuse(not names and tar.extractfile(member).read() != settings, other)
-                names.append(member.name)
+                names.add(found.name)
                 end = after
     os.truncate(path, end)
     return names
@@ -101,40 +92,49 @@ def get_args_parser() -> ArgumentParser:
     return parser
 
 
+def write(part: Path, images: ImageFiles, names: list[tuple[str, str]], args) -> None:
+    """Write what the tar lacks. names: of each image, as it is and made smaller."""
+    settings = member(SETTINGS, json.dumps([args.data_path, args.size, args.format, args.quality]).encode())
+    done = whole_members(part, settings)
+    left = [i for i, pair in enumerate(names) if not done.intersection(pair)]
+    shrink = partial(shrunk, images, args.size, args.format, args.quality)
+    loader = DataLoader(left, batch_size=None, collate_fn=shrink, num_workers=args.num_workers)
+    begun, bad = time.perf_counter(), 0
+    with open(part, "ab") as file:
+        file.write(b"" if done else settings)
+        for index, (content, smaller, fault) in zip(left, loader, strict=True):
+            if fault:
+                bad += 1
+                print(f"left out: {fault}", file=sys.stderr)
+            else:
+                file.write(member(names[index][smaller], content))
+        file.write(bytes(2 * tarfile.BLOCKSIZE))  # the end of a tar
+    rate = len(left) / (time.perf_counter() - begun) / max(args.num_workers, 1)
+    print(f"{args.output}: {len(names) - bad} images, {bad} left out, {rate:.0f} images/s per process")
+
+
 def main() -> None:
     args = get_args_parser().parse_args()
-    output, part = Path(args.output), Path(f"{args.output}.part")
-    if output.suffix != ".tar" or output.exists():
-        raise UsageError(f"--output {output}: {'is there already' if output.exists() else 'must end in .tar'}")
-    if "val" in split_folders(args.data_path):
-        raise UsageError(f"--data_path {args.data_path}: holds a folder for each split; make a tar of each")
-    source = args.data_path, "--data_path", 3
-    images = open_tar(*source, labelled=False) if tar_shards(args.data_path) else ImageTree(*source)
-    roots = [images.shards[k] for k in images.places[:, 0]] if isinstance(images, TarFiles) else repeat(args.data_path)
-    names = [os.path.relpath(path, root) for path, root in zip(images.paths, roots)]  # noqa: B905 (one root for all)
-    if len(set(names)) < len(names):
-        raise UsageError(f"--data_path {args.data_path}: two of its tars hold a file of the same name")
-    settings = json.dumps([args.data_path, args.size, args.format, args.quality]).encode()
-    done = set(whole_members(part, settings))
-    left = [i for i, name in enumerate(names) if not {name, name + SUFFIXES[args.format][0]} & done]
-    begun, bad = time.perf_counter(), 0
-    shrunk = Shrunk(images, args.size, args.format, args.quality)
-    loader = DataLoader(Subset(shrunk, left), batch_size=None, num_workers=args.num_workers)
-    with open(part, "r+b") as file:
-        file.seek(0, os.SEEK_END)
-        with tarfile.open(fileobj=file, mode="w") as tar:
-            if not done:
-                add_file(tar, SETTINGS, settings)
-            for index, (ending, content, fault) in zip(left, loader, strict=True):
-                if fault:
-                    bad += 1
-                    print(f"left out: {fault}", file=sys.stderr)
-                else:
-                    add_file(tar, names[index] + ending, content)
-                tar.members.clear()  # of a million, gigabytes
-    os.replace(part, output)
-    rate = len(left) / (time.perf_counter() - begun) / max(args.num_workers, 1)
-    print(f"{output}: {len(names) - bad} images, {bad} left out, {rate:.0f} images/s per process")
+    output, part, data_path = Path(args.output), Path(f"{args.output}.part"), f"--data_path {args.data_path}"
+    refuse(output.suffix != ".tar", f"--output {output}: must end in .tar")
+    refuse(output.exists(), f"--output {output}: is there already")
+    refuse("val" in split_folders(args.data_path), f"{data_path}: holds a folder for each split; make a tar of each")
+    if tar_shards(args.data_path):
+        images = open_tar(args.data_path, "--data_path", 3, labelled=False)
+        roots = [images.shards[k] for k in images.places[:, 0]]
+    else:
+        images = ImageTree(args.data_path, "--data_path")
+        roots = [args.data_path] * len(images)
+    names = [os.path.relpath(path, root) for path, root in zip(images.paths, roots, strict=True)]
+    suffixes = SUFFIXES[args.format]
+    smaller = [name if name.lower().endswith(suffixes) else name + suffixes[0] for name in names]
+    ((name, count),) = Counter(smaller).most_common(1)
+    refuse(count > 1, f"{data_path}: two of its files would be {name} in the tar; rename one")
+    try:
+        write(part, images, list(zip(names, smaller, strict=True)), args)
+        os.replace(part, output)
+    except OSError as error:
+        raise UsageError(f"--output: {part}: {error.strerror}; with that mended, the same command goes on") from error
 
 
 if __name__ == "__main__":
