@@ -106,7 +106,7 @@ def evaluate(
     """acc1, acc5 (percent) and cross entropy of a classifier over all readable images, each counted once.
 
     The model is not wrapped for distribution here: processes have different numbers of batches. report: is given the
-    `Answers` to all images and the statistics, in every process.
+    `Answers` to all images and the statistics, in every process, and may give more of these.
     """
     was_training = model.training
     model.eval()
@@ -141,7 +141,7 @@ def evaluate(
         indices = loader.read if hasattr(loader, "bad") else range(seen)  # of a stream
         labels, top1, probabilities = torch.cat(answers, dim=1).cpu()
         mine = Answers(torch.tensor(indices, dtype=torch.int64), labels.long(), top1.long(), probabilities)
-        report(mine if copies > 1 else mine.gathered(), stats | {"unreadable": bad})
+        stats |= report(mine if copies > 1 else mine.gathered(), stats | {"unreadable": bad}) or {}
     return stats
 
 

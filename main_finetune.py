@@ -36,7 +36,7 @@ from utils.data.transforms import SMALL_INPUT_SIZE
 from utils.errors import UsageError, refuse, suggest
 from utils.lr_sched import Schedule
 from utils.param_groups import param_groups
-from utils.report import Reporter
+from utils.report import METRICS, Reporter
 from utils.run import Run, open_run, to_evaluate
 from utils.settings import as_trained
 
@@ -115,8 +115,8 @@ def idle_flags(args, use_amp: bool) -> list[tuple[str, object, str]]:
         ("mixup_switch_prob", not (args.mixup > 0 and cutmix), "unless both --mixup and --cutmix are on"),
         ("model_ema_decay model_ema_force_cpu", not args.model_ema, "without --model_ema true"),
         ("dist_eval", distributed.get_world_size() == 1, "on one process"),
-        ("eval_freq dist_eval eval_data_path eval_list crop_pct model_ema_eval predictions", args.disable_eval,
-         "with --disable_eval true"),
+        ("eval_freq dist_eval eval_data_path eval_list crop_pct model_ema_eval predictions best_metric patience",
+         args.disable_eval, "with --disable_eval true"),
         *flags.idle_flags(args, use_amp),
     ]  # fmt: skip
 
@@ -221,7 +221,8 @@ def build_classifier(path: str | Path, config: weights.BackboneConfig) -> ConvNe
 
 def build_reporter(args, evaluated: str, dataset, classes: list[str] | None, nb_classes: int) -> Reporter:
     names = list(classes or getattr(dataset, "classes", None) or map(str, range(nb_classes)))
-    return Reporter(evaluated, names, partial(path_of, dataset), args.output_dir, args.predictions, not args.eval)
+    paths = partial(path_of, dataset)
+    return Reporter(evaluated, names, paths, args.output_dir, args.predictions, not args.eval, args.best_metric)
 
 
 def evaluate_only(args, amp: Amp) -> None:
@@ -251,6 +252,7 @@ def evaluate_only(args, amp: Amp) -> None:
         if args.compile:
             model.forward_features = torch.compile(model.forward_features)
         evaluate(model, loader, amp, f"eval {path}{suffix and ' (EMA)'}", partial(report, suffix=suffix))
+    report.write()
 
 
 def train(args, amp: Amp, run: Run) -> None:
@@ -284,11 +286,14 @@ def train(args, amp: Amp, run: Run) -> None:
     for epoch in run.epochs():
         stats = train_one_epoch(wrapped, loader, optimizer, schedule, run, epoch, mixup)
         evaluates = eval_loader is not None and run.due(epoch, args.eval_freq)
-        report = None
-        if evaluates and epoch + 1 == args.epochs:
-            report = build_reporter(args, f"epoch {epoch}", eval_loader.dataset, classes, nb_classes)
-        scores = score(model, ema if args.model_ema_eval else None, eval_loader, amp, report) if evaluates else {}
+        scores, report = {}, None
+        if evaluates:
+            if epoch + 1 == args.epochs or args.patience or args.best_metric in METRICS:
+                report = build_reporter(args, f"epoch {epoch}", eval_loader.dataset, classes, nb_classes)
+            scores = score(model, ema if args.model_ema_eval else None, eval_loader, amp, report)
         run.record(epoch, stats, scores)
+        if report and run.ends(epoch):
+            report.write()
 
 
 def main(args) -> None:

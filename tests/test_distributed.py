@@ -146,6 +146,20 @@ def test_evaluation_counts_every_image_once(scripts, tmp_path):
             assert line[key] == pytest.approx(lines[0][key], rel=1e-6)
 
 
+def test_patience_ends_all_processes_after_the_same_epoch(scripts, tmp_path):
+    """The weights move, differently by rounding alone; 22 validation images."""
+    flags = ("--epochs", 8, "--best_metric", "f1", "--patience", 1, "--lr", 1e-4, "--batch_size")
+    for processes, batch_size in ((1, 8), (2, 4)):
+        done = launch(scripts, "main_finetune", processes, tmp_path / str(processes), *flags, batch_size)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert done.stdout.count("the run ends early, after epoch") == 1
+    one, two = (records(tmp_path / str(processes)) for processes in (1, 2))
+    assert [line["test_f1"] for line in one] == pytest.approx([line["test_f1"] for line in two])
+    reports = [json.loads((tmp_path / name / "report.json").read_text()) for name in "12"]
+    assert reports[0]["confusion_matrix"] == reports[1]["confusion_matrix"]
+    assert reports[0]["evaluated"] == reports[1]["evaluated"] == f"epoch {len(one) - 1}"
+
+
 LAUNCHERS = {  # what they set for the second of two processes on each of two nodes
     "torchrun": {"RANK": 3, "WORLD_SIZE": 4, "LOCAL_RANK": 1},
     "mpirun": {"OMPI_COMM_WORLD_RANK": 3, "OMPI_COMM_WORLD_SIZE": 4, "OMPI_COMM_WORLD_LOCAL_RANK": 1},

@@ -436,6 +436,9 @@ FINETUNE = [
     ("--smoothing 0.2", "--eval true", "--mixup 0.8"),
     ("--auto_resume false", "--eval true --output_dir x --resume $file", "--eval true --output_dir x"),
     ("--predictions x.csv", "--disable_eval true", ""),
+    ("--best_metric f1", "--disable_eval true", ""),
+    ("--patience 3", "--disable_eval true", ""),
+    ("--patience 3", "--eval true", ""),
 ]
 ROWS = [(main_pretrain, *row) for row in BOTH + PRETRAIN] + [(main_finetune, *row) for row in BOTH + FINETUNE]
 

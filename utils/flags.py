@@ -140,6 +140,10 @@ def add_finetune_arguments(parser: ArgumentParser) -> None:
     add_switch("--linear_probe", False, "freeze the encoder, train a linear head; see recipes/linear_probe.args")
     add("--eval_freq", type=whole(1), default=1, help="epochs between evaluations; the last always has one")
     add_switch("--disable_eval", False, "train without evaluating")
+    metrics = ("acc1", "balanced_acc", "f1", "loss")
+    add("--best_metric", choices=metrics, default="acc1", help="of an evaluation, by which checkpoint-best.pth is")
+    patience_help = "evaluations in a row with no better --best_metric, of model or average, that end the run"
+    add("--patience", type=whole(0), default=0, help=f"{patience_help}; 0: none do")
 
     add, _ = add_group(parser, "optimizer")
     add("--opt", default="adamw", help="any optimizer of timm's factory")

@@ -7,6 +7,7 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from functools import partial
 from operator import itemgetter
 from pathlib import Path
@@ -25,6 +26,10 @@ SHOWN = 50  # classes in the picture and the table
 MATRIX = 1000  # classes up to which report.json holds the whole matrix
 BINS = 15  # of the calibration error
 AVERAGES = ("macro", "weighted")
+METRICS = {  # of --best_metric, in percent, what is of the report
+    "balanced_acc": lambda report: 100 * report["balanced_accuracy"],
+    "f1": lambda report: 100 * report["macro"]["f1"],
+}
 
 
 class Answers(NamedTuple):
@@ -133,11 +138,12 @@ def write_file(path: str | Path, write: Callable) -> None:
     log.info("written: %s", path)
 
 
-class Reporter(NamedTuple):
+@dataclass
+class Reporter:
     """Reports what `evaluate` found: a table in the log, report.json and confusion.png, and a file of predictions.
 
     evaluated: what was, for the report. path_of: the path of an image by its number. output_dir, predictions: "": no
-    files. in_training: a full disk is reported, and training goes on.
+    files. in_training: a full disk is reported, and training goes on. metric: of --best_metric.
     """
 
     evaluated: str
@@ -146,17 +152,24 @@ class Reporter(NamedTuple):
     output_dir: str
     predictions: str
     in_training: bool
+    metric: str
+    found: list[tuple] = field(default_factory=list)
 
-    def __call__(self, answers: Answers, stats: dict[str, float], suffix: str = "") -> None:
-        """Write, in the first process, the files with the suffix behind their names.
+    def __call__(self, answers: Answers, stats: dict[str, float], suffix: str = "") -> dict[str, float]:
+        """Keep for `write` what has this suffix behind its files' names; the metric, where it is one of METRICS."""
+        if not len(answers.labels):
+            return {}
+        report = {"evaluated": self.evaluated + suffix} | summarise(answers, self.classes, stats)
+        self.found.append((answers, report, suffix))
+        return {self.metric: METRICS[self.metric](report)} if self.metric in METRICS else {}
 
-        Raises:
-            UsageError: a file that cannot be written, unless in training.
-        """
-        if not is_main_process() or not len(answers.labels):
-            return
+    def write(self) -> None:
+        """Write, in the first process, what was kept. Raises UsageError where that fails, unless in training."""
+        for kept in self.found if is_main_process() else ():
+            self._write(*kept)
+
+    def _write(self, answers: Answers, report: dict, suffix: str) -> None:
         classes, count = self.classes, len(self.classes)
-        report = {"evaluated": self.evaluated + suffix} | summarise(answers, classes, stats)
         for line in table(report):
             log.info("%s", line)
         files: dict[Path, Callable] = {}

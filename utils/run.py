@@ -16,6 +16,7 @@ from torchvision.utils import save_image
 from . import checkpoint, record
 from .amp import Amp
 from .args import prepared_output_dir
+from .best import Best
 from .distributed import all_reduce_sum, check_same, from_main_process, gather, is_main_process
 from .errors import NonFiniteLoss, UsageError, surviving_disk_errors
 from .interrupts import Interrupts
@@ -75,7 +76,8 @@ class Run:
         self.flags, self.amp, self.interrupts = flags, amp, interrupts
         self.seed, self.output_dir, self.start_epoch = flags["seed"], flags["output_dir"], flags["start_epoch"]
         self.saves = bool(self.output_dir and flags["save_ckpt"])
-        self.log, self.best, self.ema = RunLog(), {}, None
+        self.log, self.ema = RunLog(), None
+        self.best = Best(flags.get("best_metric", "acc1"), flags.get("patience", 0))
         self.epoch_progress: dict | None = None
         self._content: dict | None = None
         self.id, self.new, self.resume_from, depth = from_main_process(self._choose)
@@ -160,7 +162,7 @@ class Run:
             check_same(number, f"{path}, its {what}")
         if ema:
             checkpoint.load_weights(ema.module, state["model_ema"], str(path))
-        self.best = state.get("best", {})
+        self.best.load(state.get("best", {}), path)
         if self.epoch_progress and is_main_process():
             loader.bad.add(self.epoch_progress.get("bad", {}))
         log.info("resumed from %s, going on with epoch %d", path, self.start_epoch)
@@ -168,8 +170,9 @@ class Run:
     def epochs(self) -> Iterator[int]:
         """The epochs still to be done. After each it saves where that is due, obeys a signal and tells an eta."""
         total, begun = self.flags["epochs"], time.perf_counter()
-        if self.start_epoch >= total:
-            log.info("nothing to do: all %d epochs are done; a larger --epochs goes on", total)
+        done = f"all {total} epochs are done; a larger --epochs goes on" if self.start_epoch >= total else ""
+        if done := done or self.best.out_of_patience():
+            log.info("nothing to do: %s", done)
             return
         self._open_records()
         for epoch in range(self.start_epoch, total):
@@ -186,11 +189,14 @@ class Run:
                 self._leave(f"epoch {epoch}")
             so_far = time.perf_counter() - begun
             left = so_far / (epoch + 1 - self.start_epoch) * (total - epoch - 1)
-            log.info("epoch %d: loss %.4f%s, run eta %s", epoch, self._loss, self._best_so_far(), duration(left))
-            self._newest_is_good(epoch == total - 1)
+            log.info("epoch %d: loss %.4f%s, run eta %s", epoch, self._loss, self.best, duration(left))
+            self._newest_is_good(self.ends(epoch))
+            if early := self.best.out_of_patience():
+                log.info("the run ends early, after epoch %d: %s", epoch, early)
+                break
         self.log.close()
         where = f"results in {self.output_dir}" if self.output_dir else "nothing saved"
-        what = f"{total - self.start_epoch} epochs in {duration(so_far)}, loss {self._loss:.4f}{self._best_so_far()}"
+        what = f"{epoch + 1 - self.start_epoch} epochs in {duration(so_far)}, loss {self._loss:.4f}{self.best}"
         log.info("done: %s; %s", what, where)
 
     def _open_records(self) -> None:
@@ -224,23 +230,24 @@ class Run:
             log.info("%s", found)
         return ""
 
+    def ends(self, epoch: int) -> bool:
+        """Whether the run ends after this epoch, once its evaluation is recorded."""
+        return epoch + 1 == self.flags["epochs"] or bool(self.best.out_of_patience())
+
     def due(self, epoch: int, freq: int) -> bool:
         """Whether something is to be done after this epoch that is done every `freq` of them, and after the last."""
-        return (epoch + 1) % freq == 0 or epoch + 1 == self.flags["epochs"]
+        return (epoch + 1) % freq == 0 or self.ends(epoch)
 
     def record(self, epoch: int, stats: dict[str, float], scores: dict[str, float]) -> None:
         """Write an epoch's figures to log.txt and the curves, and save the weights if no epoch's scored as high.
 
-        stats: of training. scores: of an evaluation, where there was one; acc1 and acc1_ema tell what is best.
+        stats: of training. scores: of an evaluation, where there was one.
         """
         self._loss = stats["loss"]
         self.log.scalars(epoch + 1, **{f"test/{k}": v for k, v in scores.items()})
-        for suffix, name in BEST_NAMES.items():
-            acc1 = scores.get(f"acc1{suffix}", -1.0)
-            if acc1 > self.best.get(f"acc1{suffix}", -1.0) and math.isfinite(scores.get(f"loss{suffix}", 0.0)):
-                self.best = self.best | {f"acc1{suffix}": acc1, f"epoch{suffix}": epoch}
-                if self.saves:
-                    self.save(epoch, name=name)
+        for suffix in self.best.update(epoch, scores):
+            if self.saves:
+                self.save(epoch, name=BEST_NAMES[suffix])
         line = {f"train_{k}": v for k, v in stats.items()} | {f"test_{k}": v for k, v in scores.items()}
         self.log.epoch(line | {"epoch": epoch, "n_parameters": sum(p.numel() for p in self.model.parameters())})
 
@@ -295,7 +302,7 @@ class Run:
         if not is_main_process():
             return
         average = self.ema and self.ema.module.state_dict()
-        more: dict = {"classes": self.classes, "best": self.best, "model_ema": average}
+        more: dict = {"classes": self.classes, "best": self.best.found, "model_ema": average}
         if name == checkpoint.BEST_AVERAGE:  # what to evaluate, export and fine-tune, under whatever name
             more["scored"] = "model_ema"
         if progress:
@@ -341,9 +348,3 @@ class Run:
         then = f"run the same command{more} to go on" if goes_on else "nothing was saved, the same command begins anew"
         log.info("stopped after %s; %s", where, then)
         self.interrupts.leave(goes_on)
-
-    def _best_so_far(self) -> str:
-        """For console lines: ', best acc1 ...', or '' before the first evaluation."""
-        epochs = {x: self.best.get(f"epoch{x}", -1) for x in BEST_NAMES}
-        said = [f", best acc1{x} {self.best[f'acc1{x}']:.2f} in epoch {e}" for x, e in epochs.items() if e >= 0]
-        return "".join(said)
