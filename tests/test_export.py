@@ -395,7 +395,7 @@ class Payload:
 
 
 MISTAKES = [
-    ("--checkpoint $absent", "absent: no such checkpoint file"),
+    ("--checkpoint $absent", "absent: no such file"),
     ("--checkpoint $half", "half.pth: cannot be read, truncated or damaged"),
     ("--checkpoint $resnet", "--checkpoint .*resnet.pth: not a ConvNeXt V2"),
     ("--checkpoint $code", "code.pth: not a checkpoint of tensors and plain values"),
@@ -518,5 +518,5 @@ def test_hub_refuses_what_does_not_fit(small, fine, tmp_path):
         hub("convnextv2_atto", checkpoint=tmp_path / "resnet.pth")
     with pytest.raises(ValueError, match=r"fine.pth: holds nothing under --model_key teacher; it has model"):
         hub("convnextv2_atto", checkpoint=fine[0], model_key="teacher")
-    with pytest.raises(ValueError, match="no such checkpoint file"):
+    with pytest.raises(ValueError, match="no such file"):
         hub("convnextv2_atto", checkpoint=tmp_path / "absent.pth")

@@ -567,7 +567,7 @@ def test_the_penalty_is_picked_without_the_test_images(monkeypatch):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--checkpoint /nowhere.pth", "/nowhere.pth: no such checkpoint"),
+        ("--checkpoint /nowhere.pth", "--checkpoint /nowhere.pth: no such file"),
         ("--checkpoint $v1", "--checkpoint .*: not a ConvNeXt V2 in a known layout"),
         ("--max_images 3", "--max_images 3: must be a whole number from 10"),
         ("--input_size 7", "--input_size 7: must be at least the model's total stride 8"),

@@ -109,8 +109,9 @@ def test_what_is_no_whole_checkpoint_leaves_nothing(server, tmp_path):
     server.breaks_off = 5000
     for name, message in (
         ("a.pth", ": (cannot be downloaded|what the server gives is no checkpoint)"),
-        ("page.pth", ": what the server gives is no checkpoint"), ("absent.pth", ": the server answers 404 Not Found"),
-    ):  # fmt: skip
+        ("page.pth", ": what the server gives is no checkpoint"),
+        ("absent.pth", r": cannot be downloaded \(HTTP Error 404: Not Found\)"),
+    ):
         with pytest.raises(UsageError, match=f"--finetune {server.address}/{name}{message}") as caught:
             loaded(f"{server.address}/{name}")
         assert "\n" not in str(caught.value)

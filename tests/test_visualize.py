@@ -285,7 +285,7 @@ def test_any_layout_is_drawn(draw, scripts, checkpoint, tmp_path):
     ("flags", "message"),
     [
         ("", "nothing to draw: give --reconstructions, --features or --diversity"),
-        ("--features --checkpoint /nowhere.pth", "/nowhere.pth: no such checkpoint"),
+        ("--features --checkpoint /nowhere.pth", "--checkpoint /nowhere.pth: no such file"),
         ("--features --images /nowhere.png", "--images /nowhere.png: no such file or folder"),
         ("--features --images $text", "--images .*text.png: .*cannot identify image"),
         ("--features --images $empty", "--images .*empty: holds no images"),

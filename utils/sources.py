@@ -4,7 +4,6 @@ import contextlib
 import hashlib
 import os
 import re
-import urllib.error
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -24,35 +23,29 @@ def releases() -> list[str]:
     return timm.list_pretrained("convnextv2_*")
 
 
-def is_remote(source: str) -> bool:
-    """Whether this is no file: an address, hf-hub:OWNER/NAME, timm/NAME.TAG, or the name of a release."""
-    if os.path.exists(source):
-        return False
-    return bool(re.match(r"(https?://|hf-hub:|timm/)", source)) or source in releases()
-
-
 def check_source(flag: str, source: str) -> None:
-    """Raise UsageError, without a look at the network, for what is neither a file nor such a name."""
-    if not os.path.isfile(source) and not is_remote(source):
-        raise UsageError(f"{flag} {source}: no such file{suggest(source, releases())}")
+    """Raise UsageError, without a look at the network, for what is no file, address, nor name on the hub.
+
+    Such names are hf-hub:OWNER/NAME, timm/NAME.TAG, and those of the releases.
+    """
+    if not (os.path.isfile(source) or re.match("https?://|hf-hub:|timm/", source) or source in releases()):
+        raise UsageError(f"{flag} {source}: no such file{suggest(source, releases())}".lstrip())
 
 
 def local_file(flag: str, source: str | os.PathLike) -> Path:
     """The file of a source, downloaded where it is not here yet, by one process of each node.
 
-    Raises:
-        UsageError: it cannot be had, has another hash than its name says, or is not a checkpoint.
+    Raises UsageError: it cannot be had, has another hash than its name says, or is no checkpoint.
     """
-    source, named = os.fspath(source), f"{flag} {source}".strip()
-    if not is_remote(source):
-        if not os.path.isfile(source) and (hint := suggest(source, releases())):
-            raise UsageError(f"{named}: no such file{hint}")
+    source = os.fspath(source)
+    check_source(flag, source)
+    if os.path.isfile(source):
         return Path(source)
     with main_process_first():
         try:
             return _from_address(source) if re.match("https?://", source) else _from_hub(source)
         except UsageError as error:
-            raise UsageError(f"{named}: {error}") from error
+            raise UsageError(f"{flag} {source}: {error}".lstrip()) from error
 
 
 def _from_address(address: str) -> Path:
@@ -68,23 +61,17 @@ def _from_address(address: str) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(address, str(aside), known and known[1], progress=False)
-        _check(aside)  # a download that broke off, a page that says sorry
+        read(aside)
         os.replace(aside, path)
-    except urllib.error.HTTPError as error:
-        raise UsageError(f"the server answers {error.code} {error.reason}") from error
+    except UsageError as error:  # a download that broke off, a page that says sorry
+        reason = str(error).removeprefix(f"{aside}: ")
+        raise UsageError(f"what the server gives is no checkpoint: {reason}") from error
     except (OSError, RuntimeError, ValueError) as error:
-        raise UsageError(f"cannot be downloaded ({getattr(error, 'reason', None) or error})") from error
+        raise UsageError(f"cannot be downloaded ({error})") from error
     finally:
         with contextlib.suppress(OSError):
             aside.unlink()
     return path
-
-
-def _check(path: Path) -> None:
-    try:
-        read(path)
-    except UsageError as error:
-        raise UsageError(f"what the server gives is no checkpoint: {str(error).removeprefix(f'{path}: ')}") from error
 
 
 def _from_hub(source: str) -> Path:
@@ -99,10 +86,7 @@ def _from_hub(source: str) -> Path:
         except RepositoryNotFoundError as error:
             known = suggest(repo, (f"timm/{release}" for release in releases()))
             raise UsageError(f"the hub has no {repo} that you may read{known}") from error
-        except LocalEntryNotFoundError as error:
-            raise UsageError(f"cannot be downloaded, the hub does not answer ({error})") from error
-        except EntryNotFoundError:
-            continue
         except Exception as error:  # the hub's client has exceptions of several libraries
-            raise UsageError(f"cannot be downloaded ({type(error).__name__}: {error})") from error
+            if not isinstance(error, EntryNotFoundError) or isinstance(error, LocalEntryNotFoundError):  # no answer
+                raise UsageError(f"cannot be downloaded ({type(error).__name__}: {error})") from error
     raise UsageError(f"{repo} holds neither {' nor '.join(HUB_FILES)}")
