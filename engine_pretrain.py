@@ -18,7 +18,7 @@ def train_one_epoch(
 
     Raises:
         NonFiniteLoss: at the first console line after the loss became NaN or infinite.
-        Interrupted: a signal came; the state after the last step is on disk.
+        SystemExit: a signal came; the state after the last step is on disk.
     """
     model.train()
     mask_ratio = getattr(model, "module", model).mask_ratio

@@ -45,8 +45,7 @@ def run_cli(main: Callable[[], None]) -> None:
     2 for a UsageError, 1 for a NonFiniteLoss, 130 for Ctrl-C; any other exception is a bug and keeps its traceback.
     """
     try:
-        main()
-        return
+        return main()
     except (UsageError, NonFiniteLoss) as error:
         code = 2 if isinstance(error, UsageError) else 1
         # a loader worker's error arrives as a traceback that ends in the message; a library's may have several lines

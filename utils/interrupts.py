@@ -3,6 +3,7 @@
 import logging
 import os
 import signal
+import sys
 import threading
 import time
 from types import FrameType
@@ -10,22 +11,19 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 
+from .distributed import get_rank
+
 log = logging.getLogger("fcmae")
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: run the same command again
 
 
-class Interrupted(SystemExit):
-    """A run was stopped by a signal."""
-
-
 class Interrupts:
     """Turns signals into a decision that all processes take at the same boundary of batches. A context manager.
 
-    A signal sets a flag of its process. At each boundary the flags are added up over the processes, in the background
-    and on the CPU: the sum is read at the next boundary, so nobody waits and the device is not touched, and every
-    process reads the same sum at the same place. That costs one batch of delay and some 50 microseconds a batch.
+    At each boundary the signals are counted over the processes, in the background and on the CPU: all read the sum at
+    the next, so nobody waits and the device is not touched. It costs a batch of delay and some 50 microseconds a batch.
     """
 
     def __init__(self):
@@ -48,8 +46,8 @@ class Interrupts:
     def _receive(self, number: int, _frame: FrameType | None) -> None:
         self.received = number
         limit = "; torchrun kills its workers 30 s after it, or after its --shutdown-timeout, where it has that"
-        torchrun = limit if "TORCHELASTIC_RUN_ID" in os.environ else ""
-        log.warning("%s: stopping after the batch%s", signal.Signals(number).name, torchrun)
+        limit *= "TORCHELASTIC_RUN_ID" in os.environ
+        log.warning("%s: stopping after the batch%s", signal.Signals(number).name, limit)
 
     def should_stop(self, now: bool = False) -> bool:
         """Whether any process had received a signal by the last boundary; all processes call it at each.
@@ -69,23 +67,21 @@ class Interrupts:
         return self._sum.item() > 0
 
     def leave(self, goes_on: bool) -> None:
-        """Hand the signal to whoever handled it before, such as submitit, and exit, in all processes together.
+        """Hand the signal to submitit where that runs this, and exit, in all processes together.
 
         goes_on: whether, in the first process, the same command would go on from a checkpoint. Then the exit code is
         EXIT_CODE, else that of a process which the signal has ended, 128 + its number.
-
-        submitit's handler requeues the job from rank 0. The other ranks wait for the end that this brings, because an
-        exit of theirs could take rank 0 down before it has asked for the requeue.
         """
         code = torch.tensor(EXIT_CODE if goes_on else 128 + (self.received or signal.SIGTERM))
         if self._group is not None:
             dist.broadcast(code, 0, group=self._group)  # comes once the first process has written the checkpoint
-        handler = self._previous.get(self.received or signal.SIGUSR2)
+        number = self.received or signal.SIGUSR2
+        handler = self._previous.get(number)
         if "SUBMITIT_EXECUTOR" in os.environ and callable(handler):
-            handler(self.received or signal.SIGUSR2, None)
-            if dist.is_initialized() and dist.get_rank() > 0:
+            handler(number, None)
+            if get_rank() > 0:  # requeues nothing; its exit could take rank 0 down before that has
                 time.sleep(60)
-        raise Interrupted(code.item())
+        sys.exit(code.item())
 
 
 def ignore_signals(_worker_id: int = 0) -> None:

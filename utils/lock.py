@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TextIO
 
 from .distributed import from_main_process, is_main_process
-from .errors import UsageError
+from .errors import UsageError, refuse
 
 log = logging.getLogger("fcmae")
 
@@ -17,16 +17,15 @@ log = logging.getLogger("fcmae")
 class OutputLock:
     """Keeps two runs from writing into one output_dir; a context manager, held by the first process.
 
-    The kernel holds a POSIX lock on `.lock` for the process and lets go when that ends, however it ends. What the file
-    says is for people and decides nothing. Forked loader workers do not inherit such a lock, as they would an flock.
-    The price: closing any other descriptor of the file in this process drops the lock: nothing else may open it here.
+    The kernel holds a POSIX lock on `.lock` for the process and lets go when that ends, however it ends; what the file
+    says is for people. Forked loader workers do not inherit such a lock, as they would an flock. The price: closing any
+    other descriptor of the file in this process drops the lock, so nothing else may open it here.
 
-    On NFS the server keeps the lock for all hosts, for a while also of one that died. Where a file system has no locks,
-    a warning is all. Where a mount keeps locks local (`nolock`, `local_lock`, Lustre's `localflock`), runs on different
-    hosts are not kept apart.
+    On NFS the server keeps the lock for all hosts, for a while also of one that died. Without locks, a warning is all;
+    where a mount keeps them local (`nolock`, `local_lock`, Lustre's `localflock`), hosts are not kept apart.
 
     Raises:
-        UsageError: on entry, in all processes, where another run has the lock, or `.lock` cannot be opened.
+        UsageError: on entry, in all processes, where another run has the lock, or `.lock` cannot be written.
     """
 
     def __init__(self, output_dir: str):
@@ -48,21 +47,18 @@ class OutputLock:
             taken = self._take(file)
             if not self._is_at_path(file):
                 file.close()  # its owner has just removed it: lock the file that is there now
-            elif taken:
-                try:
-                    file.truncate(0)
-                    os.write(file.fileno(), self.owner.encode())
-                except OSError as error:
-                    self.path.unlink()
-                    raise UsageError(f"{self.path}: cannot be written ({error.strerror})") from error
-                self._file = file
-            else:
-                file.seek(0)
-                owner = " ".join(file.read(200).split()) or "another run"
-                raise UsageError(
-                    f"--output_dir {self.path.parent}: in use by {owner}; give another folder, or remove {self.path} "
-                    "if that run is dead"
-                )
+                continue
+            file.seek(0)
+            owner = " ".join(file.read(200).split()) or "another run"
+            dead = f"give another folder, or remove {self.path} if that run is dead"
+            refuse(not taken, f"--output_dir {self.path.parent}: in use by {owner}; {dead}")
+            try:
+                file.truncate(0)
+                os.write(file.fileno(), self.owner.encode())
+            except OSError as error:
+                self.path.unlink()
+                raise UsageError(f"{self.path}: cannot be written ({error.strerror})") from error
+            self._file = file
 
     def __exit__(self, *_) -> None:
         if not self._file:

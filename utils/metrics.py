@@ -1,8 +1,6 @@
 """Running averages that stay on the device, console lines, log.txt and curves."""
 
 import contextlib
-import csv
-import io
 import json
 import logging
 import math
@@ -18,6 +16,7 @@ from torchvision.transforms.functional import to_pil_image
 from .checkpoint import replace
 from .distributed import all_gather, all_reduce_sum, get_rank, get_world_size
 from .errors import NonFiniteLoss, UsageError, surviving_disk_errors
+from .report import as_csv
 
 log = logging.getLogger("fcmae")
 
@@ -31,8 +30,8 @@ class Averages:
     def __init__(self, names: tuple[str, ...], device: torch.device):
         dtype = torch.float32 if device.type == "mps" else torch.float64  # mps has no float64
         self.names = names
-        self._window = torch.zeros(len(names) + 1, dtype=dtype, device=device)  # weighted sums, then the weight
-        self._epoch = torch.zeros_like(self._window)
+        self._sums = torch.zeros(2, len(names) + 1, dtype=dtype, device=device)  # weighted sums, then the weight
+        self._window, self._epoch = self._sums  # views; the epoch's lacks the open window
 
     def update(self, weight: int, **values: torch.Tensor) -> None:
         """Add one batch: its number of samples and the batch mean of every name."""
@@ -60,16 +59,13 @@ class Averages:
 
     def state(self) -> list[torch.Tensor]:
         """Every process's sums, so that each goes on with its own and the last bit of the averages is the same."""
-        return [sums.cpu() for sums in all_gather(torch.stack([self._window, self._epoch]))]
+        return [sums.cpu() for sums in all_gather(self._sums)]
 
     def load_state(self, state: list[torch.Tensor]) -> None:
         """Take up this process's sums; after a change of the number of processes, the first one takes them all."""
-        if len(state) == get_world_size():
-            mine = state[get_rank()]
-        else:
-            mine = sum(state) if get_rank() == 0 else torch.zeros_like(state[0])
-        self._window.copy_(mine[0])
-        self._epoch.copy_(mine[1])
+        same = len(state) == get_world_size()
+        if same or get_rank() == 0:
+            self._sums.copy_(state[get_rank()] if same else sum(state))
 
     def _mean(self, sums: torch.Tensor) -> dict[str, float]:
         *sums, weight = sums.tolist()
@@ -81,8 +77,7 @@ class Progress:
 
     for step, item in progress(items): ...;  if progress.due(step): progress.line(step, loss=..., lr=...)
 
-    Attributes:
-        samples: of this process since the last line; the caller adds to it.
+    samples: of this process since the last line; the caller adds to it.
     """
 
     def __init__(self, header: str, steps: int, device: torch.device, start_step: int = 0):
@@ -132,8 +127,7 @@ class EpochTracker(Progress):
         ...; tracker.update(step, samples, loss=loss)
         tracker.report(step, lr, grad_norm)
 
-    Args:
-        state: what `state` gave inside the same epoch, to go on from there.
+    state: what `state` gave inside the same epoch, to go on from there.
     """
 
     def __init__(
@@ -192,14 +186,9 @@ class RunLog:
     A full disk is reported, and training goes on.
 
     Args:
-        output_dir: where both go; "": nowhere.
-        log_dir: where TensorBoard files go; "": nowhere.
-        done: epochs that are done already, with the begun part of one: curves that an interrupted run left beyond are
-            hidden.
+        output_dir, log_dir: where records and curves go; "": nowhere. Raises UsageError where TensorBoard cannot write.
+        done: epochs that are done already, with the begun part of one; curves that were drawn beyond are hidden.
         wandb_run: what wandb.init returned: it gets the same curves and pictures.
-
-    Raises:
-        UsageError: TensorBoard cannot write there.
     """
 
     def __init__(self, output_dir: str = "", log_dir: str = "", done: float = 0.0, wandb_run=None):
@@ -245,24 +234,17 @@ class RunLog:
                 with open(self.path, "a") as file:
                     finite = {k: v if math.isfinite(v) else None for k, v in record.items()}  # JSON has no NaN
                     file.write(json.dumps(finite) + "\n")
-                summary = _summary([*map(json.loads, kept.splitlines()), finite])
-                replace(self.path.with_name("summary.csv"), lambda file: file.write(summary.encode()))
+                records = [*map(json.loads, kept.splitlines()), finite]
+                # timm's names of what evaluation gives
+                names = {k: k.replace("test_acc", "eval_top").replace("test_", "eval_") for row in records for k in row}
+                summary = as_csv([names.values(), *(map(row.get, names) for row in records)])
+                replace(self.path.with_name("summary.csv"), lambda file: file.write(summary))
         self._draw(lambda board: board.flush())
 
     def close(self) -> None:
         if self.board:
             with contextlib.suppress(OSError):
                 self.board.close()
-
-
-def _summary(records: list[dict]) -> str:
-    """The records of log.txt as CSV, with timm's names of what evaluation gives."""
-    names = {key: key.replace("test_acc", "eval_top").replace("test_", "eval_") for row in records for key in row}
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, names, lineterminator="\n")
-    writer.writerow(names)
-    writer.writerows(records)
-    return text.getvalue()
 
 
 def _is_before(line: str, epoch: int) -> bool:

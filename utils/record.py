@@ -1,11 +1,11 @@
 """run.json: which run it is, its arguments, versions and commit, an entry for each start; and what else tells of it."""
 
+import contextlib
 import json
 import logging
 import os
 import platform
 import re
-import secrets
 import shlex
 import socket
 import subprocess
@@ -33,10 +33,6 @@ PLACES = {
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def new_id() -> str:
-    return secrets.token_hex(4)
-
-
 def plain(flags: dict) -> dict:
     """Arguments as JSON and checkpoints hold them."""
     return json.loads(json.dumps(flags, default=str))
@@ -49,8 +45,8 @@ def launch() -> str:
 
 def restarted(last: dict) -> bool:
     """Whether a launcher has started this process again, after an attempt that added the entry `last` to run.json."""
-    counts = (os.environ.get(name, "") for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
-    return any(count.isdecimal() and int(count) > 0 for count in counts) and last.get("launch") == launch()
+    counts = (os.environ.get(name, "0") for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
+    return any(count != "0" for count in counts) and last.get("launch") == launch()
 
 
 def same_command(last: dict, flags: dict) -> bool:
@@ -63,15 +59,15 @@ def same_command(last: dict, flags: dict) -> bool:
 
 def add_start(output_dir: str, flags: dict, device: torch.device, **more) -> None:
     """Add this start to output_dir/run.json; a full disk is reported, and training goes on."""
+    versions = {module.__name__: str(module.__version__) for module in (torch, torchvision, timm, numpy)}
     start = more | {
         "launch": launch(),
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": shlex.join(sys.orig_argv),
-        "args": plain(flags),
+        "args": flags,
         "processes": get_world_size(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "versions": {"python": platform.python_version()}
-        | {module.__name__: str(module.__version__) for module in (torch, torchvision, timm, numpy)},
+        "versions": {"python": platform.python_version(), **versions},
         "git": git_revision(),
     }
     path, content = Path(output_dir) / "run.json", {"starts": [*read(output_dir), start]}
@@ -84,12 +80,10 @@ def read(output_dir: str) -> list[dict]:
     path = Path(output_dir) / "run.json"
     if not output_dir or not path.exists():
         return []
-    try:
+    with contextlib.suppress(ValueError, KeyError, TypeError):
         starts = json.loads(path.read_text())["starts"]
         if isinstance(starts, list) and all(isinstance(start, dict) for start in starts):
             return starts
-    except (ValueError, KeyError, TypeError):
-        pass
     if is_main_process():
         log.warning("%s: not the record of a run, moved to %s", path, set_aside(path, "damaged"))
     return []
@@ -98,12 +92,10 @@ def read(output_dir: str) -> list[dict]:
 def set_earlier_aside(output_dir: str, start_epoch: int) -> None:
     """Rename the records of an earlier run and its pictures from this epoch on, which a new run will write as well."""
     earlier = (read(output_dir) or [{}])[-1].get("run") or "earlier"
+    own = r"(log|bad_images)\.txt|summary\.csv|(report|confusion)(-ema)?\.(json|png)|reconstruction-(?P<epoch>\d+)\.png"
     for path in Path(output_dir).iterdir():
-        found = re.fullmatch(
-            r"(?:log|bad_images)\.txt|summary\.csv|(?:report|confusion)(?:-ema)?\.(?:json|png)|reconstruction-(\d+)\.png",
-            path.name,
-        )
-        if found and int(found[1] or start_epoch) >= start_epoch:
+        found = re.fullmatch(own, path.name)
+        if found and int(found["epoch"] or start_epoch) >= start_epoch:
             set_aside(path, earlier)
 
 
@@ -120,13 +112,10 @@ def list_bad_images(output_dir: str, messages: Collection[str]) -> None:
 def git_revision(root: Path = ROOT) -> str | None:
     """The commit that is checked out, with "-dirty" behind it where files were changed; None: no checkout, no git."""
     command = ["git", f"--git-dir={root}/.git", f"--work-tree={root}", "--no-optional-locks", "describe", "--always"]
-    try:
-        done = subprocess.run(
-            [*command, "--abbrev=40", "--exclude=*", "--dirty"], capture_output=True, text=True, timeout=20, check=True
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip()
+    command += ["--abbrev=40", "--exclude=*", "--dirty"]
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        return subprocess.check_output(command, stderr=subprocess.DEVNULL, text=True, timeout=20).strip()
+    return None
 
 
 def start_wandb(project: str, run_id: str | None, output_dir: str, config: dict):

@@ -1,8 +1,8 @@
 """Randomness as a function of what is being done, not of what was done before.
 
-Every sample is augmented and masked under a seed made of (seed, epoch, sample index), and every batch of a step draws
-(drop path, Mixup) under one made of (seed, epoch, step, rank, batch). Nothing then depends on the number of workers,
-and a run can be taken up at any step without saving the state of a generator.
+A sample is augmented and masked under a seed of (seed, epoch, sample index), a batch of a step draws (drop path, Mixup)
+under one of (seed, epoch, step, rank, batch). So nothing depends on the number of workers, and a run can be taken up at
+any step without the state of a generator.
 """
 
 import random
