@@ -4,7 +4,6 @@ import contextlib
 import logging
 import math
 import os
-import secrets
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -107,7 +106,7 @@ class Run:
                 run_id, found = own[0], (Path(begun_from), checkpoint.read(begun_from))
         new = not found
         if new:
-            run_id, found = secrets.token_hex(4), (Path(file), checkpoint.read(file)) if file else (None, None)
+            run_id, found = os.urandom(4).hex(), (Path(file), checkpoint.read(file)) if file else (None, None)
         path, self._content = found
         return run_id, new, path, (self._content or {}).get("args", {}).get("depth")
 
