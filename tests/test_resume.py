@@ -126,16 +126,29 @@ def test_resume_of_an_epoch_whose_steps_are_done(stage, scripts, whole, tmp_path
 
 
 def test_resume_of_the_best_checkpoint(scripts, whole, tmp_path, monkeypatch):
+    """Its weights and average are gone on from, without the optimizer; older ones, which have that, to the last bit."""
     scores = iter([60.0, 50.0, 40.0])
     monkeypatch.setattr(engine_finetune, "evaluate", lambda *_: {"acc1": next(scores)})
     flags = ("--drop_path", 0.2, "--model_ema", "true")
     assert scripts.finetune("--output_dir", tmp_path / "a", *flags).code == 0
-    best = tmp_path / "a" / "checkpoint-best.pth"
-    assert load(best)["epoch"] == 0
+    best, last = load(tmp_path / "a" / "checkpoint-best.pth"), load(tmp_path / "a" / LAST)
+    assert set(best) == {"model", "model_ema", "epoch", "args", "run", "classes", "best"}
+    assert best["epoch"] == 0
+    first = load(tmp_path / "a" / "checkpoint-0.pth")
+    assert same(best, {key: first[key] for key in best})
+    torch.save(first, tmp_path / "older.pth")
+    for name, file in (("slim", tmp_path / "a" / "checkpoint-best.pth"), ("older", tmp_path / "older.pth")):
+        scores = iter([50.0, 40.0])
+        result = scripts.finetune("--output_dir", tmp_path / name, "--resume", file, *flags)
+        assert result.code == 0, result.err
+        assert "going on with epoch 1" in result.out
+        assert (f"{file}: has no state of the optimizer" in result.out) == (name == "slim")
+        assert same(content(tmp_path / name / LAST), content(tmp_path / "a" / LAST)) == (name == "older")
     scores = iter([50.0, 40.0])
-    result = scripts.finetune("--output_dir", tmp_path / "b", "--resume", best, *flags)
-    assert "going on with epoch 1" in result.out
-    assert same(content(tmp_path / "b" / LAST), content(tmp_path / "a" / LAST))
+    still = ("--lr", 0, "--min_lr", 0, "--resume", tmp_path / "a" / "checkpoint-best.pth")
+    assert scripts.finetune("--output_dir", tmp_path / "still", *flags, *still).code == 0
+    assert same(load(tmp_path / "still" / LAST)["model"], best["model"])
+    assert not same(best["model"], last["model"])
 
 
 def test_best_accuracies_survive_a_resume(scripts, tmp_path, monkeypatch):

@@ -223,6 +223,9 @@ def load_training(path: Path, state: dict, model, optimizer, scaler, global_batc
     Raises:
         UsageError: a file without training state, or of another model or optimizer.
     """
+    if "run" in state and "optimizer" not in state:
+        log.warning("%s: has no state of the optimizer, as the best ones have not; that begins anew", path)
+        state = state | {"optimizer": optimizer.state_dict()}
     kinds = {"model": dict, "optimizer": dict, "epoch": int}
     if missing := [key for key, kind in kinds.items() if not isinstance(state.get(key), kind)]:
         raise UsageError(f"{path}: has no {' and no '.join(missing)}, so training cannot continue from it; see --help")

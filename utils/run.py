@@ -308,15 +308,10 @@ class Run:
         if progress:
             more |= {"step": progress["step"], "partial": progress, "global_batch": self.loader.global_batch}
             more["order"] = self.order
-        state = {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.amp.scaler.state_dict(),
-            "epoch": epoch,
-            "args": record.plain(self.flags),
-            "run": self.id,
-            **{key: value for key, value in more.items() if value or key == "step"},
-        }
+        state = {"model": self.model.state_dict(), "epoch": epoch, "args": record.plain(self.flags), "run": self.id}
+        if not name:  # the best ones are to be used, and training goes on from the numbered ones
+            state |= {"optimizer": self.optimizer.state_dict(), "scaler": self.amp.scaler.state_dict()}
+        state |= {key: value for key, value in more.items() if value or key == "step"}
         saved = checkpoint.save_numbered(state, self.output_dir, name)
         if saved and not name:
             self._newest = saved
