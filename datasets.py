@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
 
 from utils.args import given
-from utils.data import sampling, transforms
+from utils.data import balance, sampling, transforms
 from utils.data.files import ImageFiles, ImageList, describe
 from utils.data.images import Reading, Survey, load_image, survey, to_tensor
 from utils.data.sampling import StepLoader, StepSampler, TrainSamples
@@ -211,12 +211,27 @@ def labelled_splits(args) -> tuple[Dataset, Dataset]:
     return split
 
 
+def class_weights(dataset: Dataset, args, classes: list[str]) -> torch.Tensor | None:
+    """--class_weights as float64 (classes,), whose mean over the training images is 1; None without it."""
+    if not args.class_weights:
+        return None
+    labels = balance.labels_of(dataset, f"--class_weights {args.class_weights}: --data_set {args.data_set}")
+    counts = torch.tensor(labels).bincount(minlength=len(classes))
+    weights = balance.balanced_weights(counts)
+    if args.class_weights != "balanced":
+        weights = balance.read_weights(args.class_weights, "--class_weights", classes)
+        weights *= counts.sum() / (counts * weights).sum()
+    least, most = weights.argmin(), weights.argmax()
+    log.info("class weights: %.3g (%s) to %.3g (%s)", weights[least], classes[least], weights[most], classes[most])
+    return weights
+
+
 # ---- loaders ---------------------------------------------------------------------------------------------------------
 
 
 def build_train_loader(
     dataset: Dataset, args, sample_mask: Callable | None = None, batch_divisor: int = 1,
-    batch_transform: Callable | None = None,
+    batch_transform: Callable | None = None, class_weights: torch.Tensor | None = None,
 ) -> StepLoader:  # fmt: skip
     """The loader of this process's share of every optimizer step; see `TrainSamples`, `StepSampler`, `StepLoader`.
 
@@ -231,6 +246,9 @@ def build_train_loader(
         num_workers = sampling.stream_workers(dataset, args.data_set, num_workers, world_size)
     check_same(num_samples, "training images")
     sampler = StepSampler(num_samples, args.batch_size, args.update_freq, rank, world_size, args.seed, batch_divisor)
+    if getattr(args, "balanced_sampling", False):
+        labels = balance.labels_of(dataset, f"--balanced_sampling true: --data_set {args.data_set}")
+        sampler.draw = partial(balance.balanced_order, torch.tensor(labels))
     if num_samples < sampler.global_batch:
         raise UsageError(
             f"--batch_size {args.batch_size}: a step takes {sampler.global_batch} images (batch_size * update_freq * "
@@ -245,7 +263,8 @@ def build_train_loader(
     max_bad = getattr(args, "max_bad_images", 0.01) * num_samples
     if "max_bad_images" not in given(args):  # of a small folder, a few are more than 1 %
         max_bad = max(max_bad, 4)
-    steps = StepLoader(loader, sampler, batch_transform, max_bad)
+    sample_weights = None if class_weights is None else class_weights[torch.tensor(balance.labels_of(dataset, ""))]
+    steps = StepLoader(loader, sampler, batch_transform, max_bad, sample_weights)
     log.info("%d images, %d per optimizer step, %d steps per epoch", num_samples, steps.global_batch, len(steps))
     return steps
 

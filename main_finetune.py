@@ -12,6 +12,7 @@ python main_finetune.py --eval true --resume out/ft/checkpoint-best.pth --data_p
 import logging
 import os
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -31,7 +32,8 @@ from models.linear_probe import LinearProbe
 from utils import distributed, errors, flags, weights
 from utils.amp import Amp
 from utils.args import ArgumentParser, check_shared_arguments, effective_lr, given, prepared_output_dir, tell_idle
-from utils.data.sampling import StepLoader, first_of_each_class, path_of
+from utils.data.balance import first_of_each_class
+from utils.data.sampling import StepLoader, path_of
 from utils.data.transforms import SMALL_INPUT_SIZE
 from utils.errors import UsageError, refuse, suggest
 from utils.lr_sched import Schedule
@@ -74,6 +76,8 @@ def check_args(args) -> None:
     grouped = args.layer_decay_type == "group" and args.layer_decay < 1
     made_for = "is made for depths 3,3,27,3 (base, large, huge); give --layer_decay_type single"
     refuse(grouped and depths != (3, 3, 27, 3), f"--layer_decay_type group: {made_for}")
+    both_even = args.class_weights and args.balanced_sampling
+    refuse(both_even, "--class_weights and --balanced_sampling: either makes up for unequal classes; give one")
     sides = args.cutmix_minmax or (0, 1)
     refuse(sides[0] > sides[1], f"--cutmix_minmax {sides[0]} {sides[1]}: the smaller side comes first")
     pairs = "must be even, as Mixup and CutMix pair images, and a linear probe's batch norm needs two"
@@ -160,7 +164,10 @@ def build_mixup(args, nb_classes: int) -> Mixup | None:
     return Mixup(*strengths, mode=args.mixup_mode, label_smoothing=args.smoothing, num_classes=nb_classes)
 
 
-def build_criterion(args, mixup: Mixup | None) -> nn.Module:
+def build_criterion(args, mixup: Mixup | None, class_weights: torch.Tensor | None = None) -> Callable:
+    if class_weights is not None:  # the loader divides by the weights of a step, see `Batch`
+        weighted = nn.CrossEntropyLoss(class_weights, reduction="sum", label_smoothing=0 if mixup else args.smoothing)
+        return lambda logits, labels: weighted(logits, labels) / len(logits)
     if mixup:
         return SoftTargetCrossEntropy()
     return LabelSmoothingCrossEntropy(args.smoothing) if args.smoothing > 0 else nn.CrossEntropyLoss()
@@ -182,18 +189,20 @@ def build_model(args, nb_classes: int) -> ConvNeXtV2:
     return model
 
 
-def build_loaders(args) -> tuple[StepLoader, DataLoader | None, int, list[str] | None]:
-    """The training loader, the evaluation loader unless --disable_eval, the number of classes and their names."""
+def build_loaders(args) -> tuple[StepLoader, DataLoader | None, int, list[str] | None, torch.Tensor | None]:
+    """Training loader, evaluation loader unless --disable_eval, number of classes, their names, their weights."""
     dataset, nb_classes = datasets.build_dataset(True, args)
     classes = getattr(dataset, "classes", None)
     if args.images_per_class is not None:
         dataset = first_of_each_class(dataset, args.images_per_class, f"--data_set {args.data_set}")
-    loader = datasets.build_train_loader(dataset, args, batch_divisor=batch_divisor(args))
+    class_weights = datasets.class_weights(dataset, args, classes or list(map(str, range(nb_classes))))
+    divisor = batch_divisor(args)
+    loader = datasets.build_train_loader(dataset, args, batch_divisor=divisor, class_weights=class_weights)
     if args.disable_eval:
-        return loader, None, nb_classes, classes and list(classes)
+        return loader, None, nb_classes, classes and list(classes), class_weights
     eval_dataset, _ = datasets.build_dataset(False, args, classes)
     eval_loader = datasets.build_eval_loader(eval_dataset, args, spread=args.dist_eval)
-    return loader, eval_loader, nb_classes, classes and list(classes)
+    return loader, eval_loader, nb_classes, classes and list(classes), class_weights
 
 
 def build_schedule(args, lr: float, steps: int) -> Schedule:
@@ -257,7 +266,7 @@ def evaluate_only(args, amp: Amp) -> None:
 
 def train(args, amp: Amp, run: Run) -> None:
     """Fine-tune for all epochs that are still to be done, evaluating after each."""
-    loader, eval_loader, nb_classes, classes = build_loaders(args)
+    loader, eval_loader, nb_classes, classes, class_weights = build_loaders(args)
     torch.manual_seed(args.seed)
     model = build_model(args, nb_classes)
     if args.fused:
@@ -274,6 +283,7 @@ def train(args, amp: Amp, run: Run) -> None:
     schedule = build_schedule(args, lr, len(loader))
     mixup = build_mixup(args, nb_classes)
     order = {"--seed": args.seed, "Mixup or CutMix": mixes(args), "number of images": loader.sampler.num_samples}
+    order |= {"--class_weights": args.class_weights, "--balanced_sampling": args.balanced_sampling}
     run.begin(model, optimizer, loader, ema=ema, classes=classes, order=order)
     if args.linear_probe and not args.finetune and not run.resume_from:
         log.warning("--linear_probe true without --finetune: the frozen encoder is a random one")
@@ -282,7 +292,8 @@ def train(args, amp: Amp, run: Run) -> None:
         loader.sampler.num_samples, nb_classes, args.model, sum(p.numel() for p in model.parameters()) / 1e6, lr,
         run.start_epoch, args.epochs - 1, amp.device,
     )  # fmt: skip
-    wrapped = distributed.data_parallel(WithLoss(model, build_criterion(args, mixup)), args.compile)
+    class_weights = class_weights if class_weights is None else class_weights.float().to(amp.device)
+    wrapped = distributed.data_parallel(WithLoss(model, build_criterion(args, mixup, class_weights)), args.compile)
     for epoch in run.epochs():
         stats = train_one_epoch(wrapped, loader, optimizer, schedule, run, epoch, mixup)
         evaluates = eval_loader is not None and run.due(epoch, args.eval_freq)

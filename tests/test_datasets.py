@@ -28,7 +28,8 @@ from tests.pictures import MEAN, STD, broken_files, finetune_args, levels, pictu
 from tests.small_runs import COMMON, load, same
 from tests.test_transforms import POLICIES
 from tools import mean_std
-from utils.data.sampling import EvalSamples, first_of_each_class
+from utils.data.balance import first_of_each_class
+from utils.data.sampling import EvalSamples
 from utils.data.transforms import random_resized_crop
 from utils.errors import UsageError
 from utils.seeding import seed_all

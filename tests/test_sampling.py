@@ -16,9 +16,10 @@ from torch.utils.data import Dataset, IterableDataset
 import datasets
 import main_pretrain
 from tests.pictures import broken_files, finetune_args, picture, pretrain_args, save
+from utils.data.balance import first_of_each_class
 from utils.data.files import ImageTree
 from utils.data.images import BadImage
-from utils.data.sampling import StepSampler, TrainSamples, first_of_each_class, with_transform
+from utils.data.sampling import StepSampler, TrainSamples, with_transform
 from utils.data.shapes import Shapes
 from utils.data.transforms import pretrain_transform
 from utils.errors import UsageError, run_cli

@@ -131,6 +131,10 @@ def add_finetune_arguments(parser: ArgumentParser) -> None:
     """What fine-tuning reads in training alone: the network, the optimizer, augmentation, the moving average."""
     add, add_switch = add_group(parser, "fine-tuning")
     add("--images_per_class", type=whole(1), default=None, help="train on the first so many images of each class alone")
+    weights_help = "weights of the classes' losses: balanced (images / classes / the class's images), or a file with a "
+    weights_help += "class and a number a line; the sum over a step is divided by its images' weights, as torch does"
+    add("--class_weights", default="", metavar="balanced|FILE", help=weights_help)
+    add_switch("--balanced_sampling", False, "show each class equally often; an epoch has as many images as without")
     head_help = "the head, which is new, starts with std 0.02 times this"
     add("--head_init_scale", type=not_negative, default=0.001, help=head_help)
     add("--drop_path", type=below_one, default=0.0, help="stochastic depth of the last block")

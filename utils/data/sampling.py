@@ -8,9 +8,9 @@ import contextlib
 import copy
 import itertools
 import logging
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence, Sized
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -57,21 +57,6 @@ def path_of(dataset: Dataset, index: int) -> str:
         return paths[index]
     files = getattr(dataset, "samples", None)  # of torchvision's folders
     return files[index][0] if files else str(index)
-
-
-def first_of_each_class(dataset: Dataset, count: int, name: str) -> Subset:
-    """At most `count` images of each class, the first in the data set's order: the same ones under every seed.
-
-    Raises UsageError for a data set, called `name`, that does not list its labels.
-    """
-    if not hasattr(dataset, "targets"):
-        raise UsageError(f"--images_per_class {count}: {name} does not list its labels; leave it out")
-    seen, indices = Counter(), []
-    for index, label in enumerate(dataset.targets):
-        seen[label] += 1
-        if seen[label] <= count:
-            indices.append(index)
-    return Subset(dataset, indices)
 
 
 # ---- samples, and what is wrong with unreadable images, by index -----------------------------------------------------
@@ -127,15 +112,15 @@ class TrainSamples(EvalSamples):
         return (self.sample_mask(),)
 
     def _readable(self, key: tuple[int, int], seeds: list[int], bad: dict[int, str]) -> tuple:
-        index = key[1]
+        first = index = key[1] % len(self.dataset)  # see `balanced_order`
         for attempt in range(self.RETRIES):
             seed_cpu(seeds)
             try:
                 return self.dataset[index]
             except BadImage as error:
-                bad.setdefault(key[1], str(error))  # of the others, their own turn tells
+                bad.setdefault(first, str(error))  # of the others, their own turn tells
             index = seed_words(self.seed, *key, attempt)[0] % len(self.dataset)
-        raise UsageError(f"{self.RETRIES} unreadable images in a row, the first: {bad[key[1]]}")
+        raise UsageError(f"{self.RETRIES} unreadable images in a row, the first: {bad[first]}")
 
 
 def collate(found: tuple[list[tuple], dict[int, str]]) -> tuple[list | None, dict[int, str]]:
@@ -184,13 +169,15 @@ class EvalLoader(DataLoader):
 class StepSampler(Sampler):
     """One process's batches of an epoch, as lists of (epoch, index); steps do not depend on how work is spread.
 
-    Every optimizer step takes the next batch_size * update_freq * world_size samples of the epoch's permutation, the
+    Every optimizer step takes the next batch_size * update_freq * world_size samples of the epoch's order, the
     global batch; its batches, and within each batch the processes, take even shares of them. The rest at the end is a
     smaller step if it is at least a quarter of the global batch, else it is left out of this epoch. batch_divisor
-    divides every batch's size (2 for Mixup): the last step leaves up to batch_divisor - 1 out.
+    divides every batch's size (2 for Mixup): the last step leaves up to batch_divisor - 1 out. draw: makes an epoch's
+    order of a generator.
     """
 
     def __init__(self, num_samples, batch_size, update_freq=1, rank=0, world_size=1, seed=0, batch_divisor=1):
+        self.draw: Callable[..., torch.Tensor] = partial(torch.randperm, num_samples)
         self.num_samples, self.batch_size, self.update_freq = num_samples, batch_size, update_freq
         self.rank, self.world_size, self.seed, self.batch_divisor = rank, world_size, seed, batch_divisor
         self.epoch = self.start_step = 0
@@ -208,13 +195,24 @@ class StepSampler(Sampler):
     def set_epoch(self, epoch: int, start_step: int = 0) -> None:
         self.epoch, self.start_step = epoch, start_step
 
+    def order(self) -> torch.Tensor:
+        """The epoch's samples, int64 (num_samples,)."""
+        seed = np.random.SeedSequence((self.seed, self.epoch)).generate_state(1)[0]
+        return self.draw(generator=torch.Generator().manual_seed(int(seed)))
+
+    def span(self, step: int) -> slice:
+        """Where a step's samples, those of all processes, are in the order."""
+        first = step * self.global_batch
+        count = min(self.global_batch, self.num_samples - first)
+        return slice(first, first + count - count % self.batch_divisor)
+
     def step(self, step: int) -> list[tuple[int, int, float]]:
-        """(start, end) in the permutation, and `Batch.loss_weight`, of each of this process's batches.
+        """(start, end) in the order, and `Batch.loss_weight`, of each of this process's batches.
 
         Where a batch does not go round the processes, those left over take a group of another's, with the weight 0.
         """
-        first, size = step * self.global_batch, self.batch_divisor
-        groups = min(self.global_batch, self.num_samples - first) // size
+        first, size = self.span(step).start, self.batch_divisor
+        groups = (self.span(step).stop - first) // size
         batches = -(-groups * size // (self.batch_size * self.world_size))
         parts = []
         for i in range(batches):
@@ -228,8 +226,7 @@ class StepSampler(Sampler):
         return sum(len(self.step(step)) for step in range(self.start_step, self.steps))
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        seed = np.random.SeedSequence((self.seed, self.epoch)).generate_state(1)[0]
-        order = torch.randperm(self.num_samples, generator=torch.Generator().manual_seed(int(seed))).tolist()
+        order = self.order().tolist()
         for step in range(self.start_step, self.steps):
             for start, end, _ in self.step(step):
                 yield [(self.epoch, index) for index in order[start:end]]
@@ -241,7 +238,8 @@ class Batch:
 
     loss_weight: factor on the batch's mean loss, such that the gradients averaged over processes and added up over a
     step's batches are those of the mean over the step's samples; 0 where the samples are another process's and must not
-    be counted. last: in its step.
+    be counted. With sample weights it is divided by their mean over the step: the sum of weighted losses is then over
+    the sum of weights, as in torch's CrossEntropyLoss, however the step is spread. last: in its step.
     """
 
     data: list
@@ -254,11 +252,14 @@ class StepLoader:
 
     batch_transform: makes the model's input (N, C, H, W) of a batch's images, once they are on the device, see
     `utils.data`; None: they are it. bad: images of this epoch and process that are unreadable; max_bad: so many may be.
+    sample_weights: of the losses, (samples,), see `Batch`.
     """
 
     def __init__(
-        self, loader: DataLoader, sampler: StepSampler, batch_transform: Callable | None = None, max_bad: float = 0
-    ):
+        self, loader: DataLoader, sampler: StepSampler, batch_transform: Callable | None = None, max_bad: float = 0,
+        sample_weights: torch.Tensor | None = None,
+    ):  # fmt: skip
+        self.sample_weights = sample_weights
         self.loader, self.sampler, self.batch_transform = loader, sampler, batch_transform or torch.nn.Identity()
         self.max_bad, self.bad = max_bad, BadImages("another takes its place")
 
@@ -278,8 +279,12 @@ class StepLoader:
             self.bad.clear()
         streamed, full = isinstance(self.loader.dataset, IterableDataset), self.sampler.update_freq
         loader = itertools.islice(self._stream(epoch), start_step * full, None) if streamed else iter(self.loader)
+        ordered = None if self.sample_weights is None else self.sample_weights[self.sampler.order()]
         for step in range(start_step, len(self)):
             weights = [1 / full] * full if streamed else [weight for *_, weight in self.sampler.step(step)]
+            if ordered is not None:
+                mean = ordered[self.sampler.span(step)].mean().item()
+                weights = [weight / mean for weight in weights]
             yield self._batches(loader, weights)
 
     def _batches(self, loader: Iterator, weights: list[float]) -> Iterator[Batch]:
