@@ -59,10 +59,7 @@ def _plan(x: torch.Tensor, hidden: int) -> tuple[bool, int]:
     return r >= 2 * c, max(1, fitting) if x.device.type == "cpu" else n
 
 
-@torch.library.custom_op(  # a list, Tensor[], would be flattened in Python, at each call
-    "fcmae::grn_mlp", mutates_args=(), schema=f"({MLP}, float eps) -> (Tensor, Tensor, Tensor, Tensor)"
-)
-def _grn_mlp(x, w1, b1, gamma, beta, w2, b2, eps):
+def grn_mlp_forward(x, w1, b1, gamma, beta, w2, b2, eps):
     """(N, R, C) -> the same, and what backward takes: fc1's output, GELU's, and the norms of GELU's."""
     out, h, a, norm = _empty_results(x, w1)
     (n, _, c), hidden, dtype = x.shape, w1.shape[0], x.dtype
@@ -83,17 +80,18 @@ def _grn_mlp(x, w1, b1, gamma, beta, w2, b2, eps):
     return out, h, a, norm
 
 
+_grn_mlp = torch.library.custom_op(  # a list, Tensor[], would be flattened in Python, at each call
+    "fcmae::grn_mlp", grn_mlp_forward, mutates_args=(), schema=f"({MLP}, float eps) -> ({', '.join(4 * ['Tensor'])})"
+)
+
+
 @_grn_mlp.register_fake
 def _empty_results(x, w1, *_):
     n, r, c, hidden = *x.shape, w1.shape[0]
     return *(x.new_empty(n, r, d) for d in (c, hidden, hidden)), x.new_empty(n, 1, hidden, dtype=statistics_dtype(x))
 
 
-@torch.library.custom_op(
-    "fcmae::grn_mlp_backward", mutates_args=(),
-    schema=f"(Tensor grad, {MLP}, Tensor h, Tensor a, Tensor norm, float eps) -> ({', '.join(7 * ['Tensor'])})",
-)  # fmt: skip
-def _grn_mlp_backward(grad, *inputs):
+def grn_mlp_backward(grad, *inputs):
     x, w1, _, gamma, beta, w2, _, h, a, norm, eps = inputs
     (n, _, c), hidden, dtype, statistics = x.shape, w1.shape[0], x.dtype, norm.dtype
     grad, x, (scale_weight, piece) = grad.contiguous(), x.contiguous(), _plan(x, hidden)
@@ -129,6 +127,12 @@ def _grn_mlp_backward(grad, *inputs):
     if scale_weight:
         grad_w2.addr_(grad_b2, beta)
     return grad_x, grad_w1, grad_b1, grad_gamma, grad_beta, grad_w2, grad_b2
+
+
+_grn_mlp_backward = torch.library.custom_op(
+    "fcmae::grn_mlp_backward", grn_mlp_backward, mutates_args=(),
+    schema=f"(Tensor grad, {MLP}, Tensor h, Tensor a, Tensor norm, float eps) -> ({', '.join(7 * ['Tensor'])})",
+)  # fmt: skip
 
 
 @_grn_mlp_backward.register_fake

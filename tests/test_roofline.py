@@ -40,10 +40,8 @@ def test_depthwise_convolutions_and_gelu_by_hand():
     blocks = zip((2, 2, 6, 2), (40, 80, 160, 320), (64, 16, 4, 1), strict=True)
     values = 4 * (sum(19 * depth * dim * positions for depth, dim, positions in blocks) + 49 * 512)
     assert counted.classes[roofline.DEPTHWISE][0] == 3 * 2 * 49 * values
-    assert counted.wide == 4 * values * 2  # bfloat16
-    assert (
-        counted.classes["GELU"][1] == 5 * counted.wide
-    )  # forward reads and writes one, backward reads two, writes one
+    wide = 4 * values * 2  # bfloat16
+    assert counted.classes["GELU"][1] == 5 * wide  # forward reads and writes one, backward reads two, writes one
 
 
 def test_of_mae(monkeypatch):
@@ -54,6 +52,18 @@ def test_of_mae(monkeypatch):
     embedding = 2 * 2 * 2 * 196 * 768 * 768  # forward, and the weight's gradient
     attention = 2 * (12 * 50**2 * 768 + 8 * 197**2 * 512)
     assert counted == pytest.approx(usual + embedding + 2 * attention, rel=0.02)  # backward makes the scores again
+
+
+def test_the_inside_of_an_operator_is_counted():
+    """Its two products of 18 rows, 8 and 32 channels; in bfloat16 the casts of weights and scales as well."""
+    x, w1, w2 = torch.randn(2, 9, 8), torch.randn(32, 8), torch.randn(8, 32)
+    operations = []
+    for dtype in (torch.float32, torch.bfloat16):
+        with roofline.Count(*PEAKS) as counted:
+            torch.ops.fcmae.grn_mlp(x.to(dtype), w1, w1[:, 0], w1[:, 0], w1[:, 0], w2, w2[:, 0], 1e-6)
+        assert counted.classes[roofline.PRODUCTS][0] == 2 * 2 * 18 * 8 * 32
+        operations.append(counted.classes[roofline.REST][2])
+    assert operations[1] >= operations[0] + 6
 
 
 def test_time_is_bound_by_arithmetic_or_by_memory():

@@ -10,6 +10,7 @@ convolutions, AdamW and, for GRN, four passes over the wide activations do, and 
 
 import sys
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
@@ -17,6 +18,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -26,9 +28,9 @@ from utils.args import ArgumentParser, positive, whole
 from utils.errors import run_cli
 
 SHARE = 0.7  # of the peaks, which long operations reach
+FORMULAS = {str(packet).removeprefix("aten."): formula for packet, formula in flop_registry.items()}
 CLASSES = {  # of operators; any other is of the last class
-    "matrix products": "mm addmm bmm baddbmm addmm_ matmul convolution convolution_backward "
-    "_scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_flash_attention_for_cpu_backward",
+    "matrix products": " ".join(FORMULAS),
     "depthwise convolutions": "depthwise depthwise_backward",
     "LayerNorm": "native_layer_norm native_layer_norm_backward",
     "GELU": "gelu gelu_backward",
@@ -37,8 +39,12 @@ CLASSES = {  # of operators; any other is of the last class
     "GRN, sums, casts, residuals, loss": "",
 }
 CLASS_OF = {name: kind for kind, names in CLASSES.items() for name in names.split()}
-PRODUCTS, DEPTHWISE, *_, OPTIMIZER, REST = CLASSES
+PRODUCTS, DEPTHWISE, _, GELU, _, OPTIMIZER, REST = CLASSES
 FREE = "empty empty_like new_empty empty_strided detach alias _unsafe_view lift_fresh"  # and all views
+INSIDES = {  # operators of which the insides are counted
+    torch.ops.fcmae.grn_mlp.default: operators.grn_mlp_forward,
+    torch.ops.fcmae.grn_mlp_backward.default: operators.grn_mlp_backward,
+}
 
 
 class Count(TorchDispatchMode):
@@ -46,30 +52,33 @@ class Count(TorchDispatchMode):
 
     def __init__(self, flops: float, bandwidth: float):
         super().__init__()
-        self.flops, self.bandwidth, self.wide = flops, bandwidth, 0
+        self.flops, self.bandwidth = flops, bandwidth
         self.classes = defaultdict(lambda: [0, 0, 0, 0.0])
-        whole = operators._grn_mlp, operators._grn_mlp_backward  # of which the insides are counted
-        self.insides = {operator._opoverload: operator._init_fn for operator in whole}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func in self.insides:
-            with self:
-                return self.insides[func](*args, **kwargs)
-        out, name = func(*args, **kwargs), func._overloadpacket.__name__
-        if func.namespace != "prim" and not func.is_view and name not in FREE.split():
-            written = tree_leaves(out)
-            read = tree_leaves([args[name == "copy_" :], {k: v for k, v in kwargs.items() if k != "out"}])
-            moved = sum(size(x) for x in (*read, *written))
-            self.wide += size(out) if name == "gelu" else 0
-            self.add(CLASS_OF.get(name, REST), flop(name, args, written), moved)
+        if func.namespace == "prim":  # a tensor's device
+            return func(*args, **kwargs)
+        with self:  # what is made of others is counted as these
+            out = INSIDES.get(func, func.decompose)(*args, **kwargs)
+        if out is not NotImplemented:
+            return out
+        out, name = func(*args, **kwargs), func.__name__.split(".")[0]
+        if not func.is_view and name not in FREE.split():
+            read = [args[name == "copy_" :], {k: v for k, v in kwargs.items() if k != "out"}]
+            # of the same class: what is done in place, and a CPU's form of attention
+            name, flop = name.replace("_for_cpu", "").replace("addmm_", "addmm"), 0
+            if name in FORMULAS:
+                flop = FORMULAS[name](*args, **kwargs, out_val=out)
+            elif CLASS_OF.get(name) == DEPTHWISE:
+                flop = 2 * 49 * args[0].numel() * (1 + name.endswith("backward"))
+            self.add(CLASS_OF.get(name, REST), flop, sum(map(size, tree_leaves([read, out]))))
         return out
 
     def add(self, kind: str, flop: float, moved: float) -> None:
         peak = self.flops if kind == PRODUCTS else self.flops / 15  # float32 outside the tensor cores, as on an H100
         seconds = max(flop / peak, moved / self.bandwidth) / SHARE
-        for i, value in enumerate((flop, moved, 1, seconds)):
-            self.classes[kind][i] += value
+        self.classes[kind] = [a + b for a, b in zip(self.classes[kind], (flop, moved, 1, seconds), strict=True)]
 
 
 def size(x) -> int:
@@ -80,25 +89,6 @@ def size(x) -> int:
     return torch.Size(lengths).numel() * x.element_size()
 
 
-def flop(name: str, args: tuple, written: list) -> int:
-    """Floating-point operations of products and depthwise convolutions; the rest is bound by memory."""
-    if CLASS_OF.get(name) == DEPTHWISE:
-        return 2 * 49 * args[0].numel() * (1 + name.endswith("backward"))
-    if "attention" in name:
-        n, heads, length, dim = args[name.endswith("backward")].shape
-        return n * heads * length**2 * dim * (10 if name.endswith("backward") else 4)
-    if "convolution" in name:  # of patches that do not overlap, the first layer's: no gradient of the images
-        return (
-            2
-            * (args[0] if name.endswith("backward") else written[0]).numel()
-            * args[2 if name.endswith("backward") else 1].shape[1:].numel()
-        )
-    if CLASS_OF.get(name) != PRODUCTS:
-        return 0
-    x, y = args[:2] if name in ("mm", "bmm", "matmul") else args[1:3]
-    return 2 * x.numel() * y.shape[-1]
-
-
 def count(model_name: str, batch_size: int, flops: float, bandwidth: float) -> Count:
     """A step of FCMAE, or of MAE ViT-B/16, on images of 224 pixels; peaks in FLOP/s and bytes/s."""
     mae = model_name == "mae"
@@ -107,11 +97,13 @@ def count(model_name: str, batch_size: int, flops: float, bandwidth: float) -> C
     fused.enable(model.to("meta"))
     # tensors without memory are of a type of their own, at which fused blocks would step aside
     aside = patch.multiple(fused, _is_watched=lambda *_: False, _is_plain=lambda *_: True)
-    at_once = patch.object(operators, "CACHE", sys.maxsize)  # all samples, as on a GPU
+    # all samples at once, and the norm in one pass
+    norm = partial(torch.linalg.vector_norm, keepdim=True, dtype=torch.float32)
+    on_gpu = patch.multiple(operators, CACHE=sys.maxsize, spatial_norm=lambda x, dim: norm(x, dim=dim))
     with FakeTensorMode(allow_non_fake_inputs=True) as fake:
         model.to_empty(device="cpu")
         imgs, mask = torch.empty(batch_size, 3, 224, 224), torch.empty(batch_size, 49)
-    with aside, at_once, fake, Count(flops, bandwidth) as counted:
+    with aside, on_gpu, fake, Count(flops, bandwidth) as counted:
         with torch.autocast("cpu", torch.bfloat16):
             loss = model(imgs) if mae else model(imgs, mask=mask, mask_ratio=0.6)[0]
         loss.backward()
@@ -132,22 +124,21 @@ def get_args_parser() -> ArgumentParser:
 
 def main() -> None:
     args = get_args_parser().parse_args()
-    counted = count(args.model, args.batch_size, args.tflops * 1e12, args.bandwidth * 1e12)
+    counted = count(args.model, args.batch_size, args.tflops * 1e12, args.bandwidth * 1e12).classes
     print(
         f"{args.model}, batch {args.batch_size}: at {SHARE:.0%} of {args.tflops:g} TFLOP/s, {args.bandwidth:g} TB/s\n"
     )
     print("| class | TFLOP | GB | operations | eager, ms | fused, ms |\n|---|---|---|---|---|---|")
-    alone = {PRODUCTS, DEPTHWISE, OPTIMIZER}
-    totals = [0.0] * 5
+    fused_seconds = {kind: counted[kind][3] for kind in (PRODUCTS, DEPTHWISE, OPTIMIZER)}
+    if args.model != "mae":  # GRN's norm needs all positions before any is scaled: 4 wide passes, where GELU takes 5
+        fused_seconds[REST] = 4 / 5 * counted[GELU][3]
+    rows = []
     for kind in CLASSES:
-        flop, moved, operations, seconds = counted.classes[kind]
-        left = seconds if kind in alone else 0.0
-        if kind == REST and args.model != "mae":  # GRN's norm needs all positions before any is scaled: 4 wide passes
-            left = 4 * counted.wide / (args.bandwidth * 1e12 * SHARE)
-        row = flop / 1e12, moved / 1e9, operations, 1e3 * seconds, 1e3 * left
-        totals = [a + b for a, b in zip(totals, row, strict=True)]
-        print(f"| {kind} | {row[0]:.2f} | {row[1]:.1f} | {row[2]} | {row[3]:.1f} | {row[4]:.1f} |")
-    print(f"| all | {totals[0]:.2f} | {totals[1]:.1f} | {totals[2]:.0f} | {totals[3]:.1f} | {totals[4]:.1f} |")
+        flop, moved, operations, seconds = counted[kind]
+        rows.append((flop / 1e12, moved / 1e9, operations, 1e3 * seconds, 1e3 * fused_seconds.get(kind, 0.0)))
+    rows.append([sum(column) for column in zip(*rows, strict=True)])
+    for kind, row in zip((*CLASSES, "all"), rows, strict=True):
+        print("| {} | {:.2f} | {:.1f} | {} | {:.1f} | {:.1f} |".format(kind, *row))
 
 
 if __name__ == "__main__":
