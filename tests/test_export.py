@@ -403,7 +403,7 @@ MISTAKES = [
     ("--checkpoint $stem", "--checkpoint .*stem.pth: stem_stride must be 4, 2 or 1, got 3"),
     ("--checkpoint $stem2", "--to timm: after a stem of stride 2.* hf can have it"),
     ("--checkpoint $mlp", "--checkpoint .*mlp.pth: its head is more than a linear layer; give --num_classes 0"),
-    ("--checkpoint $pre --ema true", "--ema true: .*pre.pth: holds no moving average"),
+    ("--checkpoint $pre --ema true", "--ema true: .*pre.pth: holds no state dict under model_ema"),
     ("--checkpoint $pre --num_classes 10", "--num_classes 10: .*pre.pth has no head; 0 leaves a head out"),
     ("--checkpoint $fine --num_classes 10", "--num_classes 10: .*fine.pth has a head of 4 classes"),
     ("--checkpoint $fine --input_size 7", "--input_size 7: must be at least the model's total stride 8"),
@@ -516,7 +516,7 @@ def test_hub_refuses_what_does_not_fit(small, fine, tmp_path):
     torch.save(timm.create_model("resnet10t").state_dict(), tmp_path / "resnet.pth")
     with pytest.raises(ValueError, match="not a ConvNeXt V2"):
         hub("convnextv2_atto", checkpoint=tmp_path / "resnet.pth")
-    with pytest.raises(ValueError, match=r"fine.pth: holds nothing under --model_key teacher; it has model"):
+    with pytest.raises(ValueError, match=r"fine.pth: holds no state dict under teacher; it has model"):
         hub("convnextv2_atto", checkpoint=fine[0], model_key="teacher")
     with pytest.raises(ValueError, match="no such file"):
         hub("convnextv2_atto", checkpoint=tmp_path / "absent.pth")

@@ -109,20 +109,19 @@ def convert(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     converted = {}
     for name, value in state_dict.items():
         if name.startswith(prefix):
-            reshape = next((f for pattern, f in SHAPES if re.search(pattern, name)), None)
-            converted[_rename(name.removeprefix(prefix), LAYOUTS[kind][1])] = reshape(value) if reshape else value
+            reshape = next((f for pattern, f in SHAPES if re.search(pattern, name)), lambda v: v)
+            converted[_rename(name.removeprefix(prefix), LAYOUTS[kind][1])] = reshape(value)
     return fold_batch_norm(converted)
 
 
 def fold_batch_norm(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     """The state dict of a `LinearProbe` as that of the `ConvNeXtV2` with the same logits; others as they are."""
-    head = {name: v for name, v in state_dict.items() if name.startswith("head.")}
-    if "head.batch_norm.running_var" not in head:
+    mean, variance = (state_dict.get(f"head.batch_norm.running_{name}") for name in ("mean", "var"))
+    if mean is None or variance is None:
         return state_dict
-    weight = head["head.weight"] / (head["head.batch_norm.running_var"] + PROBE_EPS).sqrt()
-    bias = head["head.bias"] - weight @ head["head.batch_norm.running_mean"]
-    rest = {name: v for name, v in state_dict.items() if name not in head}
-    return rest | {"head.weight": weight, "head.bias": bias}
+    weight = state_dict["head.weight"] / (variance + PROBE_EPS).sqrt()
+    head = {"head.weight": weight, "head.bias": state_dict["head.bias"] - weight @ mean}
+    return {name: v for name, v in state_dict.items() if not name.startswith("head.")} | head
 
 
 def _rename(name: str, rules: Iterable[tuple[str, str]]) -> str:
@@ -142,7 +141,7 @@ def timm_has_conv_mlp(first_width: int) -> bool:
 
 
 def to_timm(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A backbone of any layout by the names and shapes of timm's convnextv2_* models; the inverse of `to_backbone`."""
+    """A backbone of any layout by the names and shapes of timm's convnextv2_* models."""
     state, converted = to_backbone(state_dict), {}
     conv_mlp = timm_has_conv_mlp(len(state["downsample_layers.0.0.weight"]))
     for name, value in state.items():
@@ -155,12 +154,8 @@ def to_timm(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def to_huggingface(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A backbone of any layout by the names and shapes of transformers; the inverse of `to_backbone`.
-
-    With a head those of ConvNextV2ForImageClassification, without one those of ConvNextV2Model.
-    """
+    """A backbone of any layout as ConvNextV2ForImageClassification has it, or, without a head, ConvNextV2Model."""
     state = to_backbone(state_dict)
-    renamed = {_rename(name, TO_HUGGINGFACE): value for name, value in state.items()}
-    if "head.weight" in state:
-        renamed = {n if n.startswith("classifier.") else f"convnextv2.{n}": value for n, value in renamed.items()}
-    return renamed
+    prefix = "convnextv2." if "head.weight" in state else ""
+    named = {_rename(name, TO_HUGGINGFACE): value for name, value in state.items()}
+    return {name if name.startswith("classifier.") else prefix + name: value for name, value in named.items()}

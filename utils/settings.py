@@ -7,7 +7,7 @@ from pathlib import Path
 
 from .args import check_image_arguments, given
 from .data import transforms
-from .errors import UsageError
+from .errors import UsageError, refuse
 
 log = logging.getLogger("fcmae")
 
@@ -36,15 +36,13 @@ def as_trained(args: Namespace, path: str | Path, content: dict, size, **shapes)
     content: of the file `path`, whose "args", of any trainer, count where they make sense. size: what the shapes of its
     weights tell, see `weights.infer_config`. shapes: what else they tell, by the names of flags; None: nothing.
 
-    Raises:
-        UsageError: a flag that contradicts the shapes, or what flags and checkpoint together say of the images.
+    Raises UsageError: a flag that contradicts the shapes, or what flags and checkpoint together say of the images.
     """
     shapes |= {"in_chans": size.in_chans, "stem_stride": size.stem_stride}
     shapes = {name: value for name, value in shapes.items() if value is not None}
     for name in shapes.keys() & given(args):
-        if getattr(args, name) != shapes[name]:
-            model = f"a checkpoint of another model, with --{name} {shapes[name]}"
-            raise UsageError(f"{path}: {model}, not {getattr(args, name)}")
+        other = f"{path}: a checkpoint of another model, with --{name} {shapes[name]}, not {getattr(args, name)}"
+        refuse(getattr(args, name) != shapes[name], other)
     trained = content.get("args", {})
     told = {name: trained[name] for name, kind in TOLD.items() if isinstance(trained.get(name, ...), kind)}
     was = Namespace(**({"input_size": 224, "crop_pct": None, "mean": None, "std": None} | shapes | told))

@@ -1,12 +1,9 @@
-"""Any checkpoint into a model: read, recognised, loaded, reported, or refused.
-
-`load_checkpoint` is the one way from a file to a model. Its steps work on state dicts: `unwrap`, `infer_config` and
-`load`.
-"""
+"""Any checkpoint into a model: read, recognised, loaded, reported, or refused; `load_checkpoint` is the one way."""
 
 import logging
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -19,8 +16,8 @@ from .sources import local_file
 
 log = logging.getLogger("fcmae")
 
-MODEL_KEY = "model|module"
-OTHER_KEYS = ("state_dict", "model_state_dict", "model_ema", "state_dict_ema")  # of common trainers
+MODEL_KEY, AVERAGE = "model|module", "model_ema|state_dict_ema"
+KEYS = {MODEL_KEY: f"{MODEL_KEY}|state_dict|model_state_dict|{AVERAGE}", "model_ema": AVERAGE}  # of common trainers
 ENCODER, DECODER = r"(downsample_layers|stages)\.", r"(proj|decoder|pred)\.|mask_token$"
 
 
@@ -51,7 +48,7 @@ class Report(NamedTuple):
     missing_keys: list[str]  # the model's that stay as they were initialised
 
     def rows(self) -> dict[str, str]:
-        """What to show a person, by its label; a module of which all parameters are listed is written once."""
+        """What to show a person, by its label."""
         own = self.loaded + self.missing_keys
         return {
             "loaded": summarise_names(self.loaded, own),
@@ -62,12 +59,12 @@ class Report(NamedTuple):
 
 
 class Loaded(NamedTuple):
-    """What `load_checkpoint` gives."""
+    """What `load_checkpoint` gives; config and content are the file's."""
 
     model: nn.Module
     report: Report
-    config: BackboneConfig  # the file's
-    content: dict  # of the file
+    config: BackboneConfig
+    content: dict
 
 
 def load_checkpoint(
@@ -75,20 +72,18 @@ def load_checkpoint(
     model_key: str = MODEL_KEY, model_prefix: str = "", stem_average: bool = False, fresh_head: bool = False,
     whole: bool = False,
 ) -> Loaded:  # fmt: skip
-    """Load a file of any layout into a model, or into one that is built to the file's sizes.
+    """Load a file of any layout, or what else `sources.local_file` takes, into a model.
 
     Args:
-        path: a .pth, .pt, .bin or .safetensors file, or what else `sources.local_file` takes.
         model: the model, then the report is logged; or a function that builds it from the file's `BackboneConfig`.
         flag: what names the file on the command line, for messages.
         model_key, model_prefix: where in the file the weights are, see `unwrap`.
         stem_average, fresh_head: see `load`.
         whole: refuse a file that leaves a parameter of the model fresh.
 
-    Raises:
-        UsageError: a file that cannot be read, or is not for the model.
+    Raises UsageError: a file that cannot be read, or is not for the model.
     """
-    content, source, given = read(local_file(flag, path)), f"{flag} {path}".strip(), isinstance(model, nn.Module)
+    content, source, given = read(local_file(flag, path)), f"{flag} {path}".lstrip(), isinstance(model, nn.Module)
     try:
         state_dict = unwrap(content, model_key, model_prefix)
         config = infer_config(state_dict)
@@ -128,19 +123,14 @@ def unwrap(checkpoint: dict, model_key: str = MODEL_KEY, model_prefix: str = "")
     With MODEL_KEY, the key that the checkpoint has under "scored" comes first, a moving average that was the best so
     far; and the keys of common trainers come last. Of the names only those under `model_prefix` are taken, without it.
 
-    Raises:
-        ValueError: none of the keys has a state dict, or no name has the prefix.
+    Raises ValueError: none of the keys has a state dict, or no name has the prefix.
     """
-    keys, missing = model_key.split("|"), f"nothing under --model_key {model_key}"
-    if model_key == MODEL_KEY:
-        keys = [str(checkpoint.get("scored")), *keys, *OTHER_KEYS]
-        missing = f"no state dict under {', '.join(keys[1:])}"
-    elif model_key == "model_ema":
-        keys, missing = ["model_ema", "state_dict_ema"], "no moving average"
+    keys = KEYS.get(model_key, model_key).split("|")
+    best = str(checkpoint.get("scored")) if model_key == MODEL_KEY else ""
     candidates = {"model": checkpoint} if _is_state_dict(checkpoint) else checkpoint
-    state_dict = next(filter(_is_state_dict, map(candidates.get, keys)), None)
+    state_dict = next(filter(_is_state_dict, map(candidates.get, [best, *keys])), None)
     if state_dict is None:
-        raise ValueError(f"holds {missing}; it has {first_names(checkpoint)}")
+        raise ValueError(f"holds no state dict under {', '.join(keys)}; it has {first_names(checkpoint)}")
     plain = {re.sub(r"^(_orig_mod\.|module\.)+|\b_orig_mod\.", "", name): v for name, v in state_dict.items()}
     found = {name.removeprefix(model_prefix): v for name, v in plain.items() if name.startswith(model_prefix)}
     if not found:
@@ -152,22 +142,20 @@ def unwrap(checkpoint: dict, model_key: str = MODEL_KEY, model_prefix: str = "")
 def infer_config(state_dict: Mapping[str, Tensor]) -> BackboneConfig:
     """What the shapes of a state dict of any layout tell about its model.
 
-    Raises ValueError for an unknown layout, or when the stem or all of a stage is missing, or has impossible shapes.
+    Raises ValueError: an unknown layout, or one of the stem and the downsamplers is missing or has an impossible shape.
     """
     try:
-        state, depths, dims = convert(state_dict), (), ()
-        for i in range(4):
-            blocks = [v for name, v in state.items() if re.match(rf"stages\.{i}\.\d+\.dwconv\.weight$", name)]
-            before = state.get(f"downsample_layers.{i}.{min(i, 1)}.weight", ())
-            depths, dims = (*depths, len(blocks)), (*dims, len([*blocks, before][0]))
-        stem = state.get("downsample_layers.0.0.weight")
-        if stem is None or 0 in dims:
-            raise ValueError(f"not the state dict of a whole backbone; its names: {first_names(state_dict)}")
-        num_classes, decoder = len(state.get("head.weight", ())), {}
+        state = convert(state_dict)
+        matches = (re.fullmatch(r"(stages\.\d|decoder)\.\d+\.dwconv\.weight", name) for name in state)
+        blocks, decoder = Counter(match[1] for match in matches if match), {}
+        convs = [state[f"downsample_layers.{i}.{min(i, 1)}.weight"] for i in range(4)]
         if {"mask_token", "proj.weight", "pred.weight"} <= state.keys():
-            blocks = [name for name in state if re.fullmatch(r"decoder\.\d+\.dwconv\.weight", name)]
-            decoder = {"decoder_depth": len(blocks), "decoder_embed_dim": state["mask_token"].shape[1]}
-        return BackboneConfig(depths, dims, stem.shape[1], stem.shape[-1], num_classes, decoder)
+            decoder = {"decoder_depth": blocks["decoder"], "decoder_embed_dim": state["mask_token"].shape[1]}
+        depths, dims = (blocks[f"stages.{i}"] for i in range(4)), map(len, convs)
+        in_chans, stem_stride, num_classes = convs[0].shape[1], convs[0].shape[-1], len(state.get("head.weight", ()))
+        return BackboneConfig(tuple(depths), tuple(dims), in_chans, stem_stride, num_classes, decoder)
+    except KeyError as error:
+        raise ValueError(f"not a whole backbone: missing is {error.args[0]}") from error
     except (IndexError, RuntimeError, TypeError) as error:
         raise ValueError(f"not a whole backbone: a parameter has an impossible shape ({error})") from error
 
@@ -185,9 +173,8 @@ def load(
             that an image whose channels are all the same, such as a grey one, gives the features that it gave.
         fresh_head: leave the head as it is, even if the state dict has one that fits.
 
-    Raises:
-        ValueError: an unknown layout, weights that are NaN or infinite, an encoder that is incomplete or of another
-            size; nothing is loaded then.
+    Raises ValueError: an unknown layout, weights that are NaN or infinite, an encoder that is incomplete or of another
+    size; nothing is loaded then.
     """
     own, (layout, under) = model.state_dict(), recognise(state_dict)
     prefix = "encoder." if any(name.startswith("encoder.") for name in own) else ""
@@ -200,17 +187,14 @@ def load(
         source[stem] = mean.expand(-1, own[stem].shape[1], -1, -1)
     loaded = {}
     for part in (prefix + ENCODER, r"norm\.", DECODER, *([] if fresh_head else [r"head\."])):
-        found = {name: v for name, v in source.items() if re.match(part, name)}
-        ours, theirs = ({n: v.shape for n, v in state.items() if re.match(part, n)} for state in (own, found))
+        ours, theirs = ({n: v.shape for n, v in state.items() if re.match(part, n)} for state in (own, source))
         if ours == theirs:
-            loaded |= found
+            loaded |= {name: source[name] for name in theirs}
         elif part == prefix + ENCODER:
-            config, needed = infer_config(source), infer_config(own)
-            if config.encoder() != needed.encoder():
-                hint = f"; give --in_chans {config.in_chans} or --stem_average true"
-                hint = hint if config.in_chans != needed.in_chans else ""
-                sizes = f"it has {config}, the model has {needed}"
-                raise ValueError(f"not for this --model or --stem_stride: {sizes}{hint}")
+            has, needs = infer_config(source), infer_config(own)
+            if has.encoder() != needs.encoder():
+                hint = f"; give --in_chans {has.in_chans} or --stem_average true" * (has.in_chans != needs.in_chans)
+                raise ValueError(f"not for this --model or --stem_stride: it has {has}, the model has {needs}{hint}")
             wrong = [name for name in ours | theirs if ours.get(name) != theirs.get(name)]
             raise ValueError(f"not a whole backbone: missing, unknown or of another shape are {first_names(wrong)}")
     if not finite(loaded):
@@ -218,5 +202,4 @@ def load(
     model.load_state_dict(loaded, strict=False)
     beside = [name for name in state_dict if not name.startswith(under)]  # of something else
     unexpected = [name for name in source if name not in loaded] + beside
-    missing = [name for name in own if name not in loaded]
-    return Report(layout, [name for name in own if name in loaded], unexpected, missing)
+    return Report(layout, [n for n in own if n in loaded], unexpected, [n for n in own if n not in loaded])
