@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import datasets
 from utils.args import ArgumentParser, whole
 from utils.data.sampling import EvalLoader, random_subset, with_transform
-from utils.errors import UsageError, run_cli
+from utils.errors import refuse, run_cli
 from utils.flags import add_file_arguments
 from utils.metrics import Progress
 
@@ -42,19 +42,20 @@ def mean_std(images: Dataset, num_workers: int = 0, most: int | None = None) -> 
     sample = random_subset(with_transform(images, moments), most)
     loader = EvalLoader(sample, batch_size=32, num_workers=num_workers)
     progress = Progress("mean and std", len(loader), torch.device("cpu"))
-    total, count, seen = 0, 0, 0
+    rows = []
     for step, (found, _) in progress(loader):
-        total, count, seen = total + found.nan_to_num().sum(0), count + (~found.isnan()).sum(0), seen + len(found)
+        rows.append(found)
         progress.samples += len(found)
         if progress.due(step):
             progress.line(step)
-    if not seen or not count.all():
-        raise UsageError("--data_path: none of its images can be read, or a channel has no data")
-    mean, square = total / count
+    found = torch.cat(rows) if rows else torch.full((1, 2, 1), torch.nan)  # (N, 2, C)
+    mean, square = found.nanmean(0)
+    refuse(mean.isnan().any(), "--data_path: none of its images can be read, or a channel has no data")
     std = (square - mean.square()).clamp(min=0).sqrt()
-    if constant := (std <= 1e-7 * mean.abs()).nonzero().flatten().tolist():
-        raise UsageError(f"--data_path: channel {constant[0]} (of 0 to {len(std) - 1}) is the same everywhere")
-    return mean, std, seen
+    same = std <= 1e-7 * mean.abs()
+    where = f"channel {int(same.int().argmax())} (of 0 to {len(std) - 1})"
+    refuse(same.any(), f"--data_path: {where} is the same everywhere")
+    return mean, std, len(found)
 
 
 def plain(number: float) -> str:
@@ -64,13 +65,14 @@ def plain(number: float) -> str:
 
 def get_args_parser() -> ArgumentParser:
     parser = ArgumentParser(__doc__.splitlines()[0])
-    parser.add_argument("--data_path", required=True, help="folder of images, however nested, or of .tar shards")
-    parser.add_argument("--train_list", default=None, help="list of images below --data_path")
-    parser.add_argument("--in_chans", type=whole(1), default=3, help="channels of the images")
-    images_help = "so many, drawn at random, are enough; 0: all"
-    parser.add_argument("--images", "--max_images", type=whole(0), default=10000, help=images_help)
-    parser.add_argument("--num_workers", type=whole(0, 1024), default=0, help="loader processes")
-    add_file_arguments(parser.add_argument)
+    add = parser.add_argument
+    add("--data_path", required=True, help="folder of images, however nested, or of .tar shards")
+    add("--train_list", default=None, help="list of images below --data_path")
+    add("--in_chans", type=whole(1), default=3, help="channels of the images")
+    enough = "so many, drawn at random, are enough; 0: all"
+    add("--images", "--max_images", type=whole(0), default=10000, help=enough)
+    add("--num_workers", type=whole(0, 1024), default=0, help="loader processes")
+    add_file_arguments(add)
     parser.set_defaults(data_set="image_folder")
     return parser
 

@@ -12,7 +12,8 @@ layer.
 import contextlib
 import importlib.util
 import sys
-from collections import defaultdict
+from collections import Counter
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -33,8 +34,10 @@ from utils.data.images import BadImage, Reading, decode, read_file
 from utils.data.sampling import shuffled_indices
 from utils.data.shapes import Shapes
 from utils.distributed import setup_logging
-from utils.errors import UsageError, run_cli
+from utils.errors import UsageError, refuse, run_cli
 from utils.pictures import reconstructions, shown, tile
+
+PICTURES = ("reconstructions", "features", "diversity")
 
 
 def load_images(args) -> torch.Tensor:
@@ -44,20 +47,17 @@ def load_images(args) -> torch.Tensor:
         dataset = Shapes("val", args.input_size, num_samples=args.max_images)
         return torch.stack([transform(dataset[i][0]) for i in range(len(dataset))])
     for path in args.images:
-        if not Path(path).exists():
-            raise UsageError(f"--images {path}: no such file or folder")
-        found = [path]
-        if Path(path).is_dir():  # some from anywhere in it: the first may all be of one class
-            found = ImageTree(path, "--images", args.in_chans).paths
-            found = [found[i] for i in sorted(shuffled_indices(found)[: args.max_images].tolist())]
-        paths += found
+        refuse(not Path(path).exists(), f"--images {path}: no such file or folder")
+        found = ImageTree(path, "--images", args.in_chans).paths if Path(path).is_dir() else [path]
+        # some from anywhere in a folder: the first may all be of one class
+        paths += [found[i] for i in sorted(shuffled_indices(found)[: args.max_images].tolist())]
     for path in paths[: args.max_images]:
         try:
             image = decode(read_file(path), path, Reading(args.in_chans, nodata=args.nodata))
         except BadImage as error:
             raise UsageError(f"--images {error}") from error
-        if image.dtype != torch.uint8 and not args.mean:
-            raise UsageError(f"--images {path}: not of 8 bits, which needs --mean and --std")
+        deep = image.dtype != torch.uint8 and not args.mean
+        refuse(deep, f"--images {path}: not of 8 bits, which needs --mean and --std")
         imgs.append(transform(image))
     return torch.stack(imgs)
 
@@ -66,8 +66,8 @@ def load_fcmae(path: str, norm_pix_loss: bool) -> FCMAE:
     """The autoencoder of a pre-training checkpoint. Raises UsageError where the file holds no whole decoder."""
 
     def build(config: weights.BackboneConfig) -> FCMAE:
-        if not config.decoder:
-            raise UsageError(f"--reconstructions: needs a pre-training checkpoint, {path} holds no decoder")
+        needed = f"--reconstructions: needs a pre-training checkpoint, {path} holds no decoder"
+        refuse(not config.decoder, needed)
         sizes = {"in_chans": config.in_chans, "depths": config.depths, "dims": config.dims, **config.decoder}
         return FCMAE(**sizes, norm_pix_loss=norm_pix_loss, patch_size=total_stride(config.stem_stride))
 
@@ -130,19 +130,19 @@ def cosine_distance(x: torch.Tensor) -> torch.Tensor:
 @torch.no_grad()
 def feature_diversity(encoder: Encoder, imgs: torch.Tensor, amp: Amp, batch_size: int = 16) -> list[tuple]:
     """Per block: its name, and the mean cosine distance of its expanded features before and after GRN."""
-    sums = defaultdict(float)
-    blocks = [(name, module) for name, module in encoder.named_modules() if isinstance(module, Block)]
-    with contextlib.ExitStack() as stack:
-        for key, layer in [((name, part), getattr(block, part)) for name, block in blocks for part in ("act", "grn")]:
+    layers = {name: (block.act, block.grn) for name, block in encoder.named_modules() if isinstance(block, Block)}
+    sums = Counter()
 
-            def add(_module, _inputs, output, key=key):
-                sums[key] += float(cosine_distance(output).sum())
+    def add(layer, _inputs, output) -> None:
+        sums[layer] += float(cosine_distance(output).sum())
 
-            stack.callback(layer.register_forward_hook(add).remove)
+    with contextlib.ExitStack() as hooks:
+        for layer in chain.from_iterable(layers.values()):
+            hooks.enter_context(layer.register_forward_hook(add))
         for batch in imgs.split(batch_size):
             with amp.autocast():
                 encoder.forward_stages(batch.to(amp.device))
-    return [(name, *(sums[name, part] / len(imgs) for part in ("act", "grn"))) for name, _ in blocks]
+    return [(name, *(sums[layer] / len(imgs) for layer in pair)) for name, pair in layers.items()]
 
 
 def plot_diversity(rows: list[tuple], title: str, path: Path) -> None:
@@ -150,10 +150,10 @@ def plot_diversity(rows: list[tuple], title: str, path: Path) -> None:
     from matplotlib.figure import Figure  # not pyplot, which may look for a screen
 
     figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.subplots()
-    for label, values in zip(("before GRN", "after GRN"), list(zip(*rows, strict=True))[1:], strict=True):
+    axes = figure.add_subplot(xlabel="layer", ylabel="mean cosine distance of channels", title=title)
+    _, *columns = zip(*rows, strict=True)
+    for label, values in zip(("before GRN", "after GRN"), columns, strict=True):
         axes.plot(range(1, len(rows) + 1), values, marker=".", label=label)
-    axes.set(xlabel="layer", ylabel="mean cosine distance of channels", title=title)
     axes.legend()
     figure.savefig(path, dpi=150)
 
@@ -161,23 +161,24 @@ def plot_diversity(rows: list[tuple], title: str, path: Path) -> None:
 def get_args_parser() -> ArgumentParser:
     parser = ArgumentParser(__doc__.splitlines()[0])
     parser.set_defaults(norm_pix_loss=True)
+    add = parser.add_argument
     add_image_arguments(parser)
     add_bool(parser, "--reconstructions", False, "write reconstructions.png; of a pre-training checkpoint")
     add_bool(parser, "--features", False, "write features.png")
     add_bool(parser, "--diversity", False, "write diversity.png and print its numbers; needs matplotlib")
-    parser.add_argument("--images", nargs="+", default=None, help="image files or folders; without, drawn shapes")
-    parser.add_argument("--max_images", type=whole(1), default=8, help="at most so many, from anywhere in a folder")
-    parser.add_argument("--mask_ratios", type=fraction, nargs="+", default=[0.4, 0.6, 0.75], help="of reconstructions")
-    parser.add_argument("--seeds", type=seed, nargs="+", default=[0], help="of the masks; each has rows of its own")
-    parser.add_argument("--output_dir", default="output/pictures", help="folder for the pictures")
+    add("--images", nargs="+", default=None, help="image files or folders; without, drawn shapes")
+    add("--max_images", type=whole(1), default=8, help="at most so many, from anywhere in a folder")
+    add("--mask_ratios", type=fraction, nargs="+", default=[0.4, 0.6, 0.75], help="of reconstructions")
+    add("--seeds", type=seed, nargs="+", default=[0], help="of the masks; each has rows of its own")
+    add("--output_dir", default="output/pictures", help="folder for the pictures")
     add_device_arguments(parser)
     return parser
 
 
 def check_reconstructions(args, patch_size: int) -> None:
     """Refuse sizes and mask ratios that leave no whole, or no removed, patches. Raises UsageError."""
-    if args.input_size % patch_size:
-        raise UsageError(f"--input_size {args.input_size}: must be a multiple of the model's patch size {patch_size}")
+    multiple = f"--input_size {args.input_size}: must be a multiple of the model's patch size {patch_size}"
+    refuse(args.input_size % patch_size, multiple)
     for ratio in args.mask_ratios:
         try:
             num_visible((args.input_size // patch_size) ** 2, ratio)
@@ -187,33 +188,29 @@ def check_reconstructions(args, patch_size: int) -> None:
 
 def main(args) -> None:
     setup_logging()
-    if not (args.reconstructions or args.features or args.diversity):
-        raise UsageError("nothing to draw: give --reconstructions, --features or --diversity, or several of them")
-    if args.diversity and importlib.util.find_spec("matplotlib") is None:  # before anything is written
-        raise UsageError("--diversity: draws with matplotlib, which is missing: pip install matplotlib")
+    written = {name: Path(args.output_dir, f"{name}.png") for name in PICTURES if getattr(args, name)}
+    refuse(not written, "nothing to draw: give --reconstructions, --features or --diversity, or several of them")
+    missing = args.diversity and importlib.util.find_spec("matplotlib") is None  # before anything is written
+    refuse(missing, "--diversity: draws with matplotlib, which is missing: pip install matplotlib")
     encoder = load_encoder(args)
     if args.reconstructions:
         check_reconstructions(args, encoder.patch_size)
     amp, imgs, (mean, std) = pick_amp(args), load_images(args), datasets.mean_std(args)
     with prepared_output_dir(args.output_dir):
-        folder, written = Path(args.output_dir), []
         if args.reconstructions:
             model = load_fcmae(args.checkpoint, args.norm_pix_loss).to(amp.device)
-            written.append(folder / "reconstructions.png")
             rows = reconstruction_rows(model, imgs, amp, mean, std, args.mask_ratios, args.seeds)
-            save_image(rows, written[-1])
+            save_image(rows, written["reconstructions"])
         encoder.to(amp.device)
         if args.features:
-            written.append(folder / "features.png")
-            save_image(feature_rows(encoder, imgs, amp, mean, std), written[-1])
+            save_image(feature_rows(encoder, imgs, amp, mean, std), written["features"])
         if args.diversity:
             rows = feature_diversity(encoder, imgs, amp)
-            written.append(folder / "diversity.png")
-            plot_diversity(rows, f"{Path(args.checkpoint).name}, {len(imgs)} images", written[-1])
+            plot_diversity(rows, f"{Path(args.checkpoint).name}, {len(imgs)} images", written["diversity"])
             print("| layer | block | before GRN | after GRN |\n|---|---|---|---|")
             for layer, (name, before, after) in enumerate(rows, start=1):
                 print(f"| {layer} | {name} | {before:.4f} | {after:.4f} |")
-        print("written:", *written)
+        print("written:", *written.values())
 
 
 if __name__ == "__main__":
