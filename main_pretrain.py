@@ -28,7 +28,7 @@ from utils.errors import UsageError, refuse
 from utils.knn import knn_acc1
 from utils.lr_sched import Schedule
 from utils.param_groups import param_groups
-from utils.pictures import reconstruction_grid
+from utils.pictures import reconstructions, tile
 from utils.run import Run, open_run
 
 log = logging.getLogger("fcmae")
@@ -166,8 +166,8 @@ def train(args, amp: Amp, run: Run) -> None:
             scores["knn_acc1"] = knn_acc1(model.encoder, labelled, amp)
             log.info("epoch %d: k-NN acc1 %.2f", epoch, scores["knn_acc1"])
         if picture_of is not None and run.due(epoch, args.vis_freq):
-            grid = reconstruction_grid(model, picture_of, amp, *datasets.picture_mean_std(args))
-            run.picture("reconstruction", grid, epoch)
+            pictures = reconstructions(model, picture_of, amp, *datasets.picture_mean_std(args), args.mask_ratio)
+            run.picture("reconstruction", tile(pictures.flatten(0, 1), 6), epoch)
         run.record(epoch, stats, scores)
 
 

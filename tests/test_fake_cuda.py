@@ -25,7 +25,7 @@ from utils.knn import knn_acc1
 from utils.lr_sched import Schedule
 from utils.metrics import Progress
 from utils.param_groups import param_groups
-from utils.pictures import reconstruction_grid
+from utils.pictures import reconstructions
 
 INSIDE = bool(os.environ.get("FAKE_CUDA"))
 inside = pytest.mark.skipif(not INSIDE, reason="test_with_a_device_that_is_not_there runs it")
@@ -158,8 +158,8 @@ def test_evaluation_knn_and_pictures(cuda, dtype):
     assert set(stats) == {"loss", "acc1", "acc5"}
     model, _ = prepared(autoencoder())
     assert 0 <= knn_acc1(model.encoder, (Evaluated(cuda), Evaluated(cuda)), amp) <= 100
-    picture = reconstruction_grid(model, torch.randn(2, 3, 16, 16), amp, (0.5,) * 3, (0.5,) * 3)
-    assert picture.device == CPU
+    pictures = reconstructions(model, torch.randn(2, 3, 16, 16), amp, (0.5,) * 3, (0.5,) * 3, 0.6)
+    assert pictures.device == CPU
 
 
 # ---- the entry scripts, from their flags on

@@ -7,7 +7,7 @@ from .args import given
 from .data.files import LISTS, ClassFolders, ImageFiles, ImageList, ImageTree
 from .data.splits import parts, split_folders
 from .data.tars import open_tar, tar_shards
-from .errors import UsageError
+from .errors import UsageError, refuse
 
 log = logging.getLogger("fcmae")
 
@@ -15,8 +15,7 @@ FOLDERS = ("IMNET", "image_folder")
 
 
 def data_path(args) -> str:
-    if not args.data_path:
-        raise UsageError(f"--data_set {args.data_set} needs --data_path; --data_set shapes needs no data")
+    refuse(not args.data_path, f"--data_set {args.data_set} needs --data_path; --data_set shapes needs no data")
     return args.data_path
 
 
@@ -33,20 +32,12 @@ def validation(args) -> str:
 
 def unlabelled_files(args) -> ImageFiles:
     """The training files of --data_set IMNET or image_folder, without a transform; labels are not needed."""
-    if _share(args):  # labels tell which are held out
-        try:
-            return labelled_files(True, args)
-        except UsageError as error:
-            raise UsageError(f"--val_split {args.val_split}: needs labelled images; {error}") from error
-    if listed := _listed(True, args):
-        return ImageList(*listed, in_chans=args.in_chans)
-    root, flag = _class_root(True, args)
-    if args.data_set == "IMNET" and not os.path.isdir(root):
-        instead = "for any folder of images give --data_set image_folder"
-        raise UsageError(f"{flag} {args.data_path}: has no folder 'train'; {instead}")
-    if tar_shards(root):
-        return open_tar(root, flag, args.in_chans, labelled=False)
-    return ImageTree(root, flag, args.in_chans)
+    if not _share(args):
+        return _open(True, args, labelled=False)
+    try:
+        return labelled_files(True, args)  # labels tell which are held out
+    except UsageError as error:
+        raise UsageError(f"--val_split {args.val_split}: needs labelled images; {error}") from error
 
 
 def labelled_files(is_train: bool, args, classes: list[str] | None = None) -> ImageFiles:
@@ -55,39 +46,43 @@ def labelled_files(is_train: bool, args, classes: list[str] | None = None) -> Im
     Raises UsageError where --val_split is given beside other validation images, or one class alone is to be trained.
     """
     share = _share(args)
+    of_training = is_train or bool(share)
+    untold = not of_training and classes is None and args.data_path
+    if untold and (_listed(True, args) or os.path.isdir(root := _class_root(True, args)[0]) or tar_shards(root)):
+        classes = labelled_files(True, args).classes
+    dataset = _open(of_training, args, classes)
+    alone = of_training and len(dataset.classes) < 2
+    refuse(alone, f"{dataset.source}: has one class alone, {dataset.classes[0]}; at least two are needed")
     if not share:
-        return _all_files(is_train, args, classes)
-    whole = _all_files(True, args, classes)
-    split = parts(whole, share, args.split_seed)
+        return dataset
+    split = parts(dataset, share, args.split_seed)
     if is_train:
-        log.info("--val_split %s: of %d images, %d are held out", share, len(whole), len(split[1]))
+        log.info("--val_split %s: of %d images, %d are held out", share, len(dataset), len(split[1]))
     return split[not is_train]
 
 
 def _share(args) -> float | None:
     """--val_split, of the flags or of a checkpoint, where nothing else tells the validation images."""
     share, known = getattr(args, "val_split", None), validation(args)
-    if share and known and "val_split" in given(args):
-        instead = "leave one out; --data_set image_folder --data_path FOLDER/train splits that alone"
-        raise UsageError(f"--val_split {share}: {known} tells the validation images already; {instead}")
+    instead = "leave one out; --data_set image_folder --data_path FOLDER/train splits that alone"
+    told = f"--val_split {share}: {known} tells the validation images already; {instead}"
+    refuse(share and known and "val_split" in given(args), told)
     return None if known else share
 
 
-def _all_files(is_train: bool, args, classes: list[str] | None) -> ImageFiles:
-    untold = not is_train and classes is None and args.data_path
-    if untold and (_listed(True, args) or os.path.isdir(root := _class_root(True, args)[0]) or tar_shards(root)):
-        classes = _all_files(True, args, None).classes
+def _open(is_train: bool, args, classes: list[str] | None = None, labelled: bool = True) -> ImageFiles:
+    nb_classes = getattr(args, "nb_classes", None)
     if listed := _listed(is_train, args):
-        dataset = ImageList(*listed, classes or [], args.in_chans, args.nb_classes)
-    else:
-        root, flag = _class_root(is_train, args)
-        if tar_shards(root):
-            dataset = open_tar(root, flag, args.in_chans, classes, nb_classes=args.nb_classes)
-        else:
-            dataset = ClassFolders(root, flag, classes, args.in_chans)
-    if is_train and len(dataset.classes) < 2:
-        raise UsageError(f"{dataset.source}: has one class alone, {dataset.classes[0]}; at least two are needed")
-    return dataset
+        return ImageList(*listed, (classes or []) if labelled else None, args.in_chans, nb_classes)
+    root, flag = _class_root(is_train, args)
+    if tar_shards(root):
+        return open_tar(root, flag, args.in_chans, classes, labelled, nb_classes)
+    if labelled:
+        return ClassFolders(root, flag, classes, args.in_chans)
+    if args.data_set == "IMNET" and not os.path.isdir(root):
+        instead = "for any folder of images give --data_set image_folder"
+        raise UsageError(f"{flag} {args.data_path}: has no folder 'train'; {instead}")
+    return ImageTree(root, flag, args.in_chans)
 
 
 def _is_list(path: str | None) -> bool:
@@ -96,14 +91,13 @@ def _is_list(path: str | None) -> bool:
 
 def _listed(is_train: bool, args) -> tuple[str, str, str | None] | None:
     """The file that lists the images, the flag that names it, and the folder that its paths are relative to."""
-    if is_train:
-        file, flag, own, own_flag = args.train_list, "--train_list", args.data_path, "--data_path"
-    else:
-        file, flag, own, own_flag = args.eval_list, "--eval_list", args.eval_data_path, "--eval_data_path"
-    if not file and _is_list(own):
-        file, flag = own, own_flag
+    file, flag = (args.train_list, "--train_list") if is_train else (args.eval_list, "--eval_list")
+    own, own_flag = (args.data_path, "--data_path") if is_train else (args.eval_data_path, "--eval_data_path")
     root = own or args.data_path
-    return (file, flag, os.path.dirname(root) if _is_list(root) else root) if file else None
+    folder = os.path.dirname(root) if _is_list(root) else root
+    if file:
+        return file, flag, folder
+    return (own, own_flag, folder) if _is_list(own) else None
 
 
 def _class_root(is_train: bool, args) -> tuple[str, str]:
@@ -115,7 +109,6 @@ def _class_root(is_train: bool, args) -> tuple[str, str]:
         return root if own else os.path.join(root, split), flag
     if found := split_folders(root).get(split):
         log.info("%s %s: holds a folder for each split; %s is read", flag, root, found)
-    elif not is_train and not own:
-        instead = "give it, --val_split 0.1, or --disable_eval true"
-        raise UsageError(f"--data_set image_folder evaluates on --eval_data_path: {instead}")
+    untold = "--data_set image_folder evaluates on --eval_data_path: give it, --val_split 0.1, or --disable_eval true"
+    refuse(not (found or is_train or own), untold)
     return found or root, flag

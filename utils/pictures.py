@@ -1,7 +1,8 @@
 """Reconstructions, a confusion matrix and predictions as pictures."""
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import nn
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
@@ -24,21 +25,15 @@ def reconstructions(
     columns = torch.stack([imgs, visible.cpu(), pasted.float().cpu()], dim=1)[:, :, : shown(imgs)]
     mean, std = (torch.tensor(x[: columns.shape[2]]).view(-1, 1, 1) for x in (mean, std))
     columns = columns * std + mean
-    removed = mask.view(len(mask), 1, *model.grid_size(imgs)).repeat_interleave(model.patch_size, 2)
-    columns[:, 1] = torch.where(removed.repeat_interleave(model.patch_size, 3) > 0, 0.5, columns[:, 1])
+    removed = F.interpolate(mask.view(len(mask), 1, *model.grid_size(imgs)), scale_factor=model.patch_size)
+    columns[:, 1] = torch.where(removed > 0, 0.5, columns[:, 1])
     return columns.clamp(0, 1)
 
 
 def tile(pictures: torch.Tensor, columns: int) -> torch.Tensor:
     """Pictures in rows of so many, small ones enlarged: (N, C, H, W) -> (3, height, width)."""
-    enlarge = max(1, 128 // pictures.shape[-1])
-    pictures = pictures.repeat_interleave(enlarge, 2).repeat_interleave(enlarge, 3)
+    pictures = F.interpolate(pictures, scale_factor=max(1, 128 // pictures.shape[-1]))
     return make_grid(pictures, nrow=columns, padding=4, pad_value=1.0)
-
-
-def reconstruction_grid(model: nn.Module, imgs: torch.Tensor, amp: Amp, mean, std, seed: int = 0) -> torch.Tensor:
-    """Input, visible part and prediction pasted into it, two images a row: a picture (C, H, W) in 0..1."""
-    return tile(reconstructions(model, imgs, amp, mean, std, model.mask_ratio, seed).flatten(0, 1), 6)
 
 
 def confusion_picture(counts: torch.Tensor, names: list[str]) -> Image.Image:
@@ -72,17 +67,14 @@ def shortened(name: str, most: int = 24) -> str:
     return name if len(name) <= most else f"{name[: most - 3]}..."
 
 
-def captioned(pictures: torch.Tensor, captions: list[list[str]], columns: int = 8, side: int = 160) -> Image.Image:
-    """Pictures (N, C, H, W) in 0..1 in rows, each above its lines of text."""
-    font, height = ImageFont.load_default(13), side + 16 * max(map(len, captions)) + 10
-    columns = min(columns, len(pictures))
+def captioned(pictures: torch.Tensor, captions: list[list[str]]) -> Image.Image:
+    """Pictures (N, C, H, W) in 0..1 in rows of eight, each above its lines of text."""
+    side, font = 160, ImageFont.load_default(13)
+    height, columns = side + 16 * max(map(len, captions)) + 10, min(8, len(pictures))
     page = Image.new("RGB", (columns * (side + 8), -(-len(pictures) // columns) * height), "white")
     for i, (picture, texts) in enumerate(zip(pictures, captions, strict=True)):
         left, top = i % columns * (side + 8) + 4, i // columns * height + 4
         image = to_pil_image(picture[: shown(pictures)]).convert("RGB")
-        scale = side / max(image.size)
-        image = image.resize((round(scale * image.width), round(scale * image.height)))
-        page.paste(image, (left, top))
-        for line, text in enumerate(texts):
-            ImageDraw.Draw(page).text((left, top + side + 2 + 16 * line), text, "black", font)
+        page.paste(ImageOps.contain(image, (side, side)), (left, top))
+        ImageDraw.Draw(page).text((left, top + side + 2), "\n".join(texts), "black", font)
     return page
