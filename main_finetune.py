@@ -83,6 +83,7 @@ def check_args(args) -> None:
     pairs = "must be even, as Mixup and CutMix pair images, and a linear probe's batch norm needs two"
     refuse(args.batch_size % batch_divisor(args), f"--batch_size {args.batch_size}: {pairs}")
     whole_network = {"layer_decay": 1, "drop_path": 0, "grad_checkpointing": False, "model_ema": False}
+    whole_network["freeze_stages"] = 0
     for name, without in whole_network.items() if args.linear_probe else ():
         frozen = "and --linear_probe true: one layer is trained, the encoder is frozen; leave out"
         refuse(getattr(args, name) != without, f"--{name} {getattr(args, name)} {frozen} --{name}")
@@ -108,6 +109,7 @@ def idle_flags(args, use_amp: bool) -> list[tuple[str, object, str]]:
         ("warmup_epochs", args.warmup_steps >= 0, "beside --warmup_steps"),
         ("model_key model_prefix stem_average", not (args.finetune or args.eval), "without --finetune"),
         ("head_init_scale", args.linear_probe, "with --linear_probe true"),
+        ("layer_decay drop_path grad_checkpointing", args.freeze_stages == 4, "with --freeze_stages 4"),
         ("layer_decay_type", args.layer_decay == 1, "with --layer_decay 1"),
         ("opt_eps", not opt.has_eps, of_opt),
         ("opt_betas", not opt.has_betas, of_opt),
@@ -186,6 +188,7 @@ def build_model(args, nb_classes: int) -> ConvNeXtV2:
         stem_stride=args.stem_stride,
     )
     model.set_grad_checkpointing(args.grad_checkpointing)
+    model.freeze_stages(args.freeze_stages)
     return model
 
 
@@ -285,11 +288,13 @@ def train(args, amp: Amp, run: Run) -> None:
     order = {"--seed": args.seed, "Mixup or CutMix": mixes(args), "number of images": loader.sampler.num_samples}
     order |= {"--class_weights": args.class_weights, "--balanced_sampling": args.balanced_sampling}
     run.begin(model, optimizer, loader, ema=ema, classes=classes, order=order)
-    if args.linear_probe and not args.finetune and not run.resume_from:
-        log.warning("--linear_probe true without --finetune: the frozen encoder is a random one")
+    if (args.linear_probe or args.freeze_stages) and not args.finetune and not run.resume_from:
+        frozen = "--linear_probe true" if args.linear_probe else f"--freeze_stages {args.freeze_stages}"
+        log.warning("%s without --finetune: the frozen encoder is a random one", frozen)
+    size, trained = (sum(p.numel() for p in model.parameters() if x <= p.requires_grad) / 1e6 for x in (False, True))
     log.info(
-        "%d images of %d classes; %s: %.2f M parameters, lr %.3g, epochs %d to %d on %s",
-        loader.sampler.num_samples, nb_classes, args.model, sum(p.numel() for p in model.parameters()) / 1e6, lr,
+        "%d images of %d classes; %s: %.2f M parameters%s, lr %.3g, epochs %d to %d on %s",
+        loader.sampler.num_samples, nb_classes, args.model, size, f", {trained:.2f} M trained" * (trained < size), lr,
         run.start_epoch, args.epochs - 1, amp.device,
     )  # fmt: skip
     class_weights = class_weights if class_weights is None else class_weights.float().to(amp.device)

@@ -95,6 +95,8 @@ class Encoder(nn.Module):
         stem_stride: kernel and stride of the stem; 4 in the paper, 2 or 1 for small images.
     """
 
+    frozen_stages = 0
+
     def __init__(self, in_chans=3, depths=(3, 3, 9, 3), dims=(96, 192, 384, 768), drop_path_rate=0.0, stem_stride=4):
         super().__init__()
         if stem_stride not in STEM_STRIDES:
@@ -115,6 +117,22 @@ class Encoder(nn.Module):
         """Recompute each block's activations in backward: about a third more time for a fraction of the memory."""
         for stage in self.stages:
             stage.grad_checkpointing = enable
+
+    def freeze_stages(self, count: int) -> None:
+        """From now on, the stem and the first `count` stages, with what leads into them, compute as in evaluation and
+        get no gradient.
+        """
+        self.frozen_stages = count
+        for part in (*self.downsample_layers[:count], *self.stages[:count]):
+            part.requires_grad_(False)
+        for stage in self.stages[:count]:
+            stage.grad_checkpointing = False  # it keeps nothing
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> "Encoder":
+        super().train(mode)
+        self.stages[: self.frozen_stages].train(False)
+        return self
 
     def channels_last_stages(self, imgs: torch.Tensor, visible: VisiblePatches | None = None) -> Iterator[torch.Tensor]:
         """Yield the four stages' features: (N, H_i, W_i, dims[i]), or, with `visible`, (N, K, s_i*s_i, dims[i])."""

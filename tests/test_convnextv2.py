@@ -272,6 +272,30 @@ def test_grad_checkpointing_gives_the_same_gradients():
 # ---- stages
 
 
+@pytest.mark.parametrize("count", range(5))
+def test_frozen_stages(count):
+    """They get no gradient, drop no path and recompute nothing; the others' gradients are as without them."""
+    x, runs = noise(2, 3, 64, 64), []
+    for frozen in (0, count):
+        model = fill(ConvNeXtV2(**SMALL, num_classes=7, drop_path_rate=0.5), "fill_fcmae").double()
+        model.set_grad_checkpointing()
+        model.freeze_stages(frozen)
+        model.train()
+        for module in model.stages[:count].modules() if not frozen else ():
+            module.eval()
+        torch.manual_seed(0)
+        model(x).square().sum().backward()
+        runs.append(model)
+    whole, part = runs
+    under = tuple(f"{name}.{i}." for name in ("downsample_layers", "stages") for i in range(count))
+    for (name, a), b in zip(whole.named_parameters(), part.parameters(), strict=True):
+        assert (b.grad is None) == (not b.requires_grad) == name.startswith(under or "none"), name
+        assert b.grad is None or torch.equal(a.grad, b.grad)
+    assert [stage.training for stage in part.stages] == [i >= count for i in range(4)]
+    assert [stage.grad_checkpointing for stage in part.stages] == [i >= count for i in range(4)]
+    assert not any(module.training for module in part.eval().modules())
+
+
 def test_stages_are_called():
     """A hook on a stage sees what the stage gives, of whole images and of visible patches, and may change it."""
     model, seen = small(), []

@@ -160,6 +160,21 @@ def test_patience_ends_all_processes_after_the_same_epoch(scripts, tmp_path):
     assert reports[0]["evaluated"] == reports[1]["evaluated"] == f"epoch {len(one) - 1}"
 
 
+def test_frozen_stages_on_several_processes(scripts, tmp_path):
+    """As on one process; torch has nothing to say of parameters without gradients."""
+    flags = ("--freeze_stages", 2, "--batch_size")
+    for processes, batch_size in ((1, 8), (2, 4)):
+        done = launch(scripts, "main_finetune", processes, tmp_path / str(processes), *flags, batch_size)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert "find_unused" not in done.stderr + done.stdout
+        assert "strides" not in done.stderr
+    one, two = (load(tmp_path / name / "checkpoint-2.pth")["model"] for name in "12")
+    for name, value in one.items():
+        assert torch.allclose(value, two[name], rtol=1e-3, atol=1e-4), name
+        if name.startswith(("downsample_layers.0", "downsample_layers.1", "stages.0", "stages.1")):
+            assert torch.equal(value, two[name])
+
+
 LAUNCHERS = {  # what they set for the second of two processes on each of two nodes
     "torchrun": {"RANK": 3, "WORLD_SIZE": 4, "LOCAL_RANK": 1},
     "mpirun": {"OMPI_COMM_WORLD_RANK": 3, "OMPI_COMM_WORLD_SIZE": 4, "OMPI_COMM_WORLD_LOCAL_RANK": 1},

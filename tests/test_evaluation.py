@@ -411,6 +411,8 @@ FINETUNE = [
     ("--stem_average true", "", "--finetune $file"),
     ("--head_init_scale 1", "--linear_probe true", ""),
     ("--layer_decay_type group", "", "--layer_decay 0.9"),
+    ("--layer_decay 0.9", "--freeze_stages 4", "--freeze_stages 3"),
+    ("--freeze_stages 2", "--eval true", ""),
     ("--opt_betas 0.9 0.95", "--opt sgd", ""),
     ("--momentum 0.8", "", "--opt sgd"),
     ("--opt_eps 1e-6", "--opt lion", ""),

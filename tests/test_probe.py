@@ -15,7 +15,7 @@ import datasets
 import engine_finetune
 import main_pretrain
 from main_finetune import build_optimizer, get_args_parser
-from models.convnextv2 import ConvNeXtV2, Encoder
+from models.convnextv2 import ConvNeXtV2, Encoder, layer_id
 from models.linear_probe import LinearProbe, ProbeHead
 from tests.small_runs import STEPS, TINY, Scripts, killed_after, load, records, same, write_images
 from tests.test_distributed import launch
@@ -447,6 +447,7 @@ def test_buffers_are_the_first_process_s(tmp_path):
         ("--layer_decay 0.9", "--layer_decay 0.9 and --linear_probe true: .*; leave out --layer_decay"),
         ("--drop_path 0.1", "--drop_path 0.1 and --linear_probe true"),
         ("--model_ema true", "--model_ema True and --linear_probe true"),
+        ("--freeze_stages 1", "--freeze_stages 1 and --linear_probe true"),
         ("--grad_checkpointing true", "--grad_checkpointing True and --linear_probe true"),
         ("--batch_size 5", "--batch_size 5: must be even, .*batch norm"),
         ("--resume $pre", ".*: a checkpoint of another model"),
@@ -584,3 +585,54 @@ def test_mistakes_with_the_probe(flags, message, scripts, random_encoder, tmp_pa
     result = scripts.call(probe, "--checkpoint", random_encoder, *COMMON, *flags)
     assert (result.code, result.err.count("\n")) == (2, 1)
     assert re.match(f"error: {message}", result.err), result.err
+
+
+# ---- frozen stages
+
+FREEZE = ("--weight_decay", 0.5, "--layer_decay", 0.8, "--drop_path", 0.3, "--grad_checkpointing", "true")
+FREEZE += ("--model_ema", "true", "--model_ema_decay", 0.5, "--clip_grad", 1)
+
+
+def is_frozen(name: str, count: int) -> bool:
+    return name.startswith(tuple(f"{part}.{i}." for part in ("downsample_layers", "stages") for i in range(count)))
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_frozen_stages_keep_their_bits(count, scripts, pretrained, tmp_path):
+    """In model and average, killed or not; what is above them is trained at its own share of the learning rate."""
+    flags = ("--finetune", pretrained[0] / LAST, *FREEZE, "--freeze_stages", count)
+    for name in ("whole", "killed"):
+        if name == "killed":
+            with killed_after(STEPS + 2):
+                scripts.finetune("--output_dir", tmp_path / name, *flags)
+        result = scripts.finetune("--output_dir", tmp_path / name, *flags)
+        assert result.code == 0, result.err
+    assert re.search(r": 0\.0\d M parameters, 0\.0\d M trained, lr", result.out)
+    before, (after, again) = (
+        load(pretrained[0] / LAST)["model"],
+        (load(tmp_path / n / LAST) for n in ("whole", "killed")),
+    )
+    assert all(same(after[key], again[key]) for key in ("model", "model_ema", "optimizer", "best"))
+    frozen = {name for name in after["model"] if is_frozen(name, count)}
+    assert 0 < len(frozen) < len(after["model"])
+    for name in frozen:
+        assert same(before[f"encoder.{name}"], after["model"][name])
+        assert same(after["model"][name], after["model_ema"][name])
+    groups = after["optimizer"]["param_groups"]
+    trained = {name for group in groups for name in group["names"]}
+    assert trained == after["model"].keys() - frozen
+    assert not any(same(before.get(f"encoder.{name}"), after["model"][name]) for name in trained)
+    ids = {name: layer_id(name, TINY["depths"]) for name in trained}
+    for group in groups:
+        assert group["lr_scale"] == pytest.approx(0.8 ** (sum(TINY["depths"]) + 1 - ids[group["names"][0]]))
+
+
+def test_mistakes_with_frozen_stages(scripts, tmp_path):
+    flags = ("--output_dir", tmp_path, "--epochs", 2)
+    result = scripts.finetune(*flags, "--freeze_stages", 2)
+    assert "--freeze_stages 2 without --finetune: the frozen encoder is a random one" in result.out
+    result = scripts.finetune(*flags, "--freeze_stages", 1, "--epochs", 3)
+    assert (result.code, result.err.count("\n")) == (2, 1)
+    assert "its optimizer does not fit --opt or --layer_decay or --freeze_stages" in result.err
+    result = scripts.finetune("--freeze_stages", 5)
+    assert (result.code, result.err) == (2, "error: --freeze_stages 5: must be a whole number from 0 to 4\n")

@@ -38,6 +38,7 @@ SYNONYMS = {  # what MAE, timm and others call a flag of this project
     "--drop_path_rate": "--drop_path", "--clip_grad_norm": "--clip_grad", "--max_grad_norm": "--clip_grad",
     "--gradient_checkpointing": "--grad_checkpointing", "--picture_freq": "--vis_freq",
     "--eval_metric": "--best_metric", "--early_stopping": "--patience", "--early_stopping_patience": "--patience",
+    "--frozen_stages": "--freeze_stages",
 }  # fmt: skip
 WEIGHTS = "give a file, an address or a name of weights to --finetune, in pre-training to --initial_checkpoint"
 HINTS = {  # what others have a flag for, and what does it here

@@ -239,7 +239,9 @@ def load_training(path: Path, state: dict, model, optimizer, scaler, global_batc
             # loading has put the checkpoint's in their place, whatever the command line says now
             group.update({name: options[name] for name in SETTINGS & options.keys()})
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UsageError(f"{path}: its optimizer does not fit --opt or --layer_decay ({error})") from error
+        raise UsageError(
+            f"{path}: its optimizer does not fit --opt or --layer_decay or --freeze_stages ({error})"
+        ) from error
     if state.get("scaler"):
         try:
             scaler.load_state_dict(state["scaler"])

@@ -141,6 +141,8 @@ def add_finetune_arguments(parser: ArgumentParser) -> None:
     add("--layer_decay", type=share, default=1.0, help="learning-rate factor per layer below the head")
     type_help = "count blocks one by one, or, for depths 3,3,27,3, in groups"
     add("--layer_decay_type", choices=("single", "group"), default="single", help=type_help)
+    freeze_help = "neither the stem nor the first so many stages are trained, 4 being the whole encoder; 0: all are"
+    add("--freeze_stages", type=whole(0, 4), default=0, help=freeze_help)
     add_switch("--linear_probe", False, "freeze the encoder, train a linear head; see recipes/linear_probe.args")
     add("--eval_freq", type=whole(1), default=1, help="epochs between evaluations; the last always has one")
     add_switch("--disable_eval", False, "train without evaluating")
