@@ -41,7 +41,7 @@ def picture_mean_std(args) -> tuple[tuple[float, ...], tuple[float, ...]]:
 
 
 def build_transform(is_train: bool, args, eight_bit: bool = True) -> Callable:
-    """The fine-tuning or evaluation transform: an image, PIL or (C, H, W) -> normalised (C, input_size, input_size).
+    """The fine-tuning or evaluation transform: an image, PIL or (C, H, W) -> normalised (C, height, width).
 
     eight_bit: whether the images are. Training images that are not 8-bit RGB are cropped, flipped and erased alone.
 
@@ -153,7 +153,7 @@ def _named_dataset(is_train: bool, args) -> Dataset:
         if getattr(args, name):
             raise UsageError(f"--{name}: is for --data_set image_folder, not {args.data_set}")
     if args.data_set == "shapes":
-        return Shapes("train" if is_train else "val", size=args.input_size)
+        return Shapes("train" if is_train else "val", size=max(args.input_size))
     if args.data_set in ("CIFAR", "CIFAR10"):
         build = CIFAR10 if args.data_set == "CIFAR10" else CIFAR100
         try:

@@ -68,7 +68,7 @@ def check_args(args) -> None:
     if args.eval:
         return
     datasets.build_transform(True, args)
-    if args.input_size <= SMALL_INPUT_SIZE and (idle := {"min_crop", "train_interpolation"} & given(args)):
+    if max(args.input_size) <= SMALL_INPUT_SIZE and (idle := {"min_crop", "train_interpolation"} & given(args)):
         raise UsageError(f"--{min(idle)}: has no effect at --input_size {SMALL_INPUT_SIZE} and below; leave it out")
     second_order = "needs second derivatives, which are not computed here; try adamw or lamb"
     refuse(optimizer_info(args.opt).second_order, f"--opt {args.opt}: {second_order}")

@@ -22,7 +22,7 @@ from models import fcmae, fused, kernels
 from models.convnextv2 import SIZES, total_stride
 from utils import distributed, errors, flags, weights
 from utils.amp import Amp
-from utils.args import ArgumentParser, check_shared_arguments, effective_lr, fraction, tell_idle, whole
+from utils.args import ArgumentParser, Size, check_shared_arguments, effective_lr, fraction, tell_idle, whole
 from utils.data.sampling import StepLoader, random_subset, readable, shuffled_indices, with_transform
 from utils.errors import UsageError, refuse
 from utils.knn import knn_acc1
@@ -59,11 +59,11 @@ def check_args(args) -> None:
     check_shared_arguments(args, list(SIZES))
     datasets.mean_std(args)
     patch_size = total_stride(args.stem_stride)
-    fitting = max(patch_size, round(args.input_size / patch_size) * patch_size)
+    fitting = Size(*(max(patch_size, round(side / patch_size) * patch_size) for side in args.input_size))
     fits = f"must be a multiple of the patch size {patch_size} (8 * stem_stride), such as {fitting}"
-    refuse(args.input_size % patch_size, f"--input_size {args.input_size}: {fits}")
+    refuse(any(side % patch_size for side in args.input_size), f"--input_size {args.input_size}: {fits}")
     try:
-        fcmae.num_visible((args.input_size // patch_size) ** 2, args.mask_ratio)
+        fcmae.num_visible(fcmae.num_patches(args.input_size, patch_size), args.mask_ratio)
     except ValueError as error:
         raise UsageError(f"--mask_ratio {args.mask_ratio}: {error}; or give a larger --input_size") from error
 
@@ -131,7 +131,8 @@ def build_model(args) -> fcmae.FCMAE:
 
 def build_loader(dataset: Dataset, args, device: torch.device) -> StepLoader:
     """Steps of (image, label, mask)."""
-    sampler = partial(sample_mask, (args.input_size // total_stride(args.stem_stride)) ** 2, args.mask_ratio)
+    length = fcmae.num_patches(args.input_size, total_stride(args.stem_stride))
+    sampler = partial(sample_mask, length, args.mask_ratio)
     normalise = datasets.build_batch_transform(args, device)
     return datasets.build_train_loader(dataset, args, sampler, batch_transform=normalise)
 

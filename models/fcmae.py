@@ -32,6 +32,11 @@ def num_visible(length: int, mask_ratio: float) -> int:
     return len_keep
 
 
+def num_patches(size: tuple[int, int], patch_size: int) -> int:
+    """Of an image of (height, width)."""
+    return (size[0] // patch_size) * (size[1] // patch_size)
+
+
 class FCMAE(nn.Module):
     """Masked autoencoder with a ConvNeXt V2 encoder that computes visible patches only, and a one-block decoder.
 

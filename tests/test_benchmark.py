@@ -115,7 +115,7 @@ def test_the_gpus_parts_are_flags_that_the_benchmark_takes(gpu_parts, device):
         assert [str(getattr(args, name)) for args in each] == values
         sizes |= {args.model for args in each}
         compared.add(args.what)
-        assert {args.input_size for args in each} == {64 if device == "cpu" else 224}
+        assert {args.input_size for args in each} == {(64, 64) if device == "cpu" else (224, 224)}
     assert compared == {"pretrain", "encoder", "depthwise", "step", "finetune"}
     assert sizes == (set(models.convnextv2.SIZES) if device == "cuda" else {"convnextv2_atto"})
     assert benchmark.parse(ran[0][0].split()).what == "pretrain"
@@ -131,7 +131,7 @@ def test_the_gpus_report_grows_and_leaves_out_what_does_not_fit(gpu_parts, monke
 
 
 def test_shares_of_the_peak(monkeypatch):
-    record = {"form": "FCMAE, compiled", "model": "convnextv2_atto", "batch_size": 4, "input_size": 224}
+    record = {"form": "FCMAE, compiled", "model": "convnextv2_atto", "batch_size": 4, "input_size": [224, 224]}
     flop = sum(kind[0] for kind in gpu.roofline.count("convnextv2_atto", 4, 1, 1).classes.values())
     counted, count = [], gpu.roofline.count
     monkeypatch.setattr(gpu.roofline, "count", lambda *step: counted.append(step) or count(*step))
@@ -182,7 +182,7 @@ def test_the_visible_form_does_a_share_of_the_dense_forms_work():
 def test_the_loaders_crops_are_pillows(folder):
     """Of the same boxes, to a fraction of a level of 255 on average."""
     images = ImageTree(str(folder), "--data_path")
-    images.transform = pretrain_transform(64, 3, benchmark.MIN_CROP)
+    images.transform = pretrain_transform((64, 64), 3, benchmark.MIN_CROP)
     for i, path in enumerate(images.paths):
         image = load_image(path)
         torch.manual_seed(i)

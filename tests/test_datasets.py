@@ -287,7 +287,7 @@ def test_many_channels_in_pretraining(tmp_path, dtype):
     array = np.load(dataset.paths[3])
     array = array if array.shape[0] == 5 else np.ascontiguousarray(array.transpose(2, 0, 1))
     array = array if dtype == np.uint8 else array.astype(np.float32) / (65535 if dtype == np.uint16 else 1)
-    assert torch.equal(image, random_resized_crop(torch.from_numpy(array), 16, args.min_crop))
+    assert torch.equal(image, random_resized_crop(torch.from_numpy(array), (16, 16), args.min_crop))
     found = datasets.build_batch_transform(args, torch.device("cpu"))(image[None])[0]
     torch.testing.assert_close(found, (image / (255 if dtype == np.uint8 else 1) - 0.3) / 0.2)
 
@@ -308,7 +308,7 @@ def test_many_channels_in_fine_tuning(tmp_path, logs):
     image, _ = val[1]
     assert image.shape == (5, 40, 40)
     torch.testing.assert_close(image * 0.2 + 0.3, torch.full_like(image, 100 / 65535), rtol=0, atol=300 / 65535)
-    args.input_size = 24  # shifted over the edges, there black, and mirrored
+    args.input_size = (24, 24)  # shifted over the edges, there black, and mirrored
     args.reprob = 0
     train, _ = datasets.build_dataset(True, args)
     seed_all(0)

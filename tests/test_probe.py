@@ -523,7 +523,7 @@ def test_any_layout_gives_the_same_features(pretrained, probed, tmp_path):
     for path in (pretrained[0] / LAST, tmp_path / "timm.pth", tmp_path / "dense.pth", probed[0] / LAST):
         args = probe.get_args_parser().parse_args(["--checkpoint", str(path)])
         encoder = probe.load_encoder(args)
-        assert args.input_size == (16 if "args" in load(path) else 224)
+        assert args.input_size == ((16, 16) if "args" in load(path) else (224, 224))
         features.append(knn.pooled_features(encoder, imgs))
     assert all(torch.equal(x, features[0]) for x in features)
 

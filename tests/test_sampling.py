@@ -30,7 +30,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:The image decoding")  # which to
 
 def test_training_replaces_broken_images(spoiled, logs):
     dataset = ImageTree(str(spoiled / "train"), "--data_path")
-    dataset.transform = pretrain_transform(224, 3, 0.2)
+    dataset.transform = pretrain_transform((224, 224), 3, 0.2)
     samples = TrainSamples(dataset, seed=3)
     bad = [i for i, path in enumerate(dataset.paths) if "0-" in path]
     assert len(bad) == len(broken_files())

@@ -43,7 +43,10 @@ def assert_about_equal(found, expected):
 @pytest.mark.parametrize("scale", [0.2, 0.9])
 def test_pretrain_transform_crops_then_resizes_as_pil(scale):
     image, flips = picture(), 0
-    transform, normalise = pretrain_transform(32, 3, scale), Normalise(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+    transform, normalise = (
+        pretrain_transform((32, 32), 3, scale),
+        Normalise(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
+    )
     for seed in range(8):
         torch.manual_seed(seed)
         found = transform(image)
@@ -220,7 +223,7 @@ def test_the_policy_of_the_recipes_reaches_no_bits():
 
 def test_pixels_without_data_count_for_nothing():
     """Neither in a crop, where they stay NaN, nor in what is evaluated, where they become the mean."""
-    level, size = 300.0, 48
+    level, size = 300.0, (48, 48)
     image = torch.full((2, 90, 120), level)
     holes = torch.rand(90, 120, generator=torch.Generator().manual_seed(0)) < 0.1
     holes[:40, :40] = True
@@ -245,7 +248,7 @@ def test_pixels_without_data_count_for_nothing():
 @pytest.mark.parametrize("shape", [(1, 8000), (8000, 1), (3, 2000)])
 def test_thin_images_cost_what_others_cost(shape):
     image = torch.randint(0, 256, (3, *shape), dtype=torch.uint8)
-    transform, largest = eval_transform(224, 3, 224 / 256, (0.5,) * 3, (0.5,) * 3), []
+    transform, largest = eval_transform((224, 224), 3, 224 / 256, (0.5,) * 3, (0.5,) * 3), []
 
     class Sizes(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):

@@ -44,7 +44,7 @@ def masked_dense_features(encoder: Encoder, imgs: torch.Tensor, mask: torch.Tens
 class MaskedAutoencoderViT(nn.Module):
     """MAE (arXiv 2111.06377) from timm's parts: ViT-B/16, 75 % masked, a decoder of 8 blocks and 512 channels."""
 
-    def __init__(self, input_size: int):
+    def __init__(self, input_size: int | tuple[int, int]):
         super().__init__()
         self.encoder = timm.create_model("vit_base_patch16_224", img_size=input_size, num_classes=0)
         self.embed = nn.Linear(768, 512)
@@ -52,7 +52,7 @@ class MaskedAutoencoderViT(nn.Module):
 
     def forward(self, imgs: torch.Tensor) -> torch.Tensor:
         """The loss of one pass: (N, 3, H, W) -> scalar."""
-        encoder, decoder, side = self.encoder, self.decoder, imgs.shape[2] // 16
+        encoder, decoder, (h, w) = self.encoder, self.decoder, (side // 16 for side in imgs.shape[2:])
         x = encoder.patch_embed(imgs) + encoder.pos_embed[:, 1:]
         n, length, dim = x.shape
         order = torch.rand(n, length, device=x.device).argsort(dim=1)
@@ -64,7 +64,7 @@ class MaskedAutoencoderViT(nn.Module):
         tokens = torch.cat([x[:, 1:], mask_tokens], dim=1).gather(1, back[:, :, None].expand(-1, -1, 512))
         x = torch.cat([x[:, :1], tokens], dim=1) + decoder.pos_embed
         pred = decoder.head(decoder.norm(decoder.blocks(x)))[:, 1:].float()
-        target = imgs.reshape(n, 3, side, 16, side, 16).permute(0, 2, 4, 3, 5, 1).reshape(n, length, -1)
+        target = imgs.reshape(n, 3, h, 16, w, 16).permute(0, 2, 4, 3, 5, 1).reshape(n, length, -1)
         var, mean = torch.var_mean(target, dim=-1, keepdim=True)
         loss = (pred - (target - mean) / (var + 1e-6).sqrt()).square().mean(dim=-1)
         removed = (back >= keep).float()

@@ -41,7 +41,7 @@ from models.visible import VisiblePatches
 from tools import gpu
 from tools.baselines import MIN_CROP, MaskedAutoencoderViT, masked_dense_features, pillow_pass
 from utils.amp import Amp
-from utils.args import ArgumentParser, Arguments, add_bool, device, fraction, positive, whole
+from utils.args import ArgumentParser, Arguments, add_bool, add_size, device, fraction, positive, whole
 from utils.data.files import ImageTree
 from utils.data.sampling import Batch, StepLoader, StepSampler, TrainSamples, collate
 from utils.data.transforms import Normalise, mean_std, pretrain_transform
@@ -59,12 +59,12 @@ ENGINE_STEPS = 20
 
 def images(args, device: torch.device) -> torch.Tensor:
     torch.manual_seed(0)
-    return torch.randn(args.batch_size, 3, args.input_size, args.input_size, device=device)
+    return torch.randn(args.batch_size, 3, *args.input_size, device=device)
 
 
 def sample_mask(args, *shape: int) -> torch.Tensor:
     """(*shape, L) on the CPU, as the loader gives it."""
-    return fcmae.random_mask(torch.rand(*shape, (args.input_size // 32) ** 2), args.mask_ratio)
+    return fcmae.random_mask(torch.rand(*shape, fcmae.num_patches(args.input_size, 32)), args.mask_ratio)
 
 
 def build(args, device, compiled, room, **kwargs) -> nn.Module:
@@ -285,7 +285,7 @@ def get_args_parser() -> ArgumentParser:
     add("--what", choices=(*FORMS, "gpu"), default="encoder", help="which comparison; see the top of the file")
     add("--model", choices=convnextv2.SIZES, default="convnextv2_atto", metavar="SIZE", help="convnextv2_SIZE")
     add("--batch_size", type=whole(1), default=8, help="images per step")
-    add("--input_size", type=whole(32), default=224, help="side of the images in pixels")
+    add_size(add, "of the images in pixels", least=32)
     add("--stage", type=whole(0, 3), default=0, help="for depthwise: which stage's")
     add("--mask_ratio", type=fraction, default=0.6, help="share of patches that FCMAE removes")
     add("--data_path", help="for the loader: a folder of images, however nested")
@@ -310,10 +310,10 @@ def get_args_parser() -> ArgumentParser:
 def parse(flags: list[str]) -> Arguments:
     """The arguments, checked. Raises UsageError."""
     args = get_args_parser().parse_args(flags)
-    if args.input_size % 32:
+    if any(side % 32 for side in args.input_size):
         raise UsageError(f"--input_size {args.input_size}: must be a multiple of 32")
     try:
-        fcmae.num_visible((args.input_size // 32) ** 2, args.mask_ratio)
+        fcmae.num_visible(fcmae.num_patches(args.input_size, 32), args.mask_ratio)
     except ValueError as error:
         raise UsageError(f"--mask_ratio: {error}") from error
     if args.what == "loader":

@@ -69,7 +69,7 @@ def shares(records: list[dict]) -> str:
     flop_of = functools.cache(lambda *step: sum(kind[0] for kind in roofline.count(*step, 1, 1).classes.values()))
     lines = ["\n| FCMAE step | batch | TFLOP/s | of 990 |\n|---|---|---|---|"]
     for r in records:
-        if r["form"].startswith("FCMAE") and r["input_size"] == 224:
+        if r["form"].startswith("FCMAE") and r["input_size"] == [224, 224]:
             rate = flop_of(r["model"], r["batch_size"]) / median(r["seconds"]) / 1e12
             lines.append(f"| {r['model']}, {r['form']} | {r['batch_size']} | {rate:.1f} | {rate / 990:.1%} |")
     return "\n".join(lines) + "\n"

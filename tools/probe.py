@@ -25,7 +25,7 @@ from engine_finetune import top_k
 from models.convnextv2 import Encoder
 from utils import weights
 from utils.amp import Amp
-from utils.args import ArgumentParser, add_bool, device, finite, positive, seed, share, whole
+from utils.args import ArgumentParser, add_bool, add_size, device, finite, positive, seed, share, whole
 from utils.data.sampling import random_subset
 from utils.distributed import pick_device, setup_logging
 from utils.errors import UsageError, run_cli
@@ -53,7 +53,7 @@ def load_encoder(args) -> Encoder:
 def add_image_arguments(parser: ArgumentParser) -> None:
     """--checkpoint, and the flags that it completes."""
     parser.add_argument("--checkpoint", required=True, help=".pth, .pt, .bin or .safetensors, in any layout")
-    parser.add_argument("--input_size", type=whole(1, 16384), default=224, help="side of the images; as in training")
+    add_size(parser.add_argument, "of the images in pixels; as in training")
     parser.add_argument("--crop_pct", type=share, default=None, help=f"as in training, else: {CROP_HELP}")
     for name, kind in (("--mean", finite), ("--std", positive)):
         normalised = "of each channel; where not given: as in training, else ImageNet's"

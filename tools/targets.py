@@ -22,9 +22,9 @@ class Source(NamedTuple):
     """A model in evaluation mode, and what its checkpoint tells about its images and classes."""
 
     model: ConvNeXtV2
-    input_size: int
+    input_size: tuple[int, int]  # height and width
     normalisation: dict[str, tuple[float, ...]]  # mean and std, empty where neither file nor convention tells
-    crop_pct: float | None  # None: height and width are resized to input_size
+    crop_pct: float | None  # None: the whole image is warped to input_size
     classes: list[str]  # empty where the checkpoint does not name them
 
 
@@ -42,7 +42,7 @@ def classifier(config: weights.BackboneConfig) -> ConvNeXtV2:
 
 
 def example(source: Source, batch: int) -> torch.Tensor:
-    return torch.randn(batch, source.model.in_chans, source.input_size, source.input_size)
+    return torch.randn(batch, source.model.in_chans, *source.input_size)
 
 
 def save_state(state: dict[str, torch.Tensor], file: Path) -> None:
@@ -70,7 +70,7 @@ def write_safetensors(source: Source, file: Path) -> Exported:
 
 def write_timm(source: Source, file: Path) -> Exported:
     """timm's names, and beside them the JSON that timm reads a model from (config.json in a folder)."""
-    model, side = source.model, source.input_size
+    model = source.model
     save_state(layouts.to_timm(model.state_dict()), file)
     name, model_args = name_of(model), {}
     if name is None:  # any size can be built from one that has the same kind of linears
@@ -87,8 +87,8 @@ def write_timm(source: Source, file: Path) -> Exported:
         "global_pool": "avg",
         "model_args": model_args,
         "pretrained_cfg": {
-            "input_size": (model.in_chans, side, side),
-            "pool_size": (side // model.patch_size,) * 2,
+            "input_size": (model.in_chans, *source.input_size),
+            "pool_size": tuple(side // model.patch_size for side in source.input_size),
             "interpolation": "bicubic",
             "crop_pct": source.crop_pct or 1.0,
             "crop_mode": "center" if source.crop_pct else "squash",
@@ -130,7 +130,7 @@ def write_timm(source: Source, file: Path) -> Exported:
 
 def write_hf(source: Source, file: Path) -> Exported:
     """A folder for from_pretrained of transformers: config.json, model.safetensors and preprocessor_config.json."""
-    model, folder = source.model, file.parent
+    model, folder, (height, width), crop = source.model, file.parent, source.input_size, source.crop_pct
     save_state(layouts.to_huggingface(model.state_dict()), file)
     labels = source.classes or [f"LABEL_{i}" for i in range(model.num_classes)]
     kind = "ConvNextV2ForImageClassification" if model.num_classes else "ConvNextV2Model"
@@ -138,7 +138,7 @@ def write_hf(source: Source, file: Path) -> Exported:
         "architectures": [kind],
         "model_type": "convnextv2",
         "num_channels": model.in_chans,
-        "image_size": source.input_size,
+        "image_size": height if height == width else [height, width],
         "patch_size": model.stem_stride,
         "num_stages": 4,
         "depths": model.depths,
@@ -147,13 +147,14 @@ def write_hf(source: Source, file: Path) -> Exported:
         "layer_norm_eps": model.norm.eps,
         **({"id2label": dict(enumerate(labels)), "label2id": {v: i for i, v in enumerate(labels)}} if labels else {}),
     }
-    side, crop = source.input_size, source.crop_pct
+    covered = {name: int(side / (crop or 1)) for name, side in (("height", height), ("width", width))}
+    keeps_ratio = crop and height == width  # which it does by the short side alone
     preprocessor = {  # CLIP's crops at any size, where ConvNext's warps from 384 px on
         "image_processor_type": "CLIPImageProcessor",
         "do_resize": True,
-        "size": {"shortest_edge": int(side / crop)} if crop else {"height": side, "width": side},
+        "size": {"shortest_edge": covered["height"]} if keeps_ratio else covered,
         "do_center_crop": bool(crop),
-        "crop_size": {"height": side, "width": side},
+        "crop_size": {"height": height, "width": width},
         "do_convert_rgb": model.in_chans == 3,
         "resample": 3,  # bicubic
         "do_rescale": True,
@@ -175,7 +176,9 @@ def write_hf(source: Source, file: Path) -> Exported:
         return lambda x: [theirs(x).logits if model.num_classes else theirs(x).pooler_output]
 
     recipes = [f"transformers.{name}.from_pretrained({str(folder)!r})" for name in (kind, "AutoImageProcessor")]
-    if crop and crop < 1:
+    if crop and not keeps_ratio:
+        recipes[1] += f"  # warps images that are not {height} : {width}, which --eval crops"
+    elif crop and crop < 1:
         recipes[1] += "  # where its crop has no exact centre, it begins a pixel before that of --eval"
     if model.in_chans != 3:
         pictures = "give the processor images.convert('L')" if model.in_chans == 1 else "give the model tensors"

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import datasets
 from models.convnextv2 import Block, Encoder, total_stride
-from models.fcmae import FCMAE, num_visible
+from models.fcmae import FCMAE, num_patches, num_visible
 from tools.probe import add_device_arguments, add_image_arguments, load_encoder, pick_amp
 from utils import weights
 from utils.amp import Amp
@@ -41,10 +41,10 @@ PICTURES = ("reconstructions", "features", "diversity")
 
 
 def load_images(args) -> torch.Tensor:
-    """The images as in evaluation: (N, C, input_size, input_size). Raises UsageError for a file that is no image."""
+    """The images as in evaluation: (N, C, height, width). Raises UsageError for a file that is no image."""
     transform, paths, imgs = datasets.build_transform(False, args), [], []
     if not args.images:
-        dataset = Shapes("val", args.input_size, num_samples=args.max_images)
+        dataset = Shapes("val", max(args.input_size), num_samples=args.max_images)
         return torch.stack([transform(dataset[i][0]) for i in range(len(dataset))])
     for path in args.images:
         refuse(not Path(path).exists(), f"--images {path}: no such file or folder")
@@ -178,10 +178,10 @@ def get_args_parser() -> ArgumentParser:
 def check_reconstructions(args, patch_size: int) -> None:
     """Refuse sizes and mask ratios that leave no whole, or no removed, patches. Raises UsageError."""
     multiple = f"--input_size {args.input_size}: must be a multiple of the model's patch size {patch_size}"
-    refuse(args.input_size % patch_size, multiple)
+    refuse(any(side % patch_size for side in args.input_size), multiple)
     for ratio in args.mask_ratios:
         try:
-            num_visible((args.input_size // patch_size) ** 2, ratio)
+            num_visible(num_patches(args.input_size, patch_size), ratio)
         except ValueError as error:
             raise UsageError(f"--mask_ratios {ratio}: {error}") from error
 

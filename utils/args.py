@@ -10,7 +10,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import NamedTuple, NoReturn, TypeVar
 
 from .distributed import main_process_first
 from .errors import UsageError, refuse, suggest
@@ -157,6 +157,30 @@ BOOLEANS |= dict.fromkeys(("false", "no", "off", "0", "f", "n"), False)
 boolean = _type(lambda text: BOOLEANS[text.lower()], lambda x: True, "true or false")
 
 
+class Size(NamedTuple):
+    """Height and width of images in pixels, written as --input_size takes them."""
+
+    height: int
+    width: int
+
+    def __str__(self) -> str:
+        return f"{self.height}" if self.height == self.width else f"{self.height} {self.width}"
+
+
+class _SizeAction(argparse.Action):
+    def __call__(self, parser, namespace, values, option_string=None):
+        if len(values) > 2:
+            wanted = "must be one number, of a square, or two, height and width"
+            raise argparse.ArgumentError(self, f"{' '.join(map(str, values))}: {wanted}")
+        setattr(namespace, self.dest, Size(values[0], values[-1]))
+
+
+def add_size(add: Callable, help: str, least: int = 1) -> None:
+    """--input_size, a `Size`: one number is a square, two are height and width."""
+    options = {"type": whole(least, 16384), "default": Size(224, 224), "metavar": ("H", "W"), "help": help}
+    add("--input_size", nargs="+", action=_SizeAction, **options)
+
+
 def add_bool(group, flag: str, default: bool | None, help: str) -> None:
     """A flag that takes a boolean; bare, it means true."""
     group.add_argument(flag, type=boolean, nargs="?", const=True, default=default, metavar="BOOL", help=help)
@@ -192,7 +216,7 @@ def check_image_arguments(args: argparse.Namespace) -> None:
     """What `check_shared_arguments` refuses of the images, of flags or of a checkpoint. Raises UsageError."""
     stride = 8 * args.stem_stride
     least = f"must be at least the model's total stride {stride} (8 * stem_stride)"
-    refuse(args.input_size < stride, f"--input_size {args.input_size}: {least}")
+    refuse(min(args.input_size) < stride, f"--input_size {args.input_size}: {least}")
     cropped = f"--crop_pct {args.crop_pct}: must be above 0 and at most 1"
     refuse(args.crop_pct is not None and not 0 < args.crop_pct <= 1, cropped)
     refuse(bool(args.mean) != bool(args.std), f"--{'mean' if args.mean else 'std'}: give --mean and --std, or neither")

@@ -7,6 +7,7 @@ from functools import partial
 from .args import (
     ArgumentParser,
     add_bool,
+    add_size,
     below_one,
     device,
     finite,
@@ -22,7 +23,7 @@ from .args import (
 from .data.images import Reading
 from .weights import MODEL_KEY
 
-CROP_HELP = "evaluation crop; where not given: 224/256, 1 up to 32 px, from 384 px on the whole, warped to a square"
+CROP_HELP = "evaluation crop; where not given: 224/256, 1 up to 32 px, from 384 px on the whole, warped"
 DEVICE_HELP = "auto (cuda, else mps, else cpu), cpu, mps, cuda or cuda:N"
 
 
@@ -38,7 +39,7 @@ def add_shared_arguments(parser: ArgumentParser, data_sets: str) -> None:
     sizes = "atto,femto,pico,nano,tiny,base,large,huge"
     add("--model", default="convnextv2_base", help=f"convnextv2_{{{sizes}}}")
     add("--in_chans", type=whole(1, 4096), default=3, help="channels of the images")
-    add("--input_size", type=whole(1, 16384), default=224, help="side of the training images in pixels")
+    add_size(add, "of the training images in pixels; one number: a square")
     stem_help = "kernel and stride of the stem; 2 or 1 suit images below 100 pixels"
     add("--stem_stride", type=int, default=4, choices=(4, 2, 1), help=stem_help)
     average_help = "average the checkpoint's stem over its channels where --in_chans differs"

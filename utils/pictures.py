@@ -32,7 +32,7 @@ def reconstructions(
 
 def tile(pictures: torch.Tensor, columns: int) -> torch.Tensor:
     """Pictures in rows of so many, small ones enlarged: (N, C, H, W) -> (3, height, width)."""
-    pictures = F.interpolate(pictures, scale_factor=max(1, 128 // pictures.shape[-1]))
+    pictures = F.interpolate(pictures, scale_factor=max(1, 128 // max(pictures.shape[-2:])))
     return make_grid(pictures, nrow=columns, padding=4, pad_value=1.0)
 
 

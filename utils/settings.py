@@ -5,14 +5,14 @@ from argparse import Namespace
 from operator import attrgetter
 from pathlib import Path
 
-from .args import check_image_arguments, given
+from .args import Size, check_image_arguments, given
 from .data import transforms
 from .errors import UsageError, refuse
 
 log = logging.getLogger("fcmae")
 
 TOLD = {  # what a checkpoint tells of its training, and in which types
-    "input_size": int, "crop_pct": (float, int, type(None)), "mean": (list, type(None)), "std": (list, type(None)),
+    "input_size": Size, "crop_pct": (float, int, type(None)), "mean": (list, type(None)), "std": (list, type(None)),
     "depth": (int, type(None)), "nodata": (float, int, type(None)), "imagenet_default_mean_and_std": bool,
     "norm_pix_loss": bool, "val_split": (float, type(None)), "split_seed": int,
 }  # fmt: skip
@@ -30,6 +30,16 @@ def eval_crop(args: Namespace) -> float | None:
     return transforms.eval_crop(args.input_size, args.crop_pct)
 
 
+def _trained_size(value) -> Size | None:
+    """--input_size of a checkpoint, in older ones the side of a square; None: what no --input_size is."""
+    match value:
+        case int(side):
+            return Size(side, side)
+        case [int(height), int(width)]:
+            return Size(height, width)
+    return None
+
+
 def as_trained(args: Namespace, path: str | Path, content: dict, size, **shapes) -> None:
     """Let a checkpoint tell of model and images what no flag gives; a flag that differs from it stays, with a warning.
 
@@ -44,8 +54,9 @@ def as_trained(args: Namespace, path: str | Path, content: dict, size, **shapes)
         other = f"{path}: a checkpoint of another model, with --{name} {shapes[name]}, not {getattr(args, name)}"
         refuse(getattr(args, name) != shapes[name], other)
     trained = content.get("args", {})
+    trained = trained | {"input_size": _trained_size(trained.get("input_size"))}
     told = {name: trained[name] for name, kind in TOLD.items() if isinstance(trained.get(name, ...), kind)}
-    was = Namespace(**({"input_size": 224, "crop_pct": None, "mean": None, "std": None} | shapes | told))
+    was = Namespace(**({"input_size": Size(224, 224), "crop_pct": None, "mean": None, "std": None} | shapes | told))
     try:
         check_image_arguments(was)
         [sum(values) for values in mean_std(was)]  # of numbers

@@ -92,7 +92,7 @@ class ClassFolders(ImageFiles):
         super().__init__(paths, targets, in_chans, f"{flag} {root}", left_out)
 
 
-def describe(dataset: ImageFiles, found: Survey, input_size: int) -> None:
+def describe(dataset: ImageFiles, found: Survey, input_size: tuple[int, int]) -> None:
     """Log what a data set of files holds, `found` in a sample of them, and warn of what is seldom meant."""
     depth, sample = DEPTHS[dataset.reading.depth], len(found.sizes) + len(found.bad)
     kinds = Counter(found.kinds) + Counter(unreadable=len(found.bad))
@@ -100,8 +100,8 @@ def describe(dataset: ImageFiles, found: Survey, input_size: int) -> None:
     log.info("%s: %d images, %d channels, read as %s", dataset.source, len(dataset), dataset.reading.in_chans, depth)
     log.info("in a sample of %d: %s", sample, "; ".join(f"{count} {kind}" for kind, count in kinds.most_common(9)))
     log.info("heights %s; widths %s; no data in %.2g %% of the pixels", heights, widths, 100 * found.no_data)
-    if small := sum(min(size) < input_size for size in found.sizes):
-        log.info("%d of %d images are smaller than --input_size %d and enlarged", small, sample, input_size)
+    if small := sum(h < input_size[0] or w < input_size[1] for h, w in found.sizes):
+        log.info("%d of %d images are smaller than --input_size %s and enlarged", small, sample, input_size)
     if classes := getattr(dataset, "classes", None):
         sizes = Counter(dataset.targets)
         ranked = sorted((sizes[i], name) for i, name in enumerate(classes))

@@ -1,4 +1,4 @@
-"""What is done to an image, PIL or tensor (C, H, W), on its way to the model's input (C, size, size)."""
+"""What is done to an image, PIL or tensor (C, h, w), on its way to the model's input (C, *size), size = (H, W)."""
 
 import logging
 import math
@@ -57,27 +57,30 @@ def mean_std(
     return (means, stds) if in_chans == 3 else ((sum(means) / 3,), (sum(stds) / 3,))
 
 
-def eval_crop(size: int, crop_pct: float | None = None) -> float | None:
-    """Side of the evaluation crop, as a share of the resized short side; None: the whole image, warped to a square."""
-    if crop_pct or size >= 384:
+def eval_crop(size: tuple[int, int], crop_pct: float | None = None) -> float | None:
+    """Side of the evaluation crop, as a share of the resized side; None: the whole image, warped to `size`."""
+    if crop_pct or min(size) >= 384:
         return crop_pct
-    return 1.0 if size <= SMALL_INPUT_SIZE else 224 / 256
+    return 1.0 if max(size) <= SMALL_INPUT_SIZE else 224 / 256
 
 
-def pretrain_transform(size: int, in_chans: int, min_crop: float) -> Callable:
+def pretrain_transform(size: tuple[int, int], in_chans: int, min_crop: float) -> Callable:
     """Random resized crop and flip; the tensor is of the image's type, NaN where there is no data; see `utils.data`."""
     crop = partial(random_resized_crop, size=size, min_crop=min_crop)
     return v2.Compose([partial(to_tensor, in_chans=in_chans), crop])
 
 
-def eval_transform(size: int, in_chans: int, crop_pct: float | None, mean, std) -> Callable:
+def eval_transform(size: tuple[int, int], in_chans: int, crop_pct: float | None, mean, std) -> Callable:
     """The normalised centre of a resized image; crop_pct as from `eval_crop`."""
-    resize = partial(resize_data, resize=v2.Resize(int(size / crop_pct) if crop_pct else (size, size), BICUBIC))
-    crop = [middle, resize, v2.CenterCrop(size)] if crop_pct else [resize]
+    covered = tuple(int(side / crop_pct) for side in size) if crop_pct else None
+    resize = partial(resize_data, resize=partial(cover, size=covered) if covered else v2.Resize(size, BICUBIC))
+    crop = [resize, v2.CenterCrop(size)] if covered else [resize]
     return v2.Compose([partial(to_tensor, in_chans=in_chans), *crop, Normalise(mean, std), fill])
 
 
-def train_transform(size: int, in_chans: int, augmentation: dict, mean, std, eight_bit: bool = True) -> Callable:
+def train_transform(
+    size: tuple[int, int], in_chans: int, augmentation: dict, mean, std, eight_bit: bool = True
+) -> Callable:
     """The augmented, normalised image of fine-tuning; what is not 8-bit RGB is cropped, flipped and erased alone.
 
     Args:
@@ -94,9 +97,9 @@ def train_transform(size: int, in_chans: int, augmentation: dict, mean, std, eig
             raise UsageError(f"--{flag} {value}: is for 8-bit RGB images, which these are not; leave it out")
     if augmentation["auto_augment"]:
         log.info("--aa %s: is made for 8-bit RGB images, so it is off", augmentation["auto_augment"])
-    if size <= SMALL_INPUT_SIZE:
-        resize = partial(resize_data, resize=v2.Resize(size, BICUBIC))
-        crop = [middle, resize, v2.RandomCrop(size, padding=4), v2.RandomHorizontalFlip()]
+    if max(size) <= SMALL_INPUT_SIZE:
+        resize = partial(resize_data, resize=partial(cover, size=size))
+        crop = [resize, v2.RandomCrop(size, padding=4), v2.RandomHorizontalFlip()]
     else:
         crop = [partial(random_resized_crop, size=size, min_crop=augmentation["scale"][0])]
     erase = RandomErasing(
@@ -105,13 +108,29 @@ def train_transform(size: int, in_chans: int, augmentation: dict, mean, std, eig
     return transforms.Compose([partial(to_tensor, in_chans=in_chans), *crop, Normalise(mean, std), fill, erase])
 
 
-def random_resized_crop(image: torch.Tensor, size: int, min_crop: float) -> torch.Tensor:
-    """A box from `sample_box`, resized (bicubic, antialiased): (C, H, W) -> (C, size, size) of the same type."""
-    top, left, height, width, mirrored = sample_box(image.shape[1], image.shape[2], min_crop)
+def random_resized_crop(image: torch.Tensor, size: tuple[int, int], min_crop: float) -> torch.Tensor:
+    """A box from `sample_box`, resized (bicubic, antialiased): (C, h, w) -> (C, *size) of the same type."""
+    top, left, height, width, mirrored = sample_box(image.shape[1], image.shape[2], min_crop, size[1] / size[0])
     image = image[:, top : top + height, left : left + width]  # before resizing: its filter must not see beyond
-    if height != size or width != size:
-        image = resize_data(image, lambda x: F.interpolate(x[None], (size, size), mode="bicubic", antialias=True)[0])
+    if (height, width) != size:
+        image = resize_data(image, lambda x: F.interpolate(x[None], size, mode="bicubic", antialias=True)[0])
     return image.flip(-1) if mirrored else image
+
+
+def cover(image: torch.Tensor | Image.Image, size: tuple[int, int]) -> torch.Tensor | Image.Image:
+    """An image resized in its own proportions, so that one side is that of size, (height, width), the other no smaller.
+
+    That one is rounded as timm does, and for a square cut off as torchvision does. Where it would be beyond 8 times
+    that of `size`, the middle of the image is taken: enlarging all of it may take gigabytes.
+    """
+    (height, width), (h, w) = v2.functional.get_size(image), size
+    most = [max(1, 8 * width * h // w), max(1, 8 * height * w // h)]
+    if height > most[0] or width > most[1]:
+        height, width = min(height, most[0]), min(width, most[1])
+        image = v2.functional.center_crop(image, [height, width])
+    whole = int if h == w else round
+    fitting = [h, whole(h * width / height)] if height * w <= width * h else [whole(w * height / width), w]
+    return v2.functional.resize(image, fitting, BICUBIC)
 
 
 def resize_data(image: torch.Tensor, resize: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
@@ -128,16 +147,10 @@ def fill(image: torch.Tensor) -> torch.Tensor:
     return image.nan_to_num_(0.0)
 
 
-def middle(image: torch.Tensor | Image.Image) -> torch.Tensor | Image.Image:
-    """The middle of an image that is longer than 8 times its short side, as enlarging all of it may take gigabytes."""
-    height, width = v2.functional.get_size(image)
-    most = 8 * min(height, width)
-    thin = max(height, width) > most
-    return v2.functional.center_crop(image, [min(height, most), min(width, most)]) if thin else image
-
-
-def sample_box(height: int, width: int, min_crop: float) -> tuple[int, int, int, int, bool]:
+def sample_box(height: int, width: int, min_crop: float, wide: float = 1.0) -> tuple[int, int, int, int, bool]:
     """Top, left, height and width of at least the share `min_crop` of an image's area, and whether to mirror it.
+
+    wide: width / height of what it is resized to; a box differs from that by a factor in ASPECT, for a rectangle too.
 
     Distributed as in torchvision's RandomResizedCrop and RandomHorizontalFlip, but all numbers come from one call:
     between the decoding of two images, each call of a torch operator finds the processor's caches cold. With
@@ -146,25 +159,27 @@ def sample_box(height: int, width: int, min_crop: float) -> tuple[int, int, int,
     *tries, row, column, mirror = torch.rand(2 * TRIES + 3).tolist()
     for share, aspect in zip(tries[::2], tries[1::2], strict=True):
         area = (min_crop + (1 - min_crop) * share) * height * width
-        ratio = ASPECT[0] * (ASPECT[1] / ASPECT[0]) ** aspect
+        ratio = wide * ASPECT[0] * (ASPECT[1] / ASPECT[0]) ** aspect
         h, w = round(math.sqrt(area / ratio)), round(math.sqrt(area * ratio))
         if 0 < h <= height and 0 < w <= width:
             return int(row * (height - h + 1)), int(column * (width - w + 1)), h, w, mirror < 0.5
-    h, w = min(height, round(width / ASPECT[0])), min(width, round(height * ASPECT[1]))  # the largest there is, centred
+    narrowest, widest = wide * ASPECT[0], wide * ASPECT[1]
+    h, w = min(height, round(width / narrowest)), min(width, round(height * widest))  # the largest there is, centred
     return (height - h) // 2, (width - w) // 2, h, w, mirror < 0.5
 
 
-def _timm_transform(size: int, augmentation: dict, mean, std) -> Callable:
+def _timm_transform(size: tuple[int, int], augmentation: dict, mean, std) -> Callable:
     _, *parts = (augmentation["auto_augment"] or "").split("-")
     try:
         if not all(re.search(r"\d|^t", part) for part in parts):
             raise ValueError("which timm passes over")
-        transform = timm.data.create_transform(size, is_training=True, mean=mean, std=std, **augmentation)
+        ratio = tuple(size[1] / size[0] * aspect for aspect in ASPECT)
+        transform = timm.data.create_transform(size, is_training=True, mean=mean, std=std, ratio=ratio, **augmentation)
     except (AssertionError, KeyError, ValueError) as error:
         raise UsageError(f"--aa {augmentation['auto_augment']}: no policy of timm's; one is {AUTO_AUGMENT}") from error
-    if size <= SMALL_INPUT_SIZE:
-        bicubic = transforms.Resize(size, BICUBIC)  # does nothing to images of that size
-        transform.transforms[0] = transforms.Compose([middle, bicubic, transforms.RandomCrop(size, padding=4)])
+    if max(size) <= SMALL_INPUT_SIZE:
+        small = transforms.RandomCrop(size, padding=4)
+        transform.transforms[0] = transforms.Compose([partial(cover, size=size), small])
     transform.transforms.insert(0, _to_rgb)
     return transform
 
