@@ -121,8 +121,8 @@ def idle_flags(args, use_amp: bool) -> list[tuple[str, object, str]]:
         ("mixup_switch_prob", not (args.mixup > 0 and cutmix), "unless both --mixup and --cutmix are on"),
         ("model_ema_decay model_ema_force_cpu", not args.model_ema, "without --model_ema true"),
         ("dist_eval", distributed.get_world_size() == 1, "on one process"),
-        ("eval_freq dist_eval eval_data_path eval_list crop_pct model_ema_eval predictions best_metric patience",
-         args.disable_eval, "with --disable_eval true"),
+        ("eval_freq dist_eval eval_data_path eval_list model_ema_eval predictions best_metric patience "
+         "crop_pct eval_resize", args.disable_eval, "with --disable_eval true"),
         *flags.idle_flags(args, use_amp),
     ]  # fmt: skip
 

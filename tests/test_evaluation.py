@@ -70,6 +70,7 @@ def scored(record: dict, suffix: str = "") -> str:
         "--model convnextv2_atto --input_size 32 --imagenet_default_mean_and_std false",
         "--model convnextv2_atto --input_size 32 --mean 0.1 0.5 0.9 --std 1 0.5 0.1",
         "--model convnextv2_atto --input_size 32 --crop_pct 0.5",
+        "--model convnextv2_atto --input_size 40 --eval_resize 53",
         "--model convnextv2_atto --input_size 32 --linear_probe true --lr 0.05",
         "--model convnextv2_atto --input_size 24 --stem_stride 1 --data_set shapes",
     ],
@@ -95,6 +96,7 @@ def test_flags_that_are_given_win_and_are_told(scripts, tmp_path):
     for flags, drops in (
         ({"--input_size": "64"}, ()),
         ({"--crop_pct": "1"}, ()),
+        ({"--eval_resize": "40"}, ("--crop_pct",)),
         ({"--mean": "0.5 0.5 0.5", "--std": "1 1 1"}, ()),
         ({"--imagenet_default_mean_and_std": "false"}, ("--mean", "--std")),
         ({"--imagenet_default_mean_and_std": "true"}, ("--mean", "--std")),
@@ -106,10 +108,11 @@ def test_flags_that_are_given_win_and_are_told(scripts, tmp_path):
         )
         assert mixed.out.split("acc1")[1] == plain.out.split("acc1")[1]
         warned = [line for line in mixed.out.splitlines() if "was trained with" in line]
-        assert all(name in "".join(warned) for name in flags)
+        assert all(name.replace("eval_resize", "crop_pct") in "".join(warned) for name in flags)
         assert "was trained with" not in plain.out
-    same_crop = scripts.call(main_finetune, *EVAL, *mine, "--resume", trained, "--crop_pct", 0.5, "--input_size", 32)
-    assert "was trained with" not in same_crop.out
+    for crop in (("--crop_pct", 0.5), ("--eval_resize", 64)):
+        same_crop = scripts.call(main_finetune, *EVAL, *mine, "--resume", trained, *crop, "--input_size", 32)
+        assert "was trained with" not in same_crop.out
 
 
 def test_a_default_said_aloud_is_no_difference(caplog):
@@ -132,6 +135,8 @@ def test_a_default_said_aloud_is_no_difference(caplog):
         ("--mean 1 2 3", "--mean: give --mean and --std, or neither"),
         ("--mean 1 --std 1", "--mean: has 1 numbers"),
         ("--crop_pct 2", "--crop_pct 2: must be a number above 0"),
+        ("--eval_resize 256 --crop_pct 1", "--eval_resize 256: beside --crop_pct, .*; give one"),
+        ("--eval_resize 200", "--eval_resize 200: must be at least 224, as --input_size 224 is"),
     ],
 )
 def test_flags_that_contradict_the_weights(flags, message, scripts, sizes, tmp_path):
@@ -406,6 +411,7 @@ PRETRAIN = [
     ("--eval_data_path $dir", "", "--knn_freq 1"),
     ("--eval_list $file", "", "--knn_freq 1"),
     ("--crop_pct 0.5", "", "--log_dir x"),
+    ("--eval_resize 256", "", "--log_dir x"),
     ("--crop_pct 0.5", "--vis_freq 0 --output_dir x", "--knn_freq 1"),
     ("--stem_average true", "", "--initial_checkpoint $file"),
 ]
@@ -442,6 +448,7 @@ FINETUNE = [
     ("--eval_data_path $dir", "--disable_eval true", ""),
     ("--eval_list $file", "--disable_eval true", ""),
     ("--crop_pct 0.9", "--disable_eval true", ""),
+    ("--eval_resize 256", "--disable_eval true", ""),
     ("--model_ema_eval true", "--model_ema true --disable_eval true", "--model_ema true"),
     ("--lr 0.1", "--eval true", ""),
     ("--fused false", "--eval true", ""),

@@ -18,6 +18,7 @@ import main_pretrain
 from tests.pictures import finetune_args, levels, picture, pretrain_args
 from tests.small_runs import load, records, same
 from tools import benchmark, export, predict, probe, visualize
+from utils.args import check_image_arguments
 from utils.data.shapes import draw
 from utils.data.transforms import eval_crop, eval_transform, mean_std, pretrain_transform, sample_box, train_transform
 from utils.errors import run_cli
@@ -119,6 +120,23 @@ def test_evaluation_is_timms(image_size, size, crop_pct):
         difference = (theirs(image) - ours).abs() * 255 * 0.224  # levels of 0..255
         assert difference.max() <= 6
         assert difference.mean() <= 0.5
+
+
+@pytest.mark.parametrize(
+    ("size", "resize", "resized"),
+    [((40, 40), 53, (106, 53)), ((400, 400), 450, (900, 450)), ((48, 96), 59, (118, 59)), ((32, 96), 32, (96, 48))],
+)
+def test_eval_resize_is_what_the_short_side_becomes(size, resize, resized):
+    """To the pixel: 40 / (40 / 53) is below 53. Both sides of the input are covered."""
+    args, image = finetune_args(eval_resize=resize), picture(120, 60)
+    args.input_size = size
+    check_image_arguments(args)
+    found = levels(datasets.build_transform(False, args)(image)).astype(int)
+    left, top = (round((a - b) / 2) for a, b in zip(resized, size[::-1], strict=True))
+    expected = image.resize(resized, Image.Resampling.BICUBIC).crop((left, top, left + size[1], top + size[0]))
+    difference = np.abs(found - np.asarray(expected))
+    assert difference.max() <= 2
+    assert difference.mean() < 0.2
 
 
 # ---- runs

@@ -29,7 +29,7 @@ from utils.args import ArgumentParser, add_bool, add_size, device, finite, posit
 from utils.data.sampling import random_subset
 from utils.distributed import pick_device, setup_logging
 from utils.errors import UsageError, run_cli
-from utils.flags import CROP_HELP, DEVICE_HELP
+from utils.flags import CROP_HELP, DEVICE_HELP, RESIZE_HELP
 from utils.knn import extract, knn_votes, pooled_features
 from utils.settings import as_trained
 
@@ -55,6 +55,7 @@ def add_image_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--checkpoint", required=True, help=".pth, .pt, .bin or .safetensors, in any layout")
     add_size(parser.add_argument, "of the images in pixels; as in training")
     parser.add_argument("--crop_pct", type=share, default=None, help=f"as in training, else: {CROP_HELP}")
+    parser.add_argument("--eval_resize", type=whole(1, 65536), default=None, help=RESIZE_HELP)
     for name, kind in (("--mean", finite), ("--std", positive)):
         normalised = "of each channel; where not given: as in training, else ImageNet's"
         parser.add_argument(name, type=kind, nargs="+", default=None, help=normalised)

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import logging
+import math
 import os
 import re
 import shlex
@@ -27,6 +28,7 @@ SYNONYMS = {  # what MAE, timm and others call a flag of this project
     **dict.fromkeys(("--val_dir", "--val_path"), "--eval_data_path"),
     **dict.fromkeys(("--val_ratio", "--validation_split"), "--val_split"),
     **dict.fromkeys(("--img_size", "--image_size"), "--input_size"),
+    **dict.fromkeys(("--val_resize_size", "--resize_size"), "--eval_resize"),
     **dict.fromkeys(("--amp", "--mixed_precision"), "--use_amp"),
     **dict.fromkeys(("--save_freq", "--save_interval"), "--save_ckpt_freq"),
     **dict.fromkeys(("--output", "--save_dir"), "--output_dir"),
@@ -213,10 +215,20 @@ def check_shared_arguments(args: argparse.Namespace, models: list[str]) -> None:
 
 
 def check_image_arguments(args: argparse.Namespace) -> None:
-    """What `check_shared_arguments` refuses of the images, of flags or of a checkpoint. Raises UsageError."""
+    """What `check_shared_arguments` refuses of the images, of flags or of a checkpoint. Raises UsageError.
+
+    --eval_resize, where given, becomes the --crop_pct that it means.
+    """
     stride = 8 * args.stem_stride
     least = f"must be at least the model's total stride {stride} (8 * stem_stride)"
     refuse(min(args.input_size) < stride, f"--input_size {args.input_size}: {least}")
+    if args.eval_resize:  # kept as a share, which goes with every size
+        short, shown = min(args.input_size), f"--eval_resize {args.eval_resize}"
+        refuse("crop_pct" in given(args), f"{shown}: beside --crop_pct, which is input_size / eval_resize; give one")
+        refuse(args.eval_resize < short, f"{shown}: must be at least {short}, as --input_size {args.input_size} is")
+        args.crop_pct = short / args.eval_resize
+        if int(short / args.crop_pct) < args.eval_resize:  # by rounding
+            args.crop_pct = math.nextafter(args.crop_pct, 0)
     cropped = f"--crop_pct {args.crop_pct}: must be above 0 and at most 1"
     refuse(args.crop_pct is not None and not 0 < args.crop_pct <= 1, cropped)
     refuse(bool(args.mean) != bool(args.std), f"--{'mean' if args.mean else 'std'}: give --mean and --std, or neither")

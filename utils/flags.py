@@ -24,6 +24,9 @@ from .data.images import Reading
 from .weights import MODEL_KEY
 
 CROP_HELP = "evaluation crop; where not given: 224/256, 1 up to 32 px, from 384 px on the whole, warped"
+RESIZE_HELP = (
+    "short side in pixels that the crop is taken of, in place of --crop_pct, which is input_size / eval_resize"
+)
 DEVICE_HELP = "auto (cuda, else mps, else cpu), cpu, mps, cuda or cuda:N"
 
 
@@ -61,6 +64,7 @@ def add_shared_arguments(parser: ArgumentParser, data_sets: str) -> None:
     add("--mean", type=finite, nargs="+", default=None, help="of each channel; ImageNet's for 8-bit RGB")
     add("--std", type=positive, nargs="+", default=None, help="of each channel; ImageNet's for 8-bit RGB")
     add("--crop_pct", type=share, default=None, help=CROP_HELP)
+    add("--eval_resize", type=whole(1, 65536), default=None, help=RESIZE_HELP)
     add("--batch_size", type=whole(1), default=64, help="images per process and forward pass")
     add("--num_workers", type=whole(0, 1024), default=10, help="loader processes; change no result but a stream's")
     add_switch("--pin_mem", True, "page-locked host memory for faster copies to the GPU")

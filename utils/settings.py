@@ -56,7 +56,8 @@ def as_trained(args: Namespace, path: str | Path, content: dict, size, **shapes)
     trained = content.get("args", {})
     trained = trained | {"input_size": _trained_size(trained.get("input_size"))}
     told = {name: trained[name] for name, kind in TOLD.items() if isinstance(trained.get(name, ...), kind)}
-    was = Namespace(**({"input_size": Size(224, 224), "crop_pct": None, "mean": None, "std": None} | shapes | told))
+    unset = dict.fromkeys(("crop_pct", "eval_resize", "mean", "std"))
+    was = Namespace(**({"input_size": Size(224, 224)} | unset | shapes | told))
     try:
         check_image_arguments(was)
         [sum(values) for values in mean_std(was)]  # of numbers
@@ -66,7 +67,7 @@ def as_trained(args: Namespace, path: str | Path, content: dict, size, **shapes)
     vars(args).update(shapes | {name: value for name, value in told.items() if name not in kept})
     check_image_arguments(args)
     effect = {"crop_pct": eval_crop} | dict.fromkeys(NORMALISATION, mean_std)
-    for name in sorted(told.keys() & given(args)):
+    for name in sorted(told.keys() & (given(args) | ({"crop_pct"} if args.eval_resize else set()))):
         now, then = (effect.get(name, attrgetter(name))(x) for x in (args, was))
         if now != then:
             log.warning("--%s %s: %s was trained with %s", name, getattr(args, name), path, then)
