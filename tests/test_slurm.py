@@ -329,7 +329,7 @@ def test_the_script_that_is_submitted(submit, tmp_path, monkeypatch):
     programs.mkdir()
     (programs / "srun").touch(0o755)
     (programs / "sbatch").write_text(
-        f"#!/bin/sh\ncp $1 {tmp_path}/script\nenv > {tmp_path}/environment\necho Submitted batch job 17\n"
+        f"#!/bin/sh\ncat > {tmp_path}/script\nenv > {tmp_path}/environment\necho Submitted batch job 17\n"
     )
     (programs / "sbatch").chmod(0o755)
     monkeypatch.setenv("PATH", str(programs), prepend=os.pathsep)

@@ -6,6 +6,7 @@ import importlib
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from submitit.local.local import LOCAL_REQUEUE_RETURN_CODE
 from .args import ArgumentParser, add_bool, positive, whole
 from .errors import UsageError, refuse, run_cli
 from .lock import OutputLock
+from .named_files import FOLDERS, data_path
 
 ROOT = Path(__file__).resolve().parent.parent
 # as `python -m submitit.core._submit`, but the folder of the submission may hold other modules of the same names
@@ -75,26 +77,22 @@ def option(text: str) -> tuple[str, str | bool]:
 
 def add_slurm_arguments(parser: ArgumentParser) -> None:
     group = parser.add_argument_group("SLURM job", "one task per GPU; --device cpu asks for no GPUs")
-    group.add_argument("--nodes", type=whole(1), default=2, help="number of nodes")
-    group.add_argument("--ngpus", type=whole(1), default=8, help="tasks, and GPUs, per node")
-    group.add_argument(
-        "--timeout", type=minutes, default=4320, help="time limit: minutes, or as SLURM has it, 3-00:00:00"
-    )
-    group.add_argument(
-        "--job_dir", type=os.path.expanduser, default="",
-        help="folder shared by all nodes, for logs and, if no --output_dir, results; %%j: job",
-    )  # fmt: skip
-    group.add_argument("--cpus_per_task", type=whole(1), default=10, help="cores per task")
-    group.add_argument("--mem_gb", type=positive, default=None, help="memory per node in GB")
+    add = group.add_argument
+    add("--nodes", type=whole(1), default=2, help="number of nodes")
+    add("--ngpus", type=whole(1), default=8, help="tasks, and GPUs, per node")
+    add("--timeout", type=minutes, default=4320, help="time limit: minutes, or as SLURM has it, 3-00:00:00")
+    folder_help = "folder shared by all nodes, for logs and, if no --output_dir, results; %%j: job"
+    add("--job_dir", type=os.path.expanduser, default="", help=folder_help)
+    add("--cpus_per_task", type=whole(1), default=10, help="cores per task")
+    add("--mem_gb", type=positive, default=None, help="memory per node in GB")
     add_bool(group, "--use_volta32", False, "ask for GPUs of 32 GB, as --constraint volta32gb")
     for name, text in OPTIONS.items():
-        group.add_argument(f"--{name}", default=None, help=text)
+        add(f"--{name}", default=None, help=text)
     sbatch_help = "any other option of sbatch; KEY= takes one away; repeatable"
-    group.add_argument("--sbatch", type=option, action="append", default=[], metavar="KEY=VALUE", help=sbatch_help)
-    delay_help = "seconds from the signal to the end of the limit"
-    group.add_argument("--signal_delay", type=whole(1, 65535), default=120, help=delay_help)
-    group.add_argument("--max_requeues", type=whole(0), default=100, help="how often a job that timed out is requeued")
-    group.add_argument("--setup", action="append", default=[], help="shell line to run before the job; repeatable")
+    add("--sbatch", type=option, action="append", default=[], metavar="KEY=VALUE", help=sbatch_help)
+    add("--signal_delay", type=whole(1, 65535), default=120, help="seconds from the signal to the end of the limit")
+    add("--max_requeues", type=whole(0), default=100, help="how often a job that timed out is requeued")
+    add("--setup", action="append", default=[], help="shell line to run before the job; repeatable")
     add_bool(group, "--local", False, "run on this machine through submitit's local executor")
     add_bool(group, "--dry_run", False, "print the sbatch script and submit nothing")
 
@@ -108,8 +106,7 @@ class Trainer:
     def __call__(self) -> int:
         """The exit code, under the local executor; under SLURM the process ends with it."""
         environment = submitit.JobEnvironment()
-        # the crash of an earlier attempt must not be taken for the result of this one
-        environment.paths.result_pickle.unlink(missing_ok=True)
+        environment.paths.result_pickle.unlink(missing_ok=True)  # of an earlier attempt that crashed
         submitit.helpers.TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
         for name in ("job_dir", "output_dir", "log_dir"):
             if value := getattr(self.args, name):
@@ -127,17 +124,16 @@ class Trainer:
 
     def checkpoint(self) -> DelayedSubmission:
         """Requeue: main has written its state by now, and finds it again in output_dir."""
-        return DelayedSubmission(Trainer(self.script, self.args))
+        return DelayedSubmission(self)
 
 
 def check_folders(args) -> None:
     """Create the part of job_dir that does not depend on the job; see that it can be written and no run uses it."""
     refuse(not args.job_dir, "--job_dir: give a folder on a file system that all nodes share; %j in it is the job id")
     for name in ("job_dir", "output_dir", "log_dir"):
-        if unknown := re.search("%(?!j)[^/]?", getattr(args, name) or ""):
-            raise UsageError(
-                f"--{name} {getattr(args, name)}: {unknown[0]} is not filled in, only %j is, with the job id"
-            )
+        path = getattr(args, name) or ""
+        for unknown in re.findall("%(?!j)[^/]?", path):
+            raise UsageError(f"--{name} {path}: {unknown} is not filled in, only %j is, with the job id")
     job_dir = Path(args.job_dir)
     folder = next(path for path in (job_dir, *job_dir.parents) if "%j" not in str(path)).absolute()
     try:
@@ -152,10 +148,10 @@ def check_folders(args) -> None:
 
 def check_data(args) -> None:
     """See that files are there which the job will read. Raises UsageError."""
-    files = args.data_set in ("IMNET", "image_folder")
-    missing = files and not args.data_path
-    refuse(missing, f"--data_set {args.data_set} needs --data_path; --data_set shapes needs no data")
-    for name in ("data_path", "eval_data_path", "train_list", "eval_list") if files else ():
+    if args.data_set not in FOLDERS:
+        return
+    data_path(args)
+    for name in ("data_path", "eval_data_path", "train_list", "eval_list"):
         path = getattr(args, name)
         absent = path and not os.path.exists(path) and not glob.glob(path) and path not in " ".join(args.setup)
         nodes = f"where only the nodes have it, --setup 'ls {path}' says so"
@@ -193,21 +189,14 @@ def sbatch_script(args, name: str) -> str:
 
 def submit(script: str, trainer: Trainer, args) -> JobPaths:
     """Hand a script to sbatch; where the job's files are. Raises UsageError with sbatch's words, leaving nothing."""
+    refuse(not shutil.which("sbatch"), "no SLURM here (no sbatch); --local true runs on this machine")
     kept = {k: v for k, v in os.environ.items() if k == "SLURM_CONF" or not k.startswith(INHERITED)}
-    with tempfile.NamedTemporaryFile("w", suffix=".sh") as file:
-        file.write(script)
-        file.flush()
-        try:
-            done = subprocess.run(["sbatch", file.name], env=kept, capture_output=True, text=True)
-        except FileNotFoundError as error:
-            raise UsageError("no SLURM here (no sbatch); --local true runs on this machine") from error
+    done = subprocess.run(["sbatch"], input=script, env=kept, capture_output=True, text=True)
     number = re.search(r"job (\d+)", done.stdout)
     if done.returncode or not number:
         words = " ".join(re.sub("sbatch: (error: )?", "", done.stderr or done.stdout).split())
-        flag = next(
-            (flag for word, flag in HINTS.items() if re.search(word, words, re.IGNORECASE)), "--sbatch KEY=VALUE"
-        )
-        raise UsageError(f"sbatch: {words}; change {flag}")
+        flags = (flag for word, flag in HINTS.items() if re.search(word, words.lower()))
+        raise UsageError(f"sbatch: {words}; change {next(flags, '--sbatch KEY=VALUE')}")
     paths = JobPaths(args.job_dir, number[1])
     paths.folder.mkdir(parents=True, exist_ok=True)
     paths.submission_file.write_text(script)
@@ -221,9 +210,8 @@ def start_here(trainer: Trainer, args) -> submitit.Job:
     """Start the tasks on this machine."""
     refuse(args.nodes > 1, f"--nodes {args.nodes}: --local true has one machine, give --nodes 1")
     executor = submitit.LocalExecutor(args.job_dir, python=PYTHON)
-    gpus = 0 if args.device == "cpu" else args.ngpus
-    executor.update_parameters(tasks_per_node=args.ngpus, gpus_per_node=gpus, timeout_min=args.timeout)
-    executor.update_parameters(signal_delay_s=args.signal_delay)
+    tasks = {"tasks_per_node": args.ngpus, "gpus_per_node": 0 if args.device == "cpu" else args.ngpus}
+    executor.update_parameters(**tasks, timeout_min=args.timeout, signal_delay_s=args.signal_delay)
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # by submitit's process, which would kill the tasks
     try:
         return executor.submit(trainer)
