@@ -74,18 +74,16 @@ def broadcast(tensor: torch.Tensor) -> torch.Tensor:
 
 def from_main_process(call: Callable[[], object]) -> object:
     """What a function returns in the first process, in all of them; a UsageError of it is raised in all."""
-    result, error = None, None
+    told: list = [None, ""]
     if is_main_process():
         try:
-            result = call()
-        except UsageError as raised:
-            error = str(raised)
+            told[0] = call()
+        except UsageError as error:
+            told[1] = str(error)
     if dist.is_initialized():
-        told = [result, error]
         dist.broadcast_object_list(told)
-        result, error = told
-    if error is not None:
-        raise UsageError(error)
+    result, error = told
+    refuse(error, error)
     return result
 
 
@@ -111,10 +109,9 @@ def check_same(count: int, what: str) -> None:
     counts = gather(count)
     other = next((rank for rank, value in enumerate(counts) if value != counts[0]), None)
     if other is not None:
-        raise UsageError(
-            f"{what}: {counts[0]} on rank 0, {counts[other]} on rank {other}; all nodes need the same files. Where a "
-            "network file system has yet to tell them of a change, start again in a minute"
-        )
+        late = "Where a network file system has yet to tell them of a change, start again in a minute"
+        found = f"{counts[0]} on rank 0, {counts[other]} on rank {other}"
+        raise UsageError(f"{what}: {found}; all nodes need the same files. {late}")
 
 
 def setup_logging(rank: int = 0) -> None:
@@ -134,42 +131,35 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
     Raises:
         UsageError: a device that this machine or this build of torch does not have.
     """
+    present = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available, "cpu": lambda: True}
+    kind, _, number = name.partition(":")
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UsageError(f"--device {name}: not a device; give auto, cpu, cuda, cuda:N or mps") from error
-    if device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise UsageError(f"--device {name}: torch sees no CUDA device here; use --device cpu or auto")
-        index, count = local_rank if device.index is None else device.index, torch.cuda.device_count()
-        if device.index is None and count == 1 and "TORCHELASTIC_RUN_ID" not in os.environ:
-            index = 0  # of srun --gpus-per-task and its like, each task sees its own; torchrun's processes see the same
-        if index >= count:
-            raise UsageError(f"--device {name}: GPU {index} asked for, {count} present; start one process per GPU")
-        device = torch.device("cuda", index)
-        torch.cuda.set_device(device)
-        # gradients of weights are sums over 300,000 rows, whose parts cuBLAS would add up in half precision
-        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
-        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
-    elif device.type == "mps" and not torch.backends.mps.is_available():
-        raise UsageError("--device mps: torch sees no MPS device here; use --device cpu or auto")
-    return device
+        kind = next(kind for kind, is_there in present.items() if is_there())
+    refuse(not present[kind](), f"--device {name}: torch sees no {kind.upper()} device here; use --device cpu or auto")
+    if kind != "cuda":
+        return torch.device(kind)
+    index, count = int(number or local_rank), torch.cuda.device_count()
+    if not number and count == 1 and "TORCHELASTIC_RUN_ID" not in os.environ:
+        index = 0  # of srun --gpus-per-task and its like, each task sees its own; torchrun's processes see the same
+    refuse(index >= count, f"--device {name}: GPU {index} asked for, {count} present; start one process per GPU")
+    torch.cuda.set_device(index)
+    # gradients of weights are sums over 300,000 rows, whose parts cuBLAS would add up in half precision
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+    return torch.device("cuda", index)
 
 
 def _launcher(dist_on_itp: bool) -> tuple[str, str, str] | None:
     """The variables of rank, number of processes and rank on the node that count here; None: the flags do."""
     env = os.environ
-    absent = dist_on_itp and OPENMPI[0] not in env
-    refuse(absent, "--dist_on_itp true: OMPI_COMM_WORLD_RANK is not set; start the processes with mpirun")
-    if not dist_on_itp and ("RANK" in env or "WORLD_SIZE" in env):
+    if dist_on_itp:
+        refuse(OPENMPI[0] not in env, f"--dist_on_itp true: {OPENMPI[0]} is not set; start the processes with mpirun")
+        return OPENMPI
+    if "RANK" in env or "WORLD_SIZE" in env:
         return TORCHRUN
-    others = (OPENMPI, ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID" if "MPI_LOCALRANKID" in env else "SLURM_LOCALID"))
-    if "SLURM_STEP_ID" in env:  # in a batch script's own shell there is one process, whatever SLURM_NTASKS says
-        others += (("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),)
-    found = (names for names in others if names[0] in env and env.get(names[1], "1") != "1")
-    return OPENMPI if dist_on_itp else next(found, None)
+    hydra = ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID" if "MPI_LOCALRANKID" in env else "SLURM_LOCALID")
+    step = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")  # a batch script's own shell is in none
+    return next((names for names in (OPENMPI, hydra, step) if env.get(names[1], "1") != "1"), None)
 
 
 def _number(name: str) -> int:
@@ -184,11 +174,8 @@ def launched_ranks(world_size: int, local_rank: int, dist_on_itp: bool) -> tuple
     Raises:
         UsageError: a variable that is no number, or a rank beyond the number of processes.
     """
-    names = _launcher(dist_on_itp)
-    if names:
-        rank, world_size, local_rank = map(_number, names)
-    else:
-        rank = local_rank = max(local_rank, 0)
+    names, rank = _launcher(dist_on_itp), max(local_rank, 0)
+    rank, world_size, local_rank = map(_number, names) if names else (rank, world_size, rank)
     rank_name, size_name, _ = names or FLAGS
     refuse(rank >= world_size, f"{rank_name} {rank}: must be less than {size_name} {world_size}")
     return rank, world_size, local_rank
@@ -196,19 +183,19 @@ def launched_ranks(world_size: int, local_rank: int, dist_on_itp: bool) -> tuple
 
 def _meeting_point(dist_url: str) -> tuple[str, int]:
     """(host, port) of rank 0. Raises UsageError, at once, for what cannot be one."""
-    host_name, port_name = ("MASTER_ADDR", "MASTER_PORT") if dist_url == "env://" else (f"--dist_url {dist_url}:",) * 2
+    names = ("MASTER_ADDR", "MASTER_PORT") if dist_url == "env://" else (f"--dist_url {dist_url}:",) * 2
     host, _, port = dist_url.removeprefix("tcp://").rpartition(":")
     if dist_url == "env://":
-        host, port = os.environ.get(host_name, ""), os.environ.get(port_name, "")
+        host, port = (os.environ.get(name, "") for name in names)
     advice = "give --dist_url tcp://HOST:PORT, or start with torchrun; in a SLURM script, export "
     advice += "MASTER_ADDR=$(scontrol show hostnames | head -n 1) MASTER_PORT=29500"
-    refuse(not host, f"{host_name} {host!r}: several processes need a host to meet at; {advice}")
-    fits = port.isdecimal() and 0 < int(port) < 65536
-    refuse(not fits, f"{port_name} {port!r}: several processes need a port from 1 to 65535 to meet at; {advice}")
+    for name, value, fits in zip(names, (host, port), (host, port.isdecimal() and 0 < int(port) < 65536), strict=True):
+        needed = "several processes need a host, and a port from 1 to 65535, to meet at"
+        refuse(not fits, f"{name} {value!r}: {needed}; {advice}")
     try:
         socket.getaddrinfo(host.strip("[]"), int(port))
     except (OSError, UnicodeError) as error:
-        raise UsageError(f"{host_name} {host}: no such host here ({error}); give rank 0's name or address") from error
+        raise UsageError(f"{names[0]} {host}: no such host here ({error}); give rank 0's name or address") from error
     return host.strip("[]"), int(port)
 
 
@@ -243,7 +230,7 @@ def _meet(rank: int, world_size: int, dist_url: str, timeout: float, told_by: st
             place = "localhost" if serves else host, port, world_size, serves, timedelta(seconds=timeout)
             opened.append(dist.TCPStore(*place, wait_for_workers=False, multi_tenant=True))
         except dist.DistError as error:
-            opened.append(error)
+            opened.append(f"port {port}: {str(error).splitlines()[0]}; give another")
 
     # torchrun's agent serves its own store
     serves = rank == 0 and not (dist_url == "env://" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True")
@@ -254,12 +241,11 @@ def _meet(rank: int, world_size: int, dist_url: str, timeout: float, told_by: st
             wait_for(answers, lambda: f"no answer at {where}, where rank 0 must run,")
         threading.Thread(target=open_store, daemon=True).start()  # with a service of another kind it never ends
         wait_for(lambda: opened, lambda: f"{where} is another service's: it had not answered as rank 0 does")
-    if isinstance(opened[0], Exception):
-        raise UsageError(f"port {port}: {str(opened[0]).splitlines()[0]}; give another")
+    (store,) = opened
+    refuse(isinstance(store, str), store)
     twice = f"rank {rank}: two processes have it, by {told_by}; or {where} was used before"
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        twice = ""  # never, but workers that torchrun starts again find the store of those before
-    return _gather_in(dist.PrefixStore(f"of {world_size}", opened[0]), rank, world_size, wait_for, twice)
+    twice *= "TORCHELASTIC_RUN_ID" not in os.environ  # whose workers, started again, find the store of those before
+    return _gather_in(dist.PrefixStore(f"of {world_size}", store), rank, world_size, wait_for, twice)
 
 
 def _gather_in(store: dist.Store, rank: int, world_size: int, wait_for: Callable, twice: str) -> dist.Store:
@@ -278,7 +264,7 @@ def _gather_in(store: dist.Store, rank: int, world_size: int, wait_for: Callable
         nonlocal name, meeting
         if store.check(["name"]) and (latest := store.get("name")) != name:
             name, meeting = latest, dist.PrefixStore(latest.decode(), store)
-            if meeting.add(f"{rank}", 1) > 1:
+            if meeting.add(f"{rank}", 1) > 1:  # of the dead
                 refuse(twice, twice)
                 meeting = None
         if rank == 0 and meeting.check([f"{other}" for other in range(world_size)]):
@@ -309,13 +295,12 @@ def process_group(args) -> Iterator[torch.device]:
     names = _launcher(args.dist_on_itp)
     if not names and world_size == 1 and os.environ.get("SLURM_NTASKS", "1") != "1":
         log.warning("SLURM has %s tasks and started one: put srun in front for all", os.environ["SLURM_NTASKS"])
-    cuda = device.type == "cuda"
     try:
         if world_size > 1:
             store = _meet(rank, world_size, args.dist_url, args.dist_timeout or 600, ", ".join(names or FLAGS))
             limit = timedelta(seconds=args.dist_timeout) if args.dist_timeout else None
-            group = {"store": store, "rank": rank, "world_size": world_size, "timeout": limit}
-            dist.init_process_group("nccl" if cuda else "gloo", **group, device_id=device if cuda else None)
+            options = {"backend": "nccl", "device_id": device} if device.type == "cuda" else {"backend": "gloo"}
+            dist.init_process_group(**options, store=store, rank=rank, world_size=world_size, timeout=limit)
             log.setLevel(logging.WARNING if rank else logging.INFO)
         yield device
     except RuntimeError as error:
