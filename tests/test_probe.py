@@ -99,19 +99,12 @@ def test_the_memory_of_similarities_is_bounded(monkeypatch):
     assert sum(sizes) == 50 * 40
 
 
-def test_rows_of_all_processes_are_gathered_without_padding(monkeypatch):
-    """Seen from the second of three processes, whose collectives are stood in for."""
-    ranks = [torch.full((count, 2), float(rank + 1)) for rank, count in enumerate((3, 1, 0))]
-
-    def all_gather(mine):
-        if mine.ndim == 1:
-            assert mine.tolist() == [1]
-            return [torch.tensor([len(rows)]) for rows in ranks]
-        assert mine.shape == (3, 2)
-        return [torch.cat([rows, torch.zeros(3 - len(rows), 2)]) for rows in ranks[:1]] + [mine, torch.zeros(3, 2)]
-
-    monkeypatch.setattr(knn, "all_gather", all_gather)
-    assert torch.equal(knn.gather(ranks[1]), torch.cat(ranks))
+def test_training_images_of_all_processes_vote(monkeypatch):
+    """Seen from a process whose own images are of class 0, and the query's neighbours another's, of class 1."""
+    mine, others = torch.eye(4)[:3].view(3, 4, 1, 1), torch.eye(4)[3:].repeat(2, 1)
+    monkeypatch.setattr(knn, "gather", lambda rows: [rows, others if rows.ndim == 2 else torch.ones(2).long()])
+    loaders = [(mine, torch.zeros(3).long())], [(others.view(2, 4, 1, 1), torch.ones(2).long())]
+    assert knn.knn_accuracy(lambda imgs: imgs.flatten(1), 4, *loaders, CPU) == 100
 
 
 def test_features_are_the_mean_over_the_last_stage():

@@ -87,15 +87,6 @@ def from_main_process(call: Callable[[], object]) -> object:
     return result
 
 
-def all_gather(tensor: torch.Tensor) -> list[torch.Tensor]:
-    """Every process's tensor, in the order of ranks."""
-    if not dist.is_initialized():
-        return [tensor]
-    gathered = [torch.empty_like(tensor) for _ in range(get_world_size())]
-    dist.all_gather(gathered, tensor)
-    return gathered
-
-
 def gather(value: object) -> list:
     """Every process's value, in the order of ranks."""
     values = [value] * get_world_size()

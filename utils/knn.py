@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from .amp import Amp
-from .distributed import all_gather, all_reduce_sum
+from .distributed import all_reduce_sum, gather
 from .errors import UsageError
 
 log = logging.getLogger("fcmae")
@@ -36,14 +36,6 @@ def extract(encode: Callable, loader: DataLoader, dim: int, amp: Amp) -> tuple[t
             features.append(encode(imgs).float())
         labels.append(target)
     return torch.cat(features), torch.cat(labels)
-
-
-def gather(rows: torch.Tensor) -> torch.Tensor:
-    """The rows of all processes, which may hold different numbers of them, in the order of ranks."""
-    counts = [int(count) for count in all_gather(torch.tensor([len(rows)], device=rows.device))]
-    padded = rows.new_zeros(max(counts), *rows.shape[1:])
-    padded[: len(rows)] = rows
-    return torch.cat([part[:count] for part, count in zip(all_gather(padded), counts, strict=True)])
 
 
 def knn_votes(
@@ -72,7 +64,8 @@ def knn_accuracy(encode: Callable, dim: int, train_loader: DataLoader, test_load
     Raises:
         UsageError: no training or no test image can be read.
     """
-    features, labels = (gather(rows) for rows in extract(encode, train_loader, dim, amp))
+    of_all = (torch.cat(gather(rows.cpu())) for rows in extract(encode, train_loader, dim, amp))
+    features, labels = (rows.to(amp.device) for rows in of_all)
     queries, truth = extract(encode, test_loader, dim, amp)
     seen = all_reduce_sum(torch.tensor(len(truth), device=amp.device)).item()
     if not len(labels) or not seen:

@@ -14,7 +14,7 @@ from torch.utils.tensorboard import SummaryWriter
 from torchvision.transforms.functional import to_pil_image
 
 from .checkpoint import replace
-from .distributed import all_gather, all_reduce_sum, get_rank, get_world_size
+from .distributed import all_reduce_sum, gather, get_rank, get_world_size
 from .errors import NonFiniteLoss, UsageError, surviving_disk_errors
 from .report import as_csv
 
@@ -59,7 +59,7 @@ class Averages:
 
     def state(self) -> list[torch.Tensor]:
         """Every process's sums, so that each goes on with its own and the last bit of the averages is the same."""
-        return [sums.cpu() for sums in all_gather(self._sums)]
+        return gather(self._sums.cpu())
 
     def load_state(self, state: list[torch.Tensor]) -> None:
         """Take up this process's sums; after a change of the number of processes, the first one takes them all."""

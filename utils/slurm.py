@@ -212,11 +212,10 @@ def start_here(trainer: Trainer, args) -> submitit.Job:
     executor = submitit.LocalExecutor(args.job_dir, python=PYTHON)
     tasks = {"tasks_per_node": args.ngpus, "gpus_per_node": 0 if args.device == "cpu" else args.ngpus}
     executor.update_parameters(**tasks, timeout_min=args.timeout, signal_delay_s=args.signal_delay)
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # by submitit's process, which would kill the tasks
-    try:
-        return executor.submit(trainer)
-    finally:
-        signal.signal(signal.SIGINT, handler)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # by submitit's process, which would kill the tasks
+    job = executor.submit(trainer)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    return job
 
 
 def wait_for(job: submitit.Job) -> None:
