@@ -3,7 +3,6 @@
 Needs root and Debian's slurmctld, slurmd, slurm-client and munge; skipped, with that reason, elsewhere.
 """
 
-import argparse
 import os
 import re
 import shutil
@@ -19,7 +18,7 @@ import submitit
 import main_pretrain
 from tests.small_runs import load, records, same
 from utils.errors import run_cli
-from utils.slurm import check_folders, launch, minutes
+from utils.slurm import launch, minutes
 
 pytestmark = pytest.mark.slow
 
@@ -99,6 +98,20 @@ def submit(tmp_path, monkeypatch, capsys):
         return code, *capsys.readouterr()
 
     return call
+
+
+@pytest.fixture
+def sbatch(tmp_path, monkeypatch):
+    """Puts a program of this name, a shell script, first on PATH."""
+
+    def put(script: str) -> None:
+        program = tmp_path / "bin/sbatch"
+        program.parent.mkdir()
+        program.write_text(f"#!/bin/sh\n{script}\n")
+        program.chmod(0o755)
+        monkeypatch.setenv("PATH", str(program.parent), prepend=os.pathsep)
+
+    return put
 
 
 @pytest.fixture(scope="module")
@@ -299,7 +312,7 @@ def test_time_as_slurm_writes_it(text, expected):
     ("flags", "message"),
     [
         ("", "--job_dir: give a folder"),
-        ("--job_dir /proc/no/%j", "--job_dir /proc/no/%j: /proc/no cannot be written"),
+        ("--job_dir /proc/no/%j", "--job_dir /proc/no: cannot be written"),
         ("--job_dir jobs/%x-%j", "--job_dir jobs/%x-%j: %x is not filled in, only %j"),
         ("--job_dir jobs --output_dir out/%A", "--output_dir out/%A: %A is not filled in"),
         *((f"--{name} 0", f"--{name} 0: must be a whole number") for name in ("nodes", "ngpus", "cpus_per_task")),
@@ -323,16 +336,9 @@ def test_mistakes_are_one_line(flags, message, submit, tmp_path, monkeypatch):
     assert error.count("\n") == 1
 
 
-def test_the_script_that_is_submitted(submit, tmp_path, monkeypatch):
+def test_the_script_that_is_submitted(submit, sbatch, tmp_path, monkeypatch):
     """Not the dry run's: what a real submission hands to sbatch."""
-    programs = tmp_path / "bin"
-    programs.mkdir()
-    (programs / "srun").touch(0o755)
-    (programs / "sbatch").write_text(
-        f"#!/bin/sh\ncat > {tmp_path}/script\nenv > {tmp_path}/environment\necho Submitted batch job 17\n"
-    )
-    (programs / "sbatch").chmod(0o755)
-    monkeypatch.setenv("PATH", str(programs), prepend=os.pathsep)
+    sbatch(f"cat > {tmp_path}/script\nenv > {tmp_path}/environment\necho Submitted batch job 17")
     for name in ("SLURM_MEM_PER_CPU", "SLURM_ARRAY_JOB_ID", "MASTER_PORT", "RANK"):
         monkeypatch.setenv(name, "7")
     monkeypatch.setenv("SLURM_CONF", "conf")
@@ -379,17 +385,13 @@ def test_the_script_that_is_submitted(submit, tmp_path, monkeypatch):
         ("Invalid wckey specification", "--sbatch"),
     ],
 )
-def test_a_refusal_is_sbatch_s_own_words_and_a_flag(words, flag, submit, tmp_path, monkeypatch):
-    programs = tmp_path / "bin"
-    programs.mkdir()
-    (programs / "sbatch").write_text(f"#!/bin/sh\necho 'sbatch: error: {words}' >&2; exit 1\n")
-    (programs / "sbatch").chmod(0o755)
-    monkeypatch.setenv("PATH", str(programs), prepend=os.pathsep)
+def test_a_refusal_is_sbatch_s_own_words_and_a_flag(words, flag, submit, sbatch, tmp_path):
+    sbatch(f"echo 'sbatch: error: {words}' >&2; exit 1")
     code, _, error = submit("--job_dir", "jobs/%j")
     assert code == 2
     assert error.startswith(f"error: sbatch: {words}; change {flag}")
     assert error.count("\n") == 1
-    assert not list((tmp_path / "jobs").iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == ["bin"]
 
 
 def test_a_folder_in_use_is_not_submitted_to(submit, tmp_path):
@@ -407,7 +409,11 @@ def test_a_folder_in_use_is_not_submitted_to(submit, tmp_path):
     ("job_dir", "made"),
     [("a/b", "a/b"), ("a/%j", "a"), ("a/run-%j", "a"), ("a/%j/b", "a"), ("run-%j", "."), ("%j", ".")],
 )
-def test_of_job_dir_only_what_is_certain_is_made(job_dir, made, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    check_folders(argparse.Namespace(job_dir=job_dir, output_dir="", log_dir=None))
-    assert {path.relative_to(tmp_path) for path in tmp_path.rglob("*")} == {Path(made), *Path(made).parents} - {Path()}
+def test_of_job_dir_only_what_is_certain_is_made(job_dir, made, submit, sbatch, tmp_path):
+    """When sbatch is asked; here it refuses, and nothing stays."""
+    sbatch("find . -mindepth 1 -type d >&2; exit 1")
+    code, _, error = submit("--job_dir", job_dir)
+    assert code == 2
+    found = {Path(name) for name in error.split("; change")[0].split()[2:]}
+    assert found == {Path("bin"), Path(made), *Path(made).parents} - {Path()}
+    assert [path.name for path in tmp_path.iterdir()] == ["bin"]

@@ -211,7 +211,7 @@ def _meet(rank: int, world_size: int, dist_url: str, timeout: float, told_by: st
                 log.warning("%s after %d min", missing(), minutes)
             time.sleep(0.1)
 
-    def answers() -> bool:
+    def answers() -> bool:  # to wait for it, TCPStore would print stack traces and abort at the exit
         with contextlib.suppress(OSError), socket.create_connection((host, port), timeout=5):
             return True
         return False

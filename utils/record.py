@@ -122,16 +122,10 @@ def start_wandb(project: str, run_id: str | None, output_dir: str, config: dict)
     """Start, or go on with, a run of Weights & Biases. Raises UsageError where that fails, for want of a login, say."""
     import wandb
 
+    place = {"name": Path(output_dir).resolve().name, "dir": output_dir} if output_dir else {"dir": None}
+    resumed = {"id": run_id, "resume": "allow", "allow_val_change": True}  # of the arguments
     try:
-        return wandb.init(
-            project=project,
-            id=run_id,
-            resume="allow",
-            name=Path(output_dir).resolve().name if output_dir else None,
-            dir=output_dir or None,
-            config=config,
-            allow_val_change=True,  # of the arguments, at a resume
-        )
+        return wandb.init(project=project, config=config, **place, **resumed)
     except wandb.Error as error:
         reason = str(error).rstrip(".")
         raise UsageError(f"--wandb {project}: {reason}; WANDB_MODE=offline needs no account") from error

@@ -10,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from types import ModuleType
 
@@ -18,7 +17,7 @@ import submitit
 from submitit.core.utils import DelayedSubmission, JobPaths
 from submitit.local.local import LOCAL_REQUEUE_RETURN_CODE
 
-from .args import ArgumentParser, add_bool, positive, whole
+from .args import ArgumentParser, add_bool, positive, prepared_output_dir, whole
 from .errors import UsageError, refuse, run_cli
 from .lock import OutputLock
 from .named_files import FOLDERS, data_path
@@ -128,19 +127,12 @@ class Trainer:
 
 
 def check_folders(args) -> None:
-    """Create the part of job_dir that does not depend on the job; see that it can be written and no run uses it."""
+    """See that folders have names that will be filled in, and no run uses them. Raises UsageError."""
     refuse(not args.job_dir, "--job_dir: give a folder on a file system that all nodes share; %j in it is the job id")
     for name in ("job_dir", "output_dir", "log_dir"):
         path = getattr(args, name) or ""
         for unknown in re.findall("%(?!j)[^/]?", path):
             raise UsageError(f"--{name} {path}: {unknown} is not filled in, only %j is, with the job id")
-    job_dir = Path(args.job_dir)
-    folder = next(path for path in (job_dir, *job_dir.parents) if "%j" not in str(path)).absolute()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise UsageError(f"--job_dir {args.job_dir}: {folder} cannot be written ({error.strerror})") from error
     if os.path.isdir(output_dir := args.output_dir or args.job_dir):
         with OutputLock(output_dir):
             pass
@@ -248,9 +240,11 @@ def launch(script: ModuleType) -> None:
     check_data(args)
     check_folders(args)
     args.output_dir = args.output_dir or args.job_dir
-    trainer = Trainer(script.__name__, args)
-    job = start_here(trainer, args) if args.local else None
-    paths = job.paths if job else submit(text, trainer, args)
+    trainer, job_dir = Trainer(script.__name__, args), Path(args.job_dir)
+    certain = next(path for path in (job_dir, *job_dir.parents) if "%j" not in str(path))
+    with prepared_output_dir(str(certain), "--job_dir"):
+        job = start_here(trainer, args) if args.local else None
+        paths = job.paths if job else submit(text, trainer, args)
     results = args.output_dir.replace("%j", str(paths.job_id))
     print(f"submitted job {paths.job_id}: logs in {paths.folder}, results in {results}", flush=True)
     if job:
