@@ -54,11 +54,11 @@ def rows(text: str) -> dict[str, list[float]]:
     return {form: [float(x) for x in numbers] for form, *numbers in found}
 
 
-@pytest.mark.parametrize("what", ["encoder", "finetune", "step", "depthwise", "loop", "loader"])
+@pytest.mark.parametrize("what", ["encoder", "finetune", "step", "depthwise", "loader"])
 def test_prints_a_table_of_the_forms(call, folder, what):
     found = rows(call("--what", what, "--data_path", folder, *SMALL))
     assert list(found) == list(benchmark.FORMS[what])
-    images = {"loop": 2 * benchmark.ENGINE_STEPS, "loader": 12}.get(what, 2)
+    images = 12 if what == "loader" else 2
     for milliseconds, rate, _ in found.values():
         assert rate == pytest.approx(1000 * images / milliseconds, rel=0.05)
     *_, last = found.values()
@@ -80,6 +80,57 @@ def test_varies_one_flag_and_records_it(call, tmp_path):
     forms = [(r["form"], r["mask_ratio"], len(r["seconds"])) for r in records]
     assert forms == [(form, ratio, 1) for ratio in (0.5, 0.7) for form in ("visible", "masked dense")]
     assert "mask ratio 0.7" in text
+
+
+def test_depthwise_with_and_without_cudnn(monkeypatch):
+    """Forward and backward of the row of that name run with cuDNN switched off; the others' with it."""
+    seen = {}
+    monkeypatch.setitem(models.convnextv2.SIZES, "convnextv2_atto", TINY)
+    args = benchmark.parse(["--what", "depthwise", *map(str, SMALL)])
+    for name, form in benchmark.FORMS["depthwise"].items():
+        found = seen[name] = []
+
+        def depthwise(x, *_, found=found):
+            found.append(torch.backends.cudnn.enabled)
+            x.register_hook(lambda _: found.append(torch.backends.cudnn.enabled))
+            return x
+
+        monkeypatch.setattr(benchmark, "depthwise", depthwise)
+        assert form(args, CPU, False)() == 2
+    assert seen == {"Triton": [True] * 2, "without cuDNN": [False] * 2, "library": [True] * 2}
+    assert torch.backends.cudnn.enabled
+
+
+@pytest.mark.parametrize("fitting", [55, 44, 0])
+def test_the_largest_batch_and_the_estimate(call, monkeypatch, fitting):
+    """Memory ends above so many images; a step with two takes 20 MiB of 512."""
+    monkeypatch.setattr(benchmark, "peak_memory", lambda step, device: (step(), 20.0)[1])
+    forward, tried = benchmark.fcmae.FCMAE.forward, []
+
+    def limited(model, imgs, **kwargs):
+        tried.append(len(imgs))
+        if len(imgs) > max(fitting, 2 if len(tried) == 1 else 0):
+            raise torch.OutOfMemoryError
+        return forward(model, imgs, **kwargs)
+
+    monkeypatch.setattr(benchmark.fcmae.FCMAE, "forward", limited)
+    text = call("--what", "largest", *SMALL)
+    (row,) = re.findall(r"^\| convnextv2_atto \| (\d+) \| (\d+) \|$", text, re.MULTILINE)
+    largest, estimate = map(int, row)
+    moments = 8 * sum(p.numel() for p in benchmark.fcmae.FCMAE(**TINY).parameters())
+    assert estimate == 2 * (2**29 - moments) // (20 * 2**20 + 2 * 3 * 64 * 64 * 4)
+    assert tried[:2] == [2, estimate * 6 // 5]
+    assert fitting - 2 < largest <= fitting or fitting == largest == 0
+
+
+def test_what_cannot_be_written_or_varied_is_refused_before_anything_is_measured(call, monkeypatch, tmp_path):
+    monkeypatch.setattr(benchmark, "measure", lambda *_: pytest.fail("measured"))
+    for flags in (("--json", "/nowhere/x"), ("--json", tmp_path), ("--vary", "batch_size", 1, "two")):
+        assert call(*SMALL, *flags).splitlines()[-1].startswith("error: --")
+    assert (
+        call(*SMALL, "--json", "/nowhere/x")
+        == "error: --json /nowhere/x: cannot be written (No such file or directory)\n"
+    )
 
 
 @pytest.fixture
@@ -116,7 +167,7 @@ def test_the_gpus_parts_are_flags_that_the_benchmark_takes(gpu_parts, device):
         sizes |= {args.model for args in each}
         compared.add(args.what)
         assert {args.input_size for args in each} == {(64, 64) if device == "cpu" else (224, 224)}
-    assert compared == {"pretrain", "encoder", "depthwise", "step", "finetune"}
+    assert compared == {"pretrain", "encoder", "depthwise", "step", "finetune", "largest"}
     assert sizes == (set(models.convnextv2.SIZES) if device == "cuda" else {"convnextv2_atto"})
     assert benchmark.parse(ran[0][0].split()).what == "pretrain"
 
@@ -155,7 +206,8 @@ def test_the_gpus_table_is_rehearsed(tmp_path, script):
     assert {part["status"] for part in parts} == {"done"}
     found = [record for part in parts for record in part["records"]]
     text = output.with_suffix(".md").read_text()
-    assert len(re.findall(r"^\| [^|]+ \| [\d.]+ \|", text, flags=re.MULTILINE)) == len(found) > 12
+    assert len(re.findall(r"^\| [^|]+ \| [\d.]+ \| [\d.]+ \| [\d.]+x", text, flags=re.MULTILINE)) == len(found) > 12
+    assert re.search(r"^\| convnextv2_atto \| [1-9]\d* \| [1-9]\d* \|$", text, flags=re.MULTILINE)
 
 
 @pytest.mark.slow

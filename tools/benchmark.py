@@ -3,8 +3,8 @@
 python tools/benchmark.py                                    encoder: visible patches against the masked dense form
 python tools/benchmark.py --what pretrain --compile both     a whole FCMAE step against an MAE ViT-B/16 step
 python tools/benchmark.py --what finetune --dtype bfloat16   a fine-tuning step against timm's model
-python tools/benchmark.py --what depthwise --vary stage 0 3  Triton's depthwise convolution against the library's
-python tools/benchmark.py --what loop                        the engine's steps against a bare loop
+python tools/benchmark.py --what depthwise --vary stage 0 3  Triton's depthwise convolution, and cuDNN's, or without it
+python tools/benchmark.py --what largest                     the largest batch that a GPU holds, beside an estimate
 python tools/benchmark.py --what loader --data_path FOLDER   the pre-training loader against Pillow's pipeline
 python tools/benchmark.py --vary mask_ratio 0.4 0.6          any comparison over a range of one flag
 python tools/benchmark.py --what gpu --minutes 9             what a GPU is to be measured for, see gpu.py
@@ -15,6 +15,7 @@ On the CPU, memory is measured in a process per form. Of the loader, the time is
 
 import gc
 import json
+import os
 import re
 import resource
 import statistics
@@ -33,8 +34,6 @@ from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import main_pretrain
-from engine_pretrain import train_one_epoch
 from models import convnextv2, fcmae, fused, kernels
 from models.operators import depthwise
 from models.visible import VisiblePatches
@@ -43,18 +42,14 @@ from tools.baselines import MIN_CROP, MaskedAutoencoderViT, masked_dense_feature
 from utils.amp import Amp
 from utils.args import ArgumentParser, Arguments, add_bool, add_size, device, fraction, positive, whole
 from utils.data.files import ImageTree
-from utils.data.sampling import Batch, StepLoader, StepSampler, TrainSamples, collate
+from utils.data.sampling import StepLoader, StepSampler, TrainSamples, collate
 from utils.data.transforms import Normalise, mean_std, pretrain_transform
 from utils.distributed import pick_device
-from utils.errors import UsageError, run_cli
+from utils.errors import UsageError, refuse, run_cli
 from utils.flags import DEVICE_HELP
-from utils.interrupts import Interrupts
-from utils.lr_sched import Schedule
 from utils.param_groups import param_groups
-from utils.run import Run
 
 Step = Callable[[], int]  # does the work and returns of how many images
-ENGINE_STEPS = 20
 
 
 def images(args, device: torch.device) -> torch.Tensor:
@@ -83,15 +78,11 @@ def build_fcmae(args, device, compiled) -> tuple[fcmae.FCMAE, torch.Tensor, torc
     return model, images(args, device), sample_mask(args, args.batch_size).to(device)
 
 
-def optimizer_and_amp(args, device, model: nn.Module) -> tuple[torch.optim.Optimizer, Amp]:
-    groups = param_groups(model.named_parameters(), 0.05)
-    optimizer = torch.optim.AdamW(groups, lr=1e-4, betas=(0.9, 0.95), fused=True)
-    return optimizer, Amp(device, args.dtype != "float32", getattr(torch, args.dtype))
-
-
 def step_of(args, device, model: nn.Module, loss_of: Callable[[], torch.Tensor], ema: ModelEmaV3 | None = None) -> Step:
     """Forward, backward and, of whole models, AdamW; where given, the moving average."""
-    optimizer, amp = optimizer_and_amp(args, device, model)
+    groups = param_groups(model.named_parameters(), 0.05)
+    optimizer = torch.optim.AdamW(groups, lr=1e-4, betas=(0.9, 0.95), fused=True)
+    amp = Amp(device, args.dtype != "float32", getattr(torch, args.dtype))
 
     def step() -> int:
         with amp.autocast():
@@ -137,44 +128,21 @@ def classifier_step(args, device, compiled, timms: bool) -> Step:
     return step_of(args, device, model, lambda: criterion(model(imgs).float(), labels), ema)
 
 
-def depthwise_step(args, device, compiled, backend: str) -> Step:
+def depthwise_step(args, device, compiled, backend: str, cudnn: bool = True) -> Step:
     """One depthwise convolution of visible patches, as in stage --stage, with its gradients."""
     model, imgs, mask = build_fcmae(args, device, False)
     if backend == "kernel" and not kernels.available(device, getattr(torch, args.dtype)):
-        print("Triton cannot run here: both rows are the library's\n")
+        print("Triton cannot run here: its row is the library's\n")
     conv, visible = model.encoder.stages[args.stage][0].dwconv, VisiblePatches(mask, model.grid_size(imgs))
     x = imgs.new_empty(args.batch_size, visible.num_visible, 4 ** (3 - args.stage), conv.in_channels).normal_()
     conv.x, form = nn.Parameter(x.to(getattr(torch, args.dtype))), torch.compile(depthwise, disable=not compiled)
-    return step_of(args, device, conv, lambda: form(conv.x, conv, visible, backend).sum())
+    step = step_of(args, device, conv, lambda: form(conv.x, conv, visible, backend).sum())
 
+    def with_flags() -> int:
+        with torch.backends.cudnn.flags(enabled=cudnn):
+            return step()
 
-class SameBatch(list):
-    """A `StepLoader` that gives its one batch for every step of an epoch."""
-
-    batch_transform = nn.Identity()
-
-    def steps(self, epoch: int, start_step: int):
-        return iter(self)
-
-
-def engine_steps(args, device, compiled) -> Step:
-    """An epoch of `engine_pretrain`, all that it does between two steps included."""
-    model, imgs, mask = build_fcmae(args, device, compiled)
-    loader = SameBatch([[Batch([imgs, torch.zeros(len(imgs)), mask], 1.0, True)]] * ENGINE_STEPS)
-    optimizer, amp = optimizer_and_amp(args, device, model)
-    training_run = Run(vars(main_pretrain.get_args_parser().parse_args([])), amp, Interrupts())
-    training_run.begin(model, optimizer, loader)
-
-    def steps() -> int:
-        train_one_epoch(model, loader, optimizer, Schedule(1e-4, 0.0, 1, 10), training_run, 0)
-        return ENGINE_STEPS * args.batch_size
-
-    return steps
-
-
-def bare_steps(*build) -> Step:
-    step = fcmae_step(*build)
-    return lambda: sum(step() for _ in range(ENGINE_STEPS))
+    return with_flags
 
 
 def own_pass(args, device, compiled, normalise: bool) -> Step:
@@ -195,9 +163,10 @@ FORMS = {  # the last is what the others are measured against
     "finetune": {"here": partial(classifier_step, timms=False), "timm": partial(classifier_step, timms=True)},
     "step": {"FCMAE": fcmae_step},
     "depthwise": {
-        "Triton": partial(depthwise_step, backend="kernel"), "library": partial(depthwise_step, backend="map"),
+        "Triton": partial(depthwise_step, backend="kernel"),
+        "without cuDNN": partial(depthwise_step, backend="map", cudnn=False),
+        "library": partial(depthwise_step, backend="map"),
     },
-    "loop": {"engine": engine_steps, "bare": bare_steps},
     "loader": {
         "here": partial(own_pass, normalise=False), "here, normalised on the CPU": partial(own_pass, normalise=True),
         "Pillow": pillow_pass,
@@ -208,8 +177,8 @@ FORMS = {  # the last is what the others are measured against
 def variants(args) -> dict[str, tuple[Callable, bool]]:
     """The rows of the table: each form eagerly, compiled, or both."""
     ways = {"no": (False,), "yes": (True,), "both": (False, True)}[args.compile]
-    forms = [(name, form, compiled) for name, form in FORMS[args.what].items() for compiled in ways]
-    return {name + ", compiled" * compiled: (form, compiled) for name, form, compiled in forms}
+    forms = FORMS[args.what].items()
+    return {name + ", compiled" * compiled: (form, compiled) for name, form in forms for compiled in ways}
 
 
 def clock(args, device: torch.device) -> float:
@@ -247,11 +216,9 @@ def memory_of(form: str, flags: list[str]) -> float:
 
 def measure(args, device: torch.device, flags: list[str]) -> list[dict]:
     """A record per row, after two rounds to warm up; every round runs all rows."""
-    settings = {
-        name: getattr(args, name)
-        for name in ("what", "model", "batch_size", "input_size", "mask_ratio", "kernels", "stage")
-    }
-    records = [{"form": name, **settings, "seconds": []} for name in variants(args)]
+    names = "what", "model", "batch_size", "input_size", "mask_ratio", "kernels", "stage"
+    settings = {name: getattr(args, name) for name in names}
+    records = [{"form": form, **settings, "seconds": []} for form in variants(args)]
     steps = [form(args, device, compiled) for form, compiled in variants(args).values()]
     for round_ in range(-2, args.repeats):
         for record, step in zip(records, steps, strict=True):
@@ -263,6 +230,31 @@ def measure(args, device: torch.device, flags: list[str]) -> list[dict]:
         on_cuda = device.type == "cuda"  # whose allocator counts; resident memory needs a process that did nothing else
         record["peak_mib"] = peak_memory(step, device) if on_cuda else memory_of(record["form"], flags)
     return records
+
+
+def print_largest(args, device: torch.device) -> None:
+    """How many images a step of FCMAE holds, within 4 %, and how many the first step, of --batch_size, foretells."""
+    model, *inputs = build_fcmae(args, device, False)
+    batch, moments = list(inputs), 2 * sum(p.nbytes for p in model.parameters())
+    step = step_of(args, device, model, lambda: model(batch[0], mask=batch[1], mask_ratio=args.mask_ratio)[0])
+    room = 2**29  # of a rehearsal: a CPU's memory has no such end
+    if device.type == "cuda":
+        room = torch.cuda.mem_get_info(device)[1] - torch.cuda.memory_allocated(device) + inputs[0].nbytes
+    taken = 2**20 * max(1.0, peak_memory(step, device)) + inputs[0].nbytes
+    estimate = int(args.batch_size * (room - moments) / taken)
+
+    def fits(count: int) -> bool:
+        try:
+            batch[:] = [x[torch.arange(count, device=device) % len(x)] for x in inputs]
+            step()
+        except torch.OutOfMemoryError:
+            model.zero_grad()
+            return False
+        return True
+
+    largest = next(filter(fits, range(estimate * 6 // 5, 0, -max(1, estimate // 25))), 0)
+    print("| step | largest batch | estimate |\n|---|---|---|")
+    print(f"| {args.model} | {largest} | {estimate} |\n", flush=True)
 
 
 def report(records: list[dict], args) -> None:
@@ -282,7 +274,8 @@ def report(records: list[dict], args) -> None:
 def get_args_parser() -> ArgumentParser:
     parser = ArgumentParser(__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--what", choices=(*FORMS, "gpu"), default="encoder", help="which comparison; see the top of the file")
+    comparisons = (*FORMS, "largest", "gpu")
+    add("--what", choices=comparisons, default="encoder", help="which comparison; see the top of the file")
     add("--model", choices=convnextv2.SIZES, default="convnextv2_atto", metavar="SIZE", help="convnextv2_SIZE")
     add("--batch_size", type=whole(1), default=8, help="images per step")
     add_size(add, "of the images in pixels", least=32)
@@ -310,18 +303,17 @@ def get_args_parser() -> ArgumentParser:
 def parse(flags: list[str]) -> Arguments:
     """The arguments, checked. Raises UsageError."""
     args = get_args_parser().parse_args(flags)
-    if any(side % 32 for side in args.input_size):
-        raise UsageError(f"--input_size {args.input_size}: must be a multiple of 32")
+    multiple = f"--input_size {args.input_size}: must be a multiple of 32"
+    refuse(any(side % 32 for side in args.input_size), multiple)
     try:
         fcmae.num_visible(fcmae.num_patches(args.input_size, 32), args.mask_ratio)
     except ValueError as error:
         raise UsageError(f"--mask_ratio: {error}") from error
     if args.what == "loader":
-        if args.compile != "no" or not args.data_path:
-            raise UsageError("--what loader: needs --data_path, and has nothing to compile")
+        impossible = args.compile != "no" or not args.data_path
+        refuse(impossible, "--what loader: needs --data_path, and has nothing to compile")
         args.memory, args.threads = False, 1
-    if args.vary and len(args.vary) < 2:
-        raise UsageError(f"--vary {args.vary[0]}: give its values, too")
+    refuse(args.vary and len(args.vary) < 2, f"--vary {' '.join(args.vary or [])}: give its values, too")
     return args
 
 
@@ -332,18 +324,24 @@ def main() -> None:
     if args.memory_of:
         form, compiled = variants(args)[args.memory_of]
         return print(peak_memory(form(args, device, compiled), device))
+    name, *values = args.vary or ("model", args.model)
+    varied = [[*sys.argv[1:], f"--{name}", value] for value in values]
+    runs = list(map(parse, varied))  # all, before the first is measured
+    try:
+        file = open(args.json or os.devnull, "a", buffering=1)  # noqa: SIM115
+    except OSError as error:
+        raise UsageError(f"--json {args.json}: cannot be written ({error.strerror})") from error
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device}, {args.threads} threads"
     print(f"{args.what}: {args.dtype}, {where}, torch {torch.__version__}; medians of {args.repeats} rounds\n")
-    if args.what == "gpu":
-        return gpu.run(args.minutes, args.output, str(device), where)
-    name, *values = args.vary or ("model", args.model)
-    for value in values:
-        flags = [*sys.argv[1:], f"--{name}", value]
-        records = measure(parse(flags), device, flags)
-        report(records, parse(flags))
-        if args.json:
-            with open(args.json, "a") as file:
-                file.writelines(json.dumps(record) + "\n" for record in records)
+    for run, flags in zip(runs, varied, strict=True):
+        if run.what == "gpu":
+            gpu.run(run.minutes, run.output, str(device), where)
+        elif run.what == "largest":
+            print_largest(run, device)
+        else:
+            records = measure(run, device, flags)
+            report(records, run)
+            file.writelines(json.dumps(record) + "\n" for record in records)
 
 
 if __name__ == "__main__":

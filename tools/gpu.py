@@ -31,6 +31,7 @@ PARTS = (  # flags, and the seconds below which it is not begun: a guess for an 
     ("--what finetune --model base", 20),
     (f"--what step --compile yes --vary model {SMALL}", 45),
     (f"--what step {HUGE} --compile yes", 45),
+    (f"--what largest --batch_size 64 --vary model base large huge {SMALL.replace(' base', '')}", 20),
 )
 TINY = "--batch_size 2 --input_size 64 --repeats 1 --threads 1 --memory false --compile no"  # on the CPU: a rehearsal
 
@@ -48,20 +49,21 @@ def commands(rehearsal: bool) -> dict[str, int]:
 
 def run(minutes: float, output: str, device: str, name: str) -> None:
     """Run the parts, each in a process of its own, and write report, tables and picture after each of them."""
-    path, until, parts = Path(output), time.monotonic() + 60 * minutes, []
+    path, until, parts, records = Path(output), time.monotonic() + 60 * minutes, [], []
     if path.suffix != ".json" or not path.parent.is_dir():
         raise UsageError(f"--output {output}: must be a .json file in a folder that is there")
     for flags, seconds in commands(device == "cpu").items():
         left = until - time.monotonic()
         command = f"{flags} --device {device}"
-        status, table, records = run_part(command, left) if left > seconds else ("left out: no time", "", [])
+        status, table, found = run_part(command, left) if left > seconds else ("left out: no time", "", [])
         print(f"{flags}: {status}\n{table}", flush=True)
-        parts.append({"flags": flags, "status": status, "table": table, "records": records})
+        parts.append({"flags": flags, "status": status, "table": table, "records": found})
+        records += found
         path.write_text(json.dumps({"device": name, "torch": torch.__version__, "parts": parts}, indent=1))
         path.with_suffix(".md").write_text("\n".join(f"`{p['flags']}`: {p['status']}\n\n{p['table']}" for p in parts))
-        draw([record for part in parts for record in part["records"]], path.with_suffix(".png"))
+        draw(records, path.with_suffix(".png"))
     with path.with_suffix(".md").open("a") as file:
-        file.write(shares([record for part in parts for record in part["records"]]))
+        file.write(shares(records))
 
 
 def shares(records: list[dict]) -> str:
@@ -81,13 +83,10 @@ def run_part(flags: str, seconds: float) -> tuple[str, str, list[dict]]:
         command = [sys.executable, str(Path(__file__).with_name("benchmark.py")), *flags.split(), "--json", file.name]
         try:
             done = subprocess.run(command, capture_output=True, timeout=seconds, check=False)
-            status, out = (
-                "done" if done.returncode == 0 else f"failed: {done.stderr.decode().strip()[-300:]}",
-                done.stdout,
-            )
+            status = f"failed: {done.stderr.decode().strip()[-300:]}" if done.returncode else "done"
         except subprocess.TimeoutExpired as error:
-            status, out = "out of time", error.stdout or b""
-        return status, out.decode(), [json.loads(line) for line in file if line.endswith("}\n")]
+            done, status = error, "out of time"
+        return status, (done.stdout or b"").decode(), [json.loads(line) for line in file if line.endswith("}\n")]
 
 
 def draw(records: list[dict], path: Path) -> None:
