@@ -20,11 +20,13 @@ import datasets
 from engine_pretrain import train_one_epoch
 from models import fcmae, fused, kernels
 from models.convnextv2 import SIZES, total_stride
+from models.layers import GRN
 from utils import distributed, errors, flags, weights
 from utils.amp import Amp
 from utils.args import ArgumentParser, Size, check_shared_arguments, effective_lr, fraction, tell_idle, whole
 from utils.data.sampling import StepLoader, random_subset, readable, shuffled_indices, with_transform
 from utils.errors import UsageError, refuse
+from utils.health import health
 from utils.knn import knn_acc1
 from utils.lr_sched import Schedule
 from utils.param_groups import param_groups
@@ -51,6 +53,8 @@ def get_args_parser() -> ArgumentParser:
     add, _ = flags.add_group(parser, "k-NN accuracy of the encoder", knn_help)
     add("--knn_freq", type=whole(0), default=0, help="epochs between k-NN evaluations; 0: none")
     add("--knn_images", type=whole(1), default=5000, help="at most so many that vote, and so many tested")
+    health_help = "epochs between looks, without labels, at the features' effective rank (RankMe) and at dead channels"
+    add("--health_freq", type=whole(0), default=None, help=f"{health_help}; 0: none; where not given: as --knn_freq")
     return parser
 
 
@@ -75,10 +79,12 @@ def shows(args) -> bool:
 
 def idle_flags(args, use_amp: bool) -> list[tuple[str, object, str]]:
     """The rows of `tell_idle`."""
+    watches = args.knn_freq or args.health_freq
     return [
         ("vis_freq", args.vis_freq and not shows(args), "without --output_dir, --log_dir and --wandb"),
-        ("knn_images nb_classes eval_data_path eval_list", not args.knn_freq, "without --knn_freq"),
-        ("crop_pct eval_resize", not shows(args) and not args.knn_freq, "without pictures and --knn_freq"),
+        ("knn_images", not watches, "without --knn_freq and --health_freq"),
+        ("nb_classes eval_data_path eval_list", not args.knn_freq, "without --knn_freq"),
+        ("crop_pct eval_resize", not shows(args) and not watches, "without pictures and --knn_freq"),
         ("stem_average", not args.initial_checkpoint, "without --initial_checkpoint"),
         *flags.idle_flags(args, use_amp),
     ]
@@ -116,6 +122,20 @@ def knn_loaders(args) -> tuple[DataLoader, DataLoader] | None:
     return tuple(datasets.build_eval_loader(subset, args, spread=True) for subset in subsets)
 
 
+def health_freq(args) -> int:
+    return args.knn_freq if args.health_freq is None else args.health_freq
+
+
+def health_loader(dataset: Dataset, args) -> DataLoader | None:
+    """The same training images in every run, not augmented, that --health_freq looks at."""
+    if not health_freq(args):
+        return None
+    streamed = "needs images that have indices, which a stream's have not"
+    refuse(isinstance(dataset, IterableDataset), f"--health_freq {args.health_freq}: {streamed}")
+    plain = with_transform(dataset, datasets.build_transform(False, args))
+    return datasets.build_eval_loader(random_subset(plain, args.knn_images), args, spread=True)
+
+
 def build_model(args) -> fcmae.FCMAE:
     model = getattr(fcmae, args.model)(
         in_chans=args.in_chans,
@@ -142,7 +162,7 @@ def train(args, amp: Amp, run: Run) -> None:
     device = amp.device
     dataset = datasets.build_pretrain_dataset(args)
     loader = build_loader(dataset, args, device)
-    labelled = knn_loaders(args)
+    labelled, watched = knn_loaders(args), health_loader(dataset, args)
     torch.manual_seed(args.seed)
     model = build_model(args).to(device)
     if args.fused:
@@ -166,6 +186,9 @@ def train(args, amp: Amp, run: Run) -> None:
         if labelled and run.due(epoch, args.knn_freq):
             scores["knn_acc1"] = knn_acc1(model.encoder, labelled, amp)
             log.info("epoch %d: k-NN acc1 %.2f", epoch, scores["knn_acc1"])
+        if watched and run.due(epoch, health_freq(args)):
+            grns = [module for module in model.encoder.modules() if isinstance(module, GRN)]
+            scores |= health(model.encoder, grns, watched, amp)
         if picture_of is not None and run.due(epoch, args.vis_freq):
             pictures = reconstructions(model, picture_of, amp, *datasets.picture_mean_std(args), args.mask_ratio)
             run.picture("reconstruction", tile(pictures.flatten(0, 1), 6), epoch)

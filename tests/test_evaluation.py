@@ -407,6 +407,8 @@ BOTH = [  # the flag that does nothing, what makes it so, and what gives it an e
 PRETRAIN = [
     ("--vis_freq 3", "", "--output_dir x"),
     ("--knn_images 9", "", "--knn_freq 1"),
+    ("--knn_images 9", "", "--health_freq 1"),
+    ("--crop_pct 0.5", "", "--health_freq 1"),
     ("--nb_classes 9", "", "--knn_freq 1"),
     ("--eval_data_path $dir", "", "--knn_freq 1"),
     ("--eval_list $file", "", "--knn_freq 1"),
