@@ -114,13 +114,13 @@ def decode(content: bytes, path: str, reading: Reading) -> torch.Tensor:
 
 def _decode(content: bytes, path: str, reading: Reading) -> tuple[torch.Tensor, Stored | None]:
     """`decode`, and what it is made of; None: a JPEG, in which nothing is to be changed."""
-    stderr = formats.StderrKept()
+    said: list[str] = []
     try:
-        with stderr:
+        with formats.stderr_kept(said):
             pixels = formats.fast_jpeg(content, reading.in_chans, reading.max_pixels)
             if pixels is None:
                 stored = formats.read_stored(content, path, reading.in_chans, reading.nodata, reading.max_pixels)
-        if stderr.said and any("Corrupt JPEG" in line and "extraneous" not in line for line in stderr.said):
+        if any("Corrupt JPEG" in line and "extraneous" not in line for line in said):
             raise ValueError("is damaged:")
         if pixels is not None:
             if reading.depth == 8 and reading.nodata is None:
@@ -128,7 +128,7 @@ def _decode(content: bytes, path: str, reading: Reading) -> tuple[torch.Tensor, 
             stored = Stored(pixels.numpy(), "JPEG", holes=without_data(pixels.numpy(), reading.nodata))
         return _to_tensor(stored, reading), stored
     except Exception as error:  # on damaged files, decoders raise whatever they run into
-        raise BadImage(path, " ".join([_words(error), *stderr.said])) from error
+        raise BadImage(path, " ".join([_words(error), *said])) from error
 
 
 def survey(dataset, reading: Reading, source: str) -> Survey:
