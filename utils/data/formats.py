@@ -38,17 +38,13 @@ for _library in ("PIL", "tifffile"):
 
 
 class Stored(NamedTuple):
-    """Pixels (C, H, W) of any type as a file of some kind holds them, and what goes with them.
+    """What a file holds."""
 
-    alpha: whether the last channel is opacity. holes: where there is no data, (C, H, W); None: nowhere. pages: how many
-    are alike and of one channel.
-    """
-
-    pixels: np.ndarray
+    pixels: np.ndarray  # (C, H, W), of any type
     kind: str
-    alpha: bool = False
-    holes: np.ndarray | None = None
-    pages: int = 1
+    alpha: bool = False  # the last channel is opacity
+    holes: np.ndarray | None = None  # where there is no data, (C, H, W); None: nowhere
+    pages: int = 1  # alike and of one channel
 
 
 @np.errstate(all="ignore")
@@ -205,8 +201,7 @@ def _read_page(page, in_chans: int, nodata: float | None) -> tuple[np.ndarray, n
     if kind == PALETTE:
         colours = page.colormap[:, pixels[0]]
         return (colours >> (8 if page.colormap.max() > 255 else 0)).astype(np.uint8), holes[:1].repeat(3, axis=0)
-    known = kind in (*GREY, RGB) or (kind, page.compression) == (6, 7)  # JPEG's YCbCr comes as RGB
-    if not (known or (kind == CMYK and pixels.dtype.kind in "uf")):
+    if kind not in (*GREY, RGB, CMYK) and (kind, page.compression) != (6, 7):  # JPEG's YCbCr comes as RGB
         raise ValueError(f"holds colours of the kind {kind!r}, which are not read")
     bits = page.bitspersample if isinstance(page.bitspersample, int) else 8
     most = 2**bits - 1 if unsigned else 1
@@ -218,10 +213,9 @@ def _read_page(page, in_chans: int, nodata: float | None) -> tuple[np.ndarray, n
         *colours, alpha = pixels.astype(np.float64)
         colours = np.where(alpha > 0, colours * (most / alpha), colours).clip(max=most)
         pixels = np.concatenate([colours.round() if unsigned else colours, alpha[None]]).astype(pixels.dtype)
-    if kind == CMYK and in_chans in (1, 3):
-        ink, black = pixels[:3] / most, pixels[3] / most
-        pixels, holes = (1 - ink) * (1 - black) * most, holes[:3]
-        pixels = pixels.round().astype(f"u{page.dtype.itemsize}") if unsigned else pixels
+    if kind == CMYK and unsigned and in_chans in (1, 3):
+        light, white = 1 - pixels[:3] / most, 1 - pixels[3] / most
+        pixels, holes = (light * white * most).round().astype(pixels.dtype), holes[:3]
     if kind == RGB and extra in ((), (0,)) and in_chans in (1, 3) and len(pixels) == 4:  # which may well be alpha
         pixels, holes = pixels[:3], holes[:3]
     return pixels, holes

@@ -44,32 +44,26 @@ class Reading:
     """How all files of a data set become tensors; `survey` finds depth and alpha.
 
     depth: 8: uint8. 16: float32, as shares of what 8 or 16 bits can hold. 32: float32, numbers as they are. None: as
-    each file is. alpha: whether the last channel is opacity, so that files without are opaque. nodata: the value of
-    pixels without data where a file does not say. max_pixels: height times width beyond which a file is refused.
+    each file is.
     """
 
     in_chans: int = 3
     depth: int | None = None
-    alpha: bool = False
-    nodata: float | None = None
-    max_pixels: int = 178_956_970  # as Pillow's
+    alpha: bool = False  # the last channel is opacity: files without are opaque
+    nodata: float | None = None  # of pixels without data, where a file does not say
+    max_pixels: int = 178_956_970  # height times width of the largest; as Pillow's
 
 
 @dataclass(frozen=True)
 class Survey:
-    """What a sample of a data set's files holds.
+    """What a sample of a data set's files holds."""
 
-    reading: how all are to be read. eight_bit: whether most are of 8 bits. kinds: files of each, such as
-    "TIFF, uint16 x 1". sizes: (height, width) of each file. no_data: share of pixels without data. bad: those that
-    cannot be read.
-    """
-
-    reading: Reading
-    eight_bit: bool
-    kinds: Counter[str]
-    sizes: list[tuple[int, int]]
-    no_data: float
-    bad: list[BadImage]
+    reading: Reading  # of all files
+    eight_bit: bool  # most are
+    kinds: Counter[str]  # such as "TIFF, uint16 x 1"
+    sizes: list[tuple[int, int]]  # height and width of each
+    no_data: float  # share of the pixels
+    bad: list[BadImage]  # those that cannot be read
 
 
 def hidden(name: str) -> bool:
@@ -101,13 +95,8 @@ def decode(content: bytes, path: str, reading: Reading) -> torch.Tensor:
 
     Grey is repeated for three channels, RGB becomes luminance for one, and alpha is dropped there. Of several pages the
     first is read, unless there are in_chans, which are then the channels. The channels of an array are its last axis or
-    its first, whichever is in_chans long.
-
-    Args:
-        path: tells arrays from images, and is for messages.
-
-    Raises:
-        BadImage: a file that is damaged, no image, or another kind of image than `reading` tells.
+    its first, whichever is in_chans long. `path` tells arrays from images. Raises BadImage for a file that is damaged,
+    no image, or another kind of image than `reading` tells.
     """
     return _decode(content, path, reading)[0]
 
@@ -134,10 +123,7 @@ def _decode(content: bytes, path: str, reading: Reading) -> tuple[torch.Tensor, 
 def survey(dataset, reading: Reading, source: str) -> Survey:
     """What at most 64 files hold, spread over the `paths` of a data set that can `read` them: the same in every run.
 
-    source: what the data set is called in messages.
-
-    Raises:
-        Unreadable: more than two thirds cannot be read, as with another number of channels.
+    source: its name in messages. Raises Unreadable: more than two thirds are, as with another number of channels.
     """
     kinds, scales, pages, sizes, bad = Counter(), Counter(), Counter(), [], []
     alphas = pixels = without = 0

@@ -85,7 +85,7 @@ class TarFiles(ImageFiles):
 
 
 def read_index(shards: list[str], flag: str) -> dict:
-    """Of the images of some tars, sorted: names; `.cls` labels or ""; `TarFiles.places`; what is left out.
+    """Of some tars: "rows", of each image its name, shard, start, size and `.cls` label or ""; "left_out".
 
     It is made once and kept beside the first tar, and made anew when one of them has changed. Raises UsageError for a
     file that is no tar, or one that is compressed, cut short or damaged.
@@ -96,7 +96,7 @@ def read_index(shards: list[str], flag: str) -> dict:
     except OSError as error:
         raise UsageError(f"{flag} {error.filename}: {error.strerror}") from error
     names = " ".join(os.path.relpath(shard, os.path.dirname(shards[0])) for shard in shards)
-    stamp = json.dumps([EXTENSIONS, names, stamps])
+    stamp = json.dumps([2, EXTENSIONS, names, stamps])  # 2: the form of the index
     kept = Path(shards[0]).with_name(f".fcmae-{hashlib.sha256(os.fsencode(names)).hexdigest()[:16]}.json")
     with contextlib.suppress(Exception):  # none yet, or damaged in any way
         if (index := json.loads(kept.read_bytes()))["stamp"] == stamp:
@@ -108,12 +108,10 @@ def read_index(shards: list[str], flag: str) -> dict:
         with ProcessPoolExecutor(min(len(shards), os.cpu_count() or 1)) as pool:
             found = list(pool.map(partial(_scan, flag), shards))
     rows = sorted((name, k, *row) for k, (images, _) in enumerate(found) for name, row in images.items())
-    index = {"stamp": stamp, "left_out": sum((counts for _, counts in found), Counter())}
-    index |= {"names": [x[0] for x in rows], "places": [x[1:4] for x in rows], "labels": [x[4] for x in rows]}
+    index = {"stamp": stamp, "left_out": sum((counts for _, counts in found), Counter()), "rows": rows}
     aside = kept.with_suffix(f".{os.getpid()}")
     try:
-        with open(aside, "w") as file:
-            file.write(json.dumps(index))
+        aside.write_text(json.dumps(index))
         os.replace(aside, kept)
     except OSError as error:
         aside.unlink(missing_ok=True)
@@ -144,8 +142,6 @@ def _scan(flag: str, path: str) -> tuple[dict[str, tuple[int, int, str]], Counte
                     left_out[extension(name)] += 1
                 elif not member.isreg():
                     left_out["links and devices"] += 1
-                elif member.sparse is not None:
-                    raise ValueError(f"{name} is stored as a sparse file: pack without --sparse")
                 else:
                     places[name] = (member.offset_data, member.size)  # of two, the later, as when unpacked
     except OSError as error:
@@ -189,21 +185,23 @@ def open_tar(
     source, shards = f"{flag} {path}", [os.path.abspath(shard) for shard in tar_shards(path) or [path]]
     with main_process_first():
         index = read_index(shards, flag)
-    names, labels, left_out = index["names"], index["labels"], Counter(index["left_out"])
-    if not names:
+    rows, left_out = index["rows"], Counter(index["left_out"])
+    if not rows:
         raise UsageError(f"{source}: not a tar of images (holds no {', '.join(EXTENSIONS)}; unpack tars in it)")
-    kept, by_label = list(range(len(names))), any(labels)
-    if arrays_beside(names, in_chans):
-        kept = [i for i in kept if names[i].lower().endswith(IMAGE_EXTENSIONS)]
-        left_out += Counter({".npy, .npz": len(names) - len(kept)})
-    if labelled:
-        labels = labels if by_label else _class_folders(names, classes or [])
-        if len(found := {*labels} - {""}) > 1 and not by_label and {x.lower() for x in found} <= SPLITS:
+    if arrays_beside([row[0] for row in rows], in_chans):
+        images = [row for row in rows if row[0].lower().endswith(IMAGE_EXTENSIONS)]
+        left_out += Counter({".npy, .npz": len(rows) - len(images)})
+        rows = images
+    by_label = any(row[4] for row in rows)
+    if labelled and not by_label:
+        folders = _class_folders([row[0] for row in rows], classes or [])
+        if len(found := {*folders} - {""}) > 1 and {name.lower() for name in found} <= SPLITS:
             raise UsageError(f"{source}: its folders {', '.join(sorted(found))} are no classes; make a tar of each")
-        kept = [i for i in kept if by_label or labels[i]]
-        kept.sort(key=lambda i: (labels[i], os.path.dirname(names[i]), i))
-    names, labels = [names[i] for i in kept], [labels[i] for i in kept]
-    places = np.array(index["places"], np.int64).reshape(-1, 3)[kept]
+        rows = [(*row[:4], folder) for row, folder in zip(rows, folders, strict=True) if folder]
+    if labelled:
+        rows.sort(key=lambda row: (row[4], os.path.dirname(row[0])))
+    names, labels = [row[0] for row in rows], [row[4] for row in rows]
+    places = np.array([row[1:4] for row in rows], np.int64).reshape(-1, 3)
     dataset = TarFiles(shards, names, places, in_chans, source, left_out)
     if not labelled:
         return dataset
