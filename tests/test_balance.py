@@ -207,7 +207,7 @@ def test_an_image_that_is_shown_again_is_augmented_anew():
             return torch.rand(()).item(), i
 
     samples = TrainSamples(Random(10), seed=0)
-    (first, i), (again, j), (same_again, _) = samples[0, 3], samples[0, 13], samples[0, 13]
+    (first, i), (again, j), (same_again, _) = samples.__getitems__([(0, 3), (0, 13), (0, 13)])[0]
     assert i == j == 3
     assert first != again == same_again
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, Subset, default_collate
 
-from ..errors import UsageError
+from ..errors import UsageError, refuse
 from ..seeding import seed_cpu, seed_words
 from .images import BadImage
 
@@ -48,11 +48,8 @@ def shuffled_indices(samples: Sized) -> torch.Tensor:
 
 
 def path_of(dataset: Dataset, index: int) -> str:
-    """Where a sample of a data set comes from: the path of its file, or its number where there is none."""
-    if isinstance(dataset, Subset):
-        return path_of(dataset.dataset, dataset.indices[index])
-    if isinstance(dataset, EvalSamples):
-        return path_of(dataset.dataset, index)
+    """Where a sample of a loader's data set comes from: the path of its file, or its number where there is none."""
+    dataset = getattr(dataset, "dataset", dataset)  # of `EvalSamples`
     if paths := getattr(dataset, "paths", None):
         return paths[index]
     files = getattr(dataset, "samples", None)  # of torchvision's folders
@@ -94,22 +91,15 @@ class TrainSamples(EvalSamples):
         super().__init__(dataset)
         self.seed, self.sample_mask = seed, sample_mask
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple:
-        return self.__getitems__([key])[0][0]
-
     def __getitems__(self, keys: list[tuple[int, int]]) -> tuple[list[tuple], dict[int, str]]:
         # seeds and masks first, together: between images, they find the processor's caches cold and cost a multiple
-        words = [seed_words(self.seed, *key) for key in keys]
-        masks = [self._mask(seed) for *_, seed in words]
-        bad = {}
+        words, masks, bad = [seed_words(self.seed, *key) for key in keys], [], {}
+        if self.sample_mask:
+            for *_, seed in words:
+                torch.default_generator.manual_seed(seed)
+                masks.append(self.sample_mask())
         samples = [self._readable(key, seeds, bad) for key, seeds in zip(keys, words, strict=True)]
-        return [(*sample, *mask) for sample, mask in zip(samples, masks, strict=True)], bad
-
-    def _mask(self, seed: int) -> tuple:
-        if not self.sample_mask:
-            return ()
-        torch.default_generator.manual_seed(seed)
-        return (self.sample_mask(),)
+        return [(*sample, mask) for sample, mask in zip(samples, masks, strict=True)] if masks else samples, bad
 
     def _readable(self, key: tuple[int, int], seeds: list[int], bad: dict[int, str]) -> tuple:
         first = index = key[1] % len(self.dataset)  # see `balanced_order`
@@ -237,14 +227,14 @@ class Batch:
     """One forward pass of an optimizer step.
 
     loss_weight: factor on the batch's mean loss, such that the gradients averaged over processes and added up over a
-    step's batches are those of the mean over the step's samples; 0 where the samples are another process's and must not
-    be counted. With sample weights it is divided by their mean over the step: the sum of weighted losses is then over
-    the sum of weights, as in torch's CrossEntropyLoss, however the step is spread. last: in its step.
+    step's batches are those of the mean over the step's samples; 0: they are another process's, and do not count. With
+    sample weights it is divided by their mean over the step: the sum of weighted losses is then over the sum of the
+    weights, as in torch's CrossEntropyLoss, however the step is spread.
     """
 
     data: list
     loss_weight: float
-    last: bool
+    last: bool  # of its step
 
 
 class StepLoader:
@@ -315,13 +305,11 @@ def stream_workers(dataset: IterableDataset, name: str, num_workers: int, world_
     """
     if name.startswith("wds/"):
         shards = len(dataset.reader.split_info.filenames)
-        if shards < world_size:
-            more = f"start {shards}, or write more"
-            raise UsageError(f"--data_set {name}: {shards} shards for {world_size} processes; {more}")
+        few = f"--data_set {name}: {shards} shards for {world_size} processes; start {shards}, or write more"
+        refuse(shards < world_size, few)
         if num_workers * world_size > shards:
-            fewer = shards // world_size
-            log.info("--num_workers %d: lowered to %d, for %d shards in all", num_workers, fewer, shards)
-            num_workers = fewer
+            log.info("--num_workers %d: lowered to %d, for %d shards in all", num_workers, shards // world_size, shards)
+            num_workers = shards // world_size
     if num_workers:
         dataset.set_loader_cfg(num_workers)
     return num_workers
