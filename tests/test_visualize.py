@@ -261,7 +261,7 @@ def test_diversity_is_printed_and_drawn(draw):
     names = ["stages.0.0", "stages.1.0", "stages.2.0", "stages.2.1", "stages.3.0"]
     assert [row[:2] for row in table] == [(str(i + 1), name) for i, name in enumerate(names)]
     pixels = np.asarray(Image.open(out / "diversity.png").convert("RGB"))
-    assert pixels.shape == (600, 900, 3)
+    assert pixels.shape == (600, 750, 3)
     assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 10
 
 

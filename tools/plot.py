@@ -107,8 +107,7 @@ def draw(curves: Curves, x: str):
             if values:
                 (lines[run],) = panel.plot(*zip(*values, strict=True), label=run, **style)
         panel.grid(alpha=0.3)
-        if x == "epoch":
-            panel.xaxis.get_major_locator().set_params(integer=True)
+        panel.xaxis.get_major_locator().set_params(integer=x in ("epoch", "layer"))
     figure.legend(handles=list(lines.values()), loc="outside lower center", ncols=columns)
     return figure
 

@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import datasets
 from models.convnextv2 import Block, Encoder, total_stride
 from models.fcmae import FCMAE, num_patches, num_visible
+from tools import plot
 from tools.probe import add_device_arguments, add_image_arguments, load_encoder, pick_amp
 from utils import weights
 from utils.amp import Amp
@@ -145,19 +146,6 @@ def feature_diversity(encoder: Encoder, imgs: torch.Tensor, amp: Amp, batch_size
     return [(name, *(sums[layer] / len(imgs) for layer in pair)) for name, pair in layers.items()]
 
 
-def plot_diversity(rows: list[tuple], title: str, path: Path) -> None:
-    """Both columns of `feature_diversity` as lines over the layers."""
-    from matplotlib.figure import Figure  # not pyplot, which may look for a screen
-
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.add_subplot(xlabel="layer", ylabel="mean cosine distance of channels", title=title)
-    _, *columns = zip(*rows, strict=True)
-    for label, values in zip(("before GRN", "after GRN"), columns, strict=True):
-        axes.plot(range(1, len(rows) + 1), values, marker=".", label=label)
-    axes.legend()
-    figure.savefig(path, dpi=150)
-
-
 def get_args_parser() -> ArgumentParser:
     parser = ArgumentParser(__doc__.splitlines()[0])
     parser.set_defaults(norm_pix_loss=True)
@@ -206,7 +194,10 @@ def main(args) -> None:
             save_image(feature_rows(encoder, imgs, amp, mean, std), written["features"])
         if args.diversity:
             rows = feature_diversity(encoder, imgs, amp)
-            plot_diversity(rows, f"{Path(args.checkpoint).name}, {len(imgs)} images", written["diversity"])
+            _, *columns = zip(*rows, strict=True)
+            lines = {f"{when} GRN": list(enumerate(x, 1)) for when, x in zip(("before", "after"), columns, strict=True)}
+            title = f"cosine distance of channels\n{Path(args.checkpoint).name}, {len(imgs)} images"
+            plot.draw({title: lines}, "layer").savefig(written["diversity"], dpi=150)
             print("| layer | block | before GRN | after GRN |\n|---|---|---|---|")
             for layer, (name, before, after) in enumerate(rows, start=1):
                 print(f"| {layer} | {name} | {before:.4f} | {after:.4f} |")
