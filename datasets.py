@@ -12,7 +12,7 @@ from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
 
 from utils.args import given
 from utils.data import balance, sampling, transforms
-from utils.data.files import ImageFiles, ImageList, describe
+from utils.data.files import ImageFiles, ImageList, describe, each_label
 from utils.data.images import Reading, Survey, load_image, survey, to_tensor
 from utils.data.sampling import StepLoader, StepSampler, TrainSamples
 from utils.data.shapes import Shapes
@@ -149,8 +149,8 @@ def detect_bit_depth(dataset: Dataset, args, tell: bool = False) -> bool:
 
 
 def _named_dataset(is_train: bool, args) -> Dataset:
-    for name in ("train_list", "eval_list", *({"val_split"} & given(args))):
-        if getattr(args, name):
+    for name in ("train_list", "eval_list", "multi_label", *({"val_split"} & given(args))):
+        if getattr(args, name, False):
             raise UsageError(f"--{name}: is for --data_set image_folder, not {args.data_set}")
     if args.data_set == "shapes":
         return Shapes("train" if is_train else "val", size=max(args.input_size))
@@ -202,6 +202,8 @@ def labelled_splits(args) -> tuple[Dataset, Dataset]:
     train = labelled_files(True, args) if args.data_set in FOLDERS else _named_dataset(True, args)
     if isinstance(train, IterableDataset):
         raise UsageError(f"--data_set {args.data_set}: is streamed; a data set whose images have indices is needed")
+    if isinstance(train, ImageList) and (several := [name for name in train.classes if ";" in name]):
+        raise UsageError(f"{train.source}: {several[0]!r} is several labels; here each image has one")
     train.transform = build_transform(False, args, detect_bit_depth(train, args))
     if validation(args) or getattr(args, "val_split", None):
         return train, build_dataset(False, args, getattr(train, "classes", None))[0]
@@ -212,15 +214,15 @@ def labelled_splits(args) -> tuple[Dataset, Dataset]:
 
 
 def class_weights(dataset: Dataset, args, classes: list[str]) -> torch.Tensor | None:
-    """--class_weights as float64 (classes,), whose mean over the training images is 1; None without it."""
+    """--class_weights as float64 (classes,), with a mean of 1 over images of one label each; None where not given."""
     if not args.class_weights:
         return None
     labels = balance.labels_of(dataset, f"--class_weights {args.class_weights}: --data_set {args.data_set}")
-    counts = torch.tensor(labels).bincount(minlength=len(classes))
+    counts = torch.tensor([*each_label(labels)]).bincount(minlength=len(classes))
     weights = balance.balanced_weights(counts)
     if args.class_weights != "balanced":
         weights = balance.read_weights(args.class_weights, "--class_weights", classes)
-        weights *= counts.sum() / (counts * weights).sum()
+        weights *= 1 if args.multi_label else counts.sum() / (counts * weights).sum()
     least, most = weights.argmin(), weights.argmax()
     log.info("class weights: %.3g (%s) to %.3g (%s)", weights[least], classes[least], weights[most], classes[most])
     return weights
@@ -263,7 +265,9 @@ def build_train_loader(
     max_bad = getattr(args, "max_bad_images", 0.01) * num_samples
     if "max_bad_images" not in given(args):  # of a small folder, a few are more than 1 %
         max_bad = max(max_bad, 4)
-    sample_weights = None if class_weights is None else class_weights[torch.tensor(balance.labels_of(dataset, ""))]
+    sample_weights = None
+    if class_weights is not None and not args.multi_label:
+        sample_weights = class_weights[torch.tensor(balance.labels_of(dataset, ""))]
     steps = StepLoader(loader, sampler, batch_transform, max_bad, sample_weights)
     log.info("%d images, %d per optimizer step, %d steps per epoch", num_samples, steps.global_batch, len(steps))
     return steps

@@ -14,7 +14,7 @@ from utils.amp import Amp
 from utils.distributed import accumulate, all_reduce_sum, broadcast, get_rank, get_world_size
 from utils.lr_sched import Schedule
 from utils.metrics import Averages, Progress
-from utils.report import Answers
+from utils.report import Answers, gathered
 from utils.run import Run
 from utils.seeding import seed_all
 
@@ -35,16 +35,31 @@ class WithLoss(torch.nn.Module):
             return self.criterion(logits.float(), labels), logits
 
 
+class MixedLabels:
+    """Several labels an image, (N, classes), mixed by the shares of the images' Mixup or CutMix, if there is one."""
+
+    def __init__(self, mixup: Mixup | None):
+        self.mixup = mixup
+
+    def __call__(self, imgs: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.mixup:
+            self.mixup.num_classes = len(imgs)  # each image as a class of its own
+            imgs, shares = self.mixup(imgs, torch.arange(len(imgs), device=imgs.device))
+            labels = shares @ labels
+        return imgs, labels
+
+
 def train_one_epoch(
     model: torch.nn.Module, loader, optimizer: torch.optim.Optimizer, schedule: Schedule, run: Run, epoch: int,
-    mixup: Mixup | None = None,
+    mixup: Callable | None = None,
 ) -> dict[str, float]:  # fmt: skip
     """Train a `WithLoss` for one epoch on a `StepLoader` whose samples are (image, label).
 
+    mixup: makes images and targets of a batch's images and labels; None: the labels are numbers of classes.
     The weights' moving average, where the run has one, is updated after each optimizer step.
 
     Returns:
-        loss over all processes, class_acc (percent) where labels are not mixed, lr of the last step.
+        loss over all processes, class_acc (percent) without mixup, lr of the last step.
 
     Raises:
         NonFiniteLoss: at the first console line after the loss became NaN or infinite.
@@ -105,25 +120,31 @@ def evaluate(
 ) -> dict[str, float]:
     """acc1, acc5 (percent) and cross entropy of a classifier over all readable images, each counted once.
 
+    Of several labels an image, (N, classes): the binary cross entropy, and what `report` gives.
     The model is not wrapped for distribution here: processes have different numbers of batches. report: is given the
     `Answers` to all images and the statistics, in every process, and may give more of these.
     """
     was_training = model.training
     model.eval()
-    averages, answers = Averages(("loss",), amp.device), [torch.empty(3, 0, dtype=torch.float32, device=amp.device)]
+    averages, answers = Averages(("loss",), amp.device), []
+    several = getattr(loader, "several", False)
     progress = Progress(header, len(loader), amp.device)
     counts = torch.zeros(2, dtype=torch.int64, device=amp.device)  # of images whose label is among the first 1 and 5
     seen = 0
     for step, batch in progress(loader):
         imgs, labels = (x.to(amp.device, non_blocking=True) for x in batch)
         _, logits = classify(model, imgs, amp)
-        highest = logits.topk(min(5, logits.shape[1]), dim=1).indices
-        hits = highest == labels[:, None]
-        counts += torch.stack([hits[:, 0].sum(), hits.sum()])
-        averages.update(len(imgs), loss=F.cross_entropy(logits, labels))
-        if report:
-            top1 = highest[:, :1]
-            answers.append(torch.stack([labels, top1[:, 0], logits.softmax(1).gather(1, top1)[:, 0]]))
+        if several:
+            averages.update(len(imgs), loss=F.binary_cross_entropy_with_logits(logits, labels))
+            answers.append((labels > 0, logits > 0, logits.sigmoid()))
+        else:
+            highest = logits.topk(min(5, logits.shape[1]), dim=1).indices
+            hits = highest == labels[:, None]
+            counts += torch.stack([hits[:, 0].sum(), hits.sum()])
+            averages.update(len(imgs), loss=F.cross_entropy(logits, labels))
+            if report:
+                top1 = highest[:, :1]
+                answers.append((labels, top1[:, 0], logits.softmax(1).gather(1, top1)[:, 0]))
         progress.samples += len(imgs)
         seen += len(imgs)
         if progress.due(step) and step > 0:
@@ -133,15 +154,17 @@ def evaluate(
     copies = get_world_size() // getattr(loader.sampler, "step", get_world_size())
     counted = torch.tensor([*counts.tolist(), seen, len(getattr(loader, "bad", ()))], device=amp.device)
     *correct, images, bad = (all_reduce_sum(counted) // copies).tolist()
-    acc1, acc5 = (100 * count / max(images, 1) for count in correct)
-    stats = averages.epoch() | {"acc1": acc1, "acc5": acc5}
-    told = f"({images} images)" + f", {bad} unreadable left out" * bool(bad)
-    log.info("%s: acc1 %.2f  acc5 %.2f  loss %.4f  %s", header, acc1, acc5, stats["loss"], told)
+    stats = averages.epoch()
+    if not several:
+        stats |= {f"acc{k}": 100 * count / max(images, 1) for k, count in zip((1, 5), correct, strict=True)}
     if report:
         indices = loader.read if hasattr(loader, "bad") else range(seen)  # of a stream
-        labels, top1, probabilities = torch.cat(answers, dim=1).cpu()
-        mine = Answers(torch.tensor(indices, dtype=torch.int64), labels.long(), top1.long(), probabilities)
-        stats |= report(mine if copies > 1 else mine.gathered(), stats | {"unreadable": bad}) or {}
+        columns = [torch.tensor(indices), *(torch.cat(x).cpu() for x in zip(*answers, strict=True))] if answers else []
+        found = gathered(columns, spread=copies == 1)
+        stats |= report(Answers(*found), stats | {"unreadable": bad}) or {} if found else {}
+    told = f"({images} images)" + f", {bad} unreadable left out" * bool(bad)
+    scores = "  ".join(f"{name} {value:.2f}" for name, value in stats.items() if name != "loss")
+    log.info("%s: %s  loss %.4f  %s", header, scores, stats["loss"], told)
     return stats
 
 

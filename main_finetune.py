@@ -18,14 +18,14 @@ from pathlib import Path
 
 import torch
 from timm.data import Mixup
-from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.optim import OptimInfo, create_optimizer_v2, get_optimizer_info, list_optimizers
 from timm.utils import ModelEmaV3
 from torch import nn
 from torch.utils.data import DataLoader
 
 import datasets
-from engine_finetune import WithLoss, evaluate, score, train_one_epoch
+from engine_finetune import MixedLabels, WithLoss, evaluate, score, train_one_epoch
 from models import convnextv2, fused, kernels
 from models.convnextv2 import SIZES, ConvNeXtV2, layer_id, name_of, num_layer_ids
 from models.linear_probe import LinearProbe
@@ -76,8 +76,7 @@ def check_args(args) -> None:
     grouped = args.layer_decay_type == "group" and args.layer_decay < 1
     made_for = "is made for depths 3,3,27,3 (base, large, huge); give --layer_decay_type single"
     refuse(grouped and depths != (3, 3, 27, 3), f"--layer_decay_type group: {made_for}")
-    both_even = args.class_weights and args.balanced_sampling
-    refuse(both_even, "--class_weights and --balanced_sampling: either makes up for unequal classes; give one")
+    flags.check_labels(args)
     sides = args.cutmix_minmax or (0, 1)
     refuse(sides[0] > sides[1], f"--cutmix_minmax {sides[0]} {sides[1]}: the smaller side comes first")
     pairs = "must be even, as Mixup and CutMix pair images, and a linear probe's batch norm needs two"
@@ -118,6 +117,8 @@ def idle_flags(args, use_amp: bool) -> list[tuple[str, object, str]]:
         ("remode recount resplit", not args.reprob, "with --reprob 0"),
         ("cutmix", args.cutmix_minmax, "beside --cutmix_minmax"),
         ("mixup_prob mixup_mode", not mixes(args), "without --mixup and --cutmix"),
+        ("smoothing", args.multi_label, "with --multi_label true"),
+        ("bce_target_thresh", not (args.multi_label and mixes(args)), "without --multi_label and --mixup or --cutmix"),
         ("mixup_switch_prob", not (args.mixup > 0 and cutmix), "unless both --mixup and --cutmix are on"),
         ("model_ema_decay model_ema_force_cpu", not args.model_ema, "without --model_ema true"),
         ("dist_eval", distributed.get_world_size() == 1, "on one process"),
@@ -159,14 +160,17 @@ def batch_divisor(args) -> int:
     return 2 if mixes(args) or args.linear_probe else 1
 
 
-def build_mixup(args, nb_classes: int) -> Mixup | None:
-    if not mixes(args):
-        return None
-    strengths = args.mixup, args.cutmix, args.cutmix_minmax, args.mixup_prob, args.mixup_switch_prob
-    return Mixup(*strengths, mode=args.mixup_mode, label_smoothing=args.smoothing, num_classes=nb_classes)
+def build_mixup(args, nb_classes: int) -> Callable | None:
+    mixup, smoothing = None, 0 if args.multi_label else args.smoothing
+    if mixes(args):
+        strengths = args.mixup, args.cutmix, args.cutmix_minmax, args.mixup_prob, args.mixup_switch_prob
+        mixup = Mixup(*strengths, mode=args.mixup_mode, label_smoothing=smoothing, num_classes=nb_classes)
+    return MixedLabels(mixup) if args.multi_label else mixup
 
 
-def build_criterion(args, mixup: Mixup | None, class_weights: torch.Tensor | None = None) -> Callable:
+def build_criterion(args, mixup: Callable | None, class_weights: torch.Tensor | None = None) -> Callable:
+    if args.multi_label:
+        return BinaryCrossEntropy(0.0, args.bce_target_thresh, class_weights)
     if class_weights is not None:  # the loader divides by the weights of a step, see `Batch`
         weighted = nn.CrossEntropyLoss(class_weights, reduction="sum", label_smoothing=0 if mixup else args.smoothing)
         return lambda logits, labels: weighted(logits, labels) / len(logits)
@@ -304,7 +308,7 @@ def train(args, amp: Amp, run: Run) -> None:
         evaluates = eval_loader is not None and run.due(epoch, args.eval_freq)
         scores, report = {}, None
         if evaluates:
-            if epoch + 1 == args.epochs or args.patience or args.best_metric in METRICS:
+            if epoch + 1 == args.epochs or args.patience or args.best_metric in METRICS or args.multi_label:
                 report = build_reporter(args, f"epoch {epoch}", eval_loader.dataset, classes, nb_classes)
             scores = score(model, ema if args.model_ema_eval else None, eval_loader, amp, report)
         run.record(epoch, stats, scores)

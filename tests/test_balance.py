@@ -72,7 +72,7 @@ class Rows(Dataset):
 
 def loader_of(dataset, batch_size, update_freq=1, weight=None, **flags):
     args = SimpleNamespace(batch_size=batch_size, update_freq=update_freq, num_workers=0, pin_mem=False, seed=0)
-    vars(args).update({"data_set": "x"} | flags)
+    vars(args).update({"data_set": "x", "multi_label": False} | flags)
     return datasets.build_train_loader(dataset, args, class_weights=weight)
 
 

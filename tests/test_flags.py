@@ -19,7 +19,7 @@ MEANT = {
     "lr blr min_lr local_rank max_bad_images mean mixup mixup_prob mixup_switch_prob momentum decoder_depth "
     "model_ema_decay nodata num_workers opt_betas opt_eps reprob save_ckpt_steps seed seeds split_seed smoothing "
     "start_epoch stage vis_freq warmup_epochs warmup_steps weight_decay weight_decay_end images tolerance "
-    "num_classes max_requeues patience freeze_stages",
+    "num_classes max_requeues patience freeze_stages bce_target_thresh",
     str(2**64): "mean nodata",
     "-1": "mean nodata local_rank warmup_steps",
     **dict.fromkeys(("nan", "inf", "text"), "sbatch"),  # long options without a value

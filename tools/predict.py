@@ -39,7 +39,7 @@ from utils.errors import refuse, run_cli
 from utils.knn import pooled_features
 from utils.metrics import Progress
 from utils.pictures import captioned, shortened
-from utils.report import as_csv, write_file
+from utils.report import as_csv, gathered, write_file
 from utils.settings import as_trained
 
 log = logging.getLogger("fcmae")
@@ -85,10 +85,12 @@ def open_images(args) -> ImageFiles:
 
 
 @torch.inference_mode()
-def predict(model: nn.Module, loader: DataLoader, amp: Amp, top_k: int) -> tuple[torch.Tensor, ...]:
+def predict(
+    model: nn.Module, loader: DataLoader, amp: Amp, top_k: int, several: bool = False
+) -> tuple[torch.Tensor, ...]:
     """Of all readable images, in their order: numbers (N,), features (N, D), top classes and probabilities (N, k).
 
-    All processes call it together; the last two have no columns without a head.
+    All processes call it together; the last two have no columns without a head. several: classes are independent.
     """
     model.to(amp.device)
     rows, progress = [], Progress("predict", len(loader), amp.device)
@@ -100,17 +102,13 @@ def predict(model: nn.Module, loader: DataLoader, amp: Amp, top_k: int) -> tuple
             with amp.autocast():
                 features, logits = pooled_features(model, imgs), imgs.new_empty(len(imgs), 0)
         highest = logits.topk(min(top_k, logits.shape[1]), dim=1).indices
-        rows.append([x.cpu() for x in (features, highest, logits.softmax(1).gather(1, highest))])
+        shares = logits.sigmoid() if several else logits.softmax(1)
+        rows.append([x.cpu() for x in (features, highest, shares.gather(1, highest))])
         progress.samples += len(imgs)
         if progress.due(step):
             progress.line(step)
-    mine = [torch.tensor(loader.read), *map(torch.cat, zip(*rows, strict=True))] if rows else None
-    parts = [part for part in distributed.gather(mine) if part]
-    if not parts:
-        return (torch.empty(0, dtype=torch.int64), *(torch.empty(0, 0) for _ in range(3)))
-    columns = [torch.cat(column) for column in zip(*parts, strict=True)]
-    order = columns[0].argsort()
-    return tuple(column[order] for column in columns)
+    mine = [torch.tensor(loader.read), *map(torch.cat, zip(*rows, strict=True))] if rows else []
+    return gathered(mine) or (torch.empty(0, dtype=torch.int64), *(torch.empty(0, 0) for _ in range(3)))
 
 
 def table(paths: list[str], names: list[list[str]], shares: list[list[float]], as_json: bool) -> bytes:
@@ -128,7 +126,8 @@ def table(paths: list[str], names: list[list[str]], shares: list[list[float]], a
 def least_certain(dataset: Dataset, columns: tuple[torch.Tensor, ...], classes: list[str], args):
     """A picture of at most --grid_images images with their names and probabilities, the least certain first."""
     indices, _, top, probabilities = columns
-    first = probabilities[:, 0].argsort(stable=True)[: args.grid_images].tolist()
+    certain = (probabilities - 0.5).abs().amin(1) if args.multi_label else probabilities[:, 0]
+    first = certain.argsort(stable=True)[: args.grid_images].tolist()
     pictures = torch.stack([dataset[i][0] for i in indices[first].tolist()])
     mean, std = (torch.tensor(x).view(-1, 1, 1) for x in datasets.picture_mean_std(args))
     captions = []
@@ -159,7 +158,7 @@ def get_args_parser() -> ArgumentParser:
     add_bool(parser, "--pin_mem", True, "page-locked host memory for faster copies to the GPU")
     add_device_arguments(parser)
     launched = {"world_size": 1, "local_rank": -1, "dist_on_itp": False, "dist_url": "env://", "dist_timeout": None}
-    parser.set_defaults(data_set="image_folder", depth=None, **launched)
+    parser.set_defaults(data_set="image_folder", depth=None, multi_label=False, **launched)
     return parser
 
 
@@ -194,7 +193,7 @@ def main(args) -> None:
                 refuse(os.path.isdir(path), f"--{flag} {path}: is a folder; give a file in it")
                 folder = path and os.path.dirname(os.path.abspath(path))
                 folders.enter_context(prepared_output_dir(folder, f"--{flag}"))
-            columns = predict(model, loader, Amp(device, args.use_amp, torch.bfloat16), args.top_k)
+            columns = predict(model, loader, Amp(device, args.use_amp, torch.bfloat16), args.top_k, args.multi_label)
             bad = sum(distributed.gather(len(loader.bad)))
             if distributed.is_main_process():
                 write_all(args, dataset, classes, columns)

@@ -195,6 +195,9 @@ def check_same_run(path: Path, state: dict, flags: dict, classes: list[str] | No
     opt = flags.get("opt")
     if opt and (was := str(state.get("args", {}).get("opt", opt))).lower() != opt.lower():
         raise UsageError(f"--opt {opt}: {path} was trained with {was}, whose state does not fit")
+    several, was = (bool(x.get("multi_label")) for x in (flags, state.get("args", {})))
+    if several != was:
+        raise UsageError(f"--multi_label {several}: {path} was trained with {was}; go on with that")
     split, was = (x.get("val_split") and (x["val_split"], x.get("split_seed")) for x in (flags, state.get("args", {})))
     if split != was:  # other images would then be held out than were not trained on
         shown = f"--val_split {was[0]} --split_seed {was[1]}" if was else "no --val_split"

@@ -12,6 +12,7 @@ from .args import (
     device,
     finite,
     fraction,
+    given,
     matching,
     not_negative,
     part,
@@ -21,6 +22,7 @@ from .args import (
     whole,
 )
 from .data.images import Reading
+from .errors import refuse
 from .weights import MODEL_KEY
 
 CROP_HELP = "evaluation crop; where not given: 224/256, 1 up to 32 px, from 384 px on the whole, warped"
@@ -132,14 +134,21 @@ def add_training_arguments(parser: ArgumentParser) -> None:
     add("--wandb", default="", metavar="PROJECT", help="send the curves to Weights & Biases as well")
 
 
-def add_finetune_arguments(parser: ArgumentParser) -> None:
-    """What fine-tuning reads in training alone: the network, the optimizer, augmentation, the moving average."""
-    add, add_switch = add_group(parser, "fine-tuning")
-    add("--images_per_class", type=whole(1), default=None, help="train on the first so many images of each class alone")
+def add_class_arguments(parser: ArgumentParser) -> None:
+    """Classes of unequal size, and several labels an image."""
+    add, add_switch = add_group(parser, "classes")
     weights_help = "weights of the classes' losses: balanced (images / classes / the class's images), or a file with a "
     weights_help += "class and a number a line; the sum over a step is divided by its images' weights, as torch does"
     add("--class_weights", default="", metavar="balanced|FILE", help=weights_help)
     add_switch("--balanced_sampling", False, "show each class equally often; an epoch has as many images as without")
+    thresh_help = "of --multi_label, what Mixup makes of labels: 1 above this, else 0; where not given, shares"
+    add("--bce_target_thresh", type=below_one, default=None, help=thresh_help)
+
+
+def add_finetune_arguments(parser: ArgumentParser) -> None:
+    """What fine-tuning reads in training alone: the network, the optimizer, augmentation, the moving average."""
+    add, add_switch = add_group(parser, "fine-tuning")
+    add("--images_per_class", type=whole(1), default=None, help="train on the first so many images of each class alone")
     head_help = "the head, which is new, starts with std 0.02 times this"
     add("--head_init_scale", type=not_negative, default=0.001, help=head_help)
     add("--drop_path", type=below_one, default=0.0, help="stochastic depth of the last block")
@@ -151,11 +160,13 @@ def add_finetune_arguments(parser: ArgumentParser) -> None:
     add_switch("--linear_probe", False, "freeze the encoder, train a linear head; see recipes/linear_probe.args")
     add("--eval_freq", type=whole(1), default=1, help="epochs between evaluations; the last always has one")
     add_switch("--disable_eval", False, "train without evaluating")
-    metrics = ("acc1", "balanced_acc", "f1", "loss")
-    add("--best_metric", choices=metrics, default="acc1", help="of an evaluation, by which checkpoint-best.pth is")
+    best_help = "of an evaluation, by which checkpoint-best.pth is; of several labels, map where not given"
+    metrics = ("acc1", "balanced_acc", "f1", "loss", "map")
+    add("--best_metric", choices=metrics, default="acc1", help=best_help)
     patience_help = "evaluations in a row with no better --best_metric, of model or average, that end the run"
     add("--patience", type=whole(0), default=0, help=f"{patience_help}; 0: none do")
 
+    add_class_arguments(parser)
     add, _ = add_group(parser, "optimizer")
     add("--opt", default="adamw", help="any optimizer of timm's factory")
     add("--opt_eps", type=fraction, default=1e-8, help="the optimizer's epsilon")
@@ -196,12 +207,28 @@ def add_evaluation_arguments(parser: ArgumentParser) -> None:
     add("--model_prefix", default="", help="take only the weights under this prefix, without it")
     eval_help = "only evaluate --resume, or --finetune with its head; model and images are as in its training"
     add_switch("--eval", False, eval_help)
+    several_help = "images have any number of labels: lists with cat;dog, binary cross entropy, mAP and F1"
+    add_switch("--multi_label", False, several_help)
     csv_file = matching(r"(?s).+\.csv", "a file that ends in .csv")
     predictions_help = "write path, label, prediction and probability of each evaluated image; in training, at its end"
     add("--predictions", type=csv_file, default="", metavar="FILE.csv", help=predictions_help)
     add_switch("--dist_eval", True, "spread the evaluation over the processes")
     add_switch("--model_ema_eval", False, "evaluate the moving average after each epoch, beside the model")
     add_switch("--imagenet_default_mean_and_std", True, "normalise as ImageNet models do; false: as Inception")
+
+
+def check_labels(args: Namespace) -> None:
+    """Refuse what has no meaning for one label an image, or for several; these are best by mAP. Raises UsageError."""
+    both = args.class_weights and args.balanced_sampling
+    refuse(both, "--class_weights and --balanced_sampling: either makes up for unequal classes; give one")
+    if args.multi_label and "best_metric" not in given(args):
+        args.best_metric = "map"
+    wrong = {"map": not args.multi_label} | dict.fromkeys(("acc1", "balanced_acc"), args.multi_label)
+    which = f"is of {'one label' if args.multi_label else 'several labels'} an image; give f1 or loss"
+    refuse(wrong.get(args.best_metric), f"--best_metric {args.best_metric}: {which}")
+    for name in ("images_per_class", "balanced_sampling") if args.multi_label else ():
+        no_class = f"--{name} and --multi_label true: images have no class of their own; leave one out"
+        refuse(getattr(args, name), no_class)
 
 
 def idle_flags(args: Namespace, use_amp: bool) -> list[tuple[str, object, str]]:

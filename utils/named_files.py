@@ -4,7 +4,7 @@ import logging
 import os
 
 from .args import given
-from .data.files import LISTS, ClassFolders, ImageFiles, ImageList, ImageTree
+from .data.files import LISTS, ClassFolders, ImageFiles, ImageList, ImageTree, MultiLabelList
 from .data.splits import parts, split_folders
 from .data.tars import open_tar, tar_shards
 from .errors import UsageError, refuse
@@ -51,7 +51,7 @@ def labelled_files(is_train: bool, args, classes: list[str] | None = None) -> Im
     if untold and (_listed(True, args) or os.path.isdir(root := _class_root(True, args)[0]) or tar_shards(root)):
         classes = labelled_files(True, args).classes
     dataset = _open(of_training, args, classes)
-    alone = of_training and len(dataset.classes) < 2
+    alone = of_training and len(dataset.classes) < 2 and not getattr(dataset, "several", False)
     refuse(alone, f"{dataset.source}: has one class alone, {dataset.classes[0]}; at least two are needed")
     if not share:
         return dataset
@@ -72,9 +72,12 @@ def _share(args) -> float | None:
 
 def _open(is_train: bool, args, classes: list[str] | None = None, labelled: bool = True) -> ImageFiles:
     nb_classes = getattr(args, "nb_classes", None)
+    several = labelled and getattr(args, "multi_label", False)
     if listed := _listed(is_train, args):
-        return ImageList(*listed, (classes or []) if labelled else None, args.in_chans, nb_classes)
+        of_labels = (classes or []) if labelled else None, args.in_chans, nb_classes
+        return (MultiLabelList if several else ImageList)(*listed, *of_labels)
     root, flag = _class_root(is_train, args)
+    refuse(several, f"--multi_label true: {flag} {root} is no list, which tells several labels of an image")
     if tar_shards(root):
         return open_tar(root, flag, args.in_chans, classes, labelled, nb_classes)
     if labelled:

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import compress
 from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
@@ -25,26 +26,37 @@ log = logging.getLogger("fcmae")
 SHOWN = 50  # classes in the picture and the table
 MATRIX = 1000  # classes up to which report.json holds the whole matrix
 BINS = 15  # of the calibration error
-AVERAGES = ("macro", "weighted")
+AVERAGES = ("macro", "weighted", "micro")
+SCORES = ("precision", "recall", "f1", "support")
 METRICS = {  # of --best_metric, in percent, what is of the report
     "balanced_acc": lambda report: 100 * report["balanced_accuracy"],
     "f1": lambda report: 100 * report["macro"]["f1"],
+    "map": lambda report: 100 * report["mean_average_precision"],
+    "f1_micro": lambda report: 100 * report["micro"]["f1"],
 }
+OF_LABELS = ("map", "f1", "f1_micro")  # what an evaluation tells of several labels an image
 
 
 class Answers(NamedTuple):
-    """What a classifier says of images: their numbers in the data set, labels, top-1 and its probability, (N,) each."""
+    """What a classifier says of images: their numbers in the data set, labels, top-1 and its probability, (N,) each.
+
+    Of several labels an image, the last three are (N, classes): what it has, what is predicted, probabilities.
+    """
 
     indices: torch.Tensor
     labels: torch.Tensor
     predictions: torch.Tensor
     probabilities: torch.Tensor
 
-    def gathered(self) -> "Answers":
-        """Of all processes, in the order of the data set; all call it together."""
-        columns = [torch.cat(column) for column in zip(*gather(self), strict=True)]
-        order = columns[0].argsort(stable=True)
-        return Answers(*(column[order] for column in columns))
+
+def gathered(mine: list[torch.Tensor], spread: bool = True) -> tuple[torch.Tensor, ...]:
+    """Columns of all processes, or if not `spread` of this one, in the order of the first; () where there are none.
+
+    mine: of this process, [] where it has no rows.
+    """
+    parts = [part for part in (gather(mine) if spread else [mine]) if part]
+    columns = [torch.cat(column) for column in zip(*parts, strict=True)]
+    return tuple(column[columns[0].argsort(stable=True)] for column in columns)
 
 
 def calibration_error(answers: Answers) -> float:
@@ -63,36 +75,69 @@ def count_pairs(answers: Answers, chosen: torch.Tensor, count: int) -> torch.Ten
     return cells.bincount(minlength=len(chosen) ** 2).view(len(chosen), -1)
 
 
+def average_precision(labels: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    """Of each class the sum over thresholds of precision times the step of recall: (N, classes) both -> (classes,).
+
+    That is the mean, over the images that have the label, of the precision among those that score as high; 0 of none.
+    """
+    found = []
+    for label, score in zip(labels.T, scores.T.contiguous(), strict=True):
+        theirs = score[label].sort().values
+        true, images = (len(x) - torch.searchsorted(x, theirs) for x in (theirs, score.sort().values))
+        found.append((true.double() / images).mean().nan_to_num(0))
+    return torch.stack(found)
+
+
+def f_scores(true: torch.Tensor, support: torch.Tensor, predicted: torch.Tensor) -> torch.Tensor:
+    """Precision, recall and F1, (..., 3), of the numbers of right predictions, of labels and of predictions."""
+    true = true.double()
+    return torch.stack([true / predicted, true / support, 2 * true / (support + predicted)], -1).nan_to_num(0)
+
+
 def summarise(answers: Answers, classes: list[str], stats: dict[str, float]) -> dict:
     """What report.json holds; what is 0 / 0 counts as 0.
 
-    macro: over the classes that are a label or a prediction; balanced accuracy: over those that are a label.
+    macro: over the classes that are a label or a prediction; balanced accuracy: over those that are a label. Of several
+    labels an image, as in scikit-learn, all averages are over all classes.
     """
-    count, names = len(classes), ("precision", "recall", "f1", "support")
-    hits = answers.labels[answers.labels == answers.predictions]
-    true, support, predicted = (x.bincount(minlength=count).double() for x in (hits, *answers[1:3]))
-    shares = torch.stack([true / predicted, true / support, 2 * true / (support + predicted)], 1).nan_to_num(0)
-    occurs = support + predicted > 0
-    averages = dict(zip(AVERAGES, (shares[occurs].mean(0), support @ shares / support.sum()), strict=True))
-    found = {name: value if math.isfinite(value) else None for name, value in stats.items()}  # JSON has no NaN
-    error = calibration_error(answers)
+    several = answers.labels.dim() == 2
+    labels, predictions = answers[1:3]
+    hits = labels & predictions if several else labels[labels == predictions]
+    columns = (hits, labels, predictions)
+    true, support, predicted = (x.sum(0) if several else x.bincount(minlength=len(classes)) for x in columns)
+    shares = f_scores(true, support, predicted)
+    occurs, images = (support + predicted > 0) | several, support.double()
+    averages = dict(zip(AVERAGES, (shares[occurs].mean(0), images @ shares / images.sum()), strict=False))
+    found: dict = {name: value if math.isfinite(value) else None for name, value in stats.items()}  # JSON has no NaN
     found["images"] = len(answers.labels)
-    found["balanced_accuracy"] = shares[support > 0, 1].mean().item()
-    found["expected_calibration_error"] = error if math.isfinite(error) else None
+    found["classes"] = rows = [
+        {"name": name} | dict(zip(SCORES, (*row, count), strict=True))
+        for name, row, count in zip(classes, shares.tolist(), support.tolist(), strict=True)
+    ]
+    if several:
+        averages["micro"] = f_scores(true.sum(), support.sum(), predicted.sum())
+        precision = average_precision(answers.labels, answers.probabilities).tolist()
+        found["mean_average_precision"] = sum(precision) / len(classes)
+        for row, value in zip(rows, precision, strict=True):
+            row["average_precision"] = value
+    else:
+        found |= confusions(answers, classes) | {"balanced_accuracy": shares[support > 0, 1].mean().item()}
     for name, values in averages.items():
-        found[name] = dict(zip(names, values.tolist(), strict=False))
-    wrong = answers.labels != answers.predictions
+        found[name] = dict(zip(SCORES, values.nan_to_num(0).tolist(), strict=False))
+    return found
+
+
+def confusions(answers: Answers, classes: list[str]) -> dict:
+    """Of report.json, how far probabilities can be trusted, and what is taken for what."""
+    error, wrong = calibration_error(answers), answers.labels != answers.predictions
+    found = {"expected_calibration_error": error if math.isfinite(error) else None}
     pairs = Counter(zip(answers.labels[wrong].tolist(), answers.predictions[wrong].tolist(), strict=True))
     found["most_confused"] = [
         {"label": classes[i], "prediction": classes[j], "images": images}
         for (i, j), images in sorted(pairs.items(), key=lambda x: (-x[1], x[0]))[:20]
     ]
-    found["classes"] = [
-        {"name": name} | dict(zip(names, (*row, images), strict=True))
-        for name, row, images in zip(classes, shares.tolist(), support.int().tolist(), strict=True)
-    ]
-    if count <= MATRIX:
-        found["confusion_matrix"] = count_pairs(answers, torch.arange(count), count).tolist()
+    if len(classes) <= MATRIX:
+        found["confusion_matrix"] = count_pairs(answers, torch.arange(len(classes)), len(classes)).tolist()
     return found
 
 
@@ -101,14 +146,20 @@ def table(report: dict) -> list[str]:
     rows = report["classes"]
     if len(rows) > SHOWN:
         rows = sorted((row for row in rows if row["support"]), key=itemgetter("f1"))[:SHOWN]
-    averages = [report[name] | {"name": f"{name} average", "support": report["images"]} for name in AVERAGES]
+    known = filter(report.get, AVERAGES)
+    averages = [report[name] | {"name": f"{name} average", "support": report["images"]} for name in known]
     width = max(len(row["name"]) for row in (*rows, *averages))
-    lines = [f"{'class':{width}}  precision  recall      F1  support"]
+    several, ap = "mean_average_precision" in report, "average_precision"
+    lines = [f"{'class':{width}}  precision  recall      F1  support" + "      AP" * several]
     for row in (*rows, *averages):
         scores = f"{row['precision']:9.4f}  {row['recall']:6.4f}  {row['f1']:6.4f}  {row['support']:7}"
-        lines.append(f"{row['name']:{width}}  {scores}")
+        lines.append(f"{row['name']:{width}}  {scores}" + (f"  {row[ap]:6.4f}" if ap in row else ""))
     if len(rows) < len(report["classes"]):
         lines.append(f"these are the {len(rows)} of {len(report['classes'])} classes with the lowest F1")
+    if several:
+        absent = [row["name"] for row in report["classes"] if not row["support"]]
+        told = f"; {len(absent)} classes that no image has count as 0: {', '.join(absent[:10])}" if absent else ""
+        return [*lines, f"mean average precision {report['mean_average_precision']:.4f}{told}"]
     error = report["expected_calibration_error"]
     error = math.nan if error is None else error
     lines.append(f"balanced accuracy {report['balanced_accuracy']:.4f}, expected calibration error {error:.4f}")
@@ -161,7 +212,8 @@ class Reporter:
             return {}
         report = {"evaluated": self.evaluated + suffix} | summarise(answers, self.classes, stats)
         self.found.append((answers, report, suffix))
-        return {self.metric: METRICS[self.metric](report)} if self.metric in METRICS else {}
+        told = OF_LABELS if answers.labels.dim() == 2 else {self.metric} & METRICS.keys()
+        return {name: METRICS[name](report) for name in told}
 
     def write(self) -> None:
         """Write, in the first process, what was kept. Raises UsageError where that fails, unless in training."""
@@ -169,19 +221,26 @@ class Reporter:
             self._write(*kept)
 
     def _write(self, answers: Answers, report: dict, suffix: str) -> None:
-        classes, count = self.classes, len(self.classes)
+        classes, count, several = self.classes, len(self.classes), answers.labels.dim() == 2
         for line in table(report):
             log.info("%s", line)
         files: dict[Path, Callable] = {}
         if self.output_dir:
-            chosen, content = most_confused(answers, count), json.dumps(report, indent=1).encode()
-            picture = confusion_picture(count_pairs(answers, chosen, count), [classes[i] for i in chosen])
+            content = json.dumps(report, indent=1).encode()
             files[Path(self.output_dir) / f"report{suffix}.json"] = lambda file: file.write(content)
-            files[Path(self.output_dir) / f"confusion{suffix}.png"] = partial(picture.save, format="png")
+            if not several:
+                chosen = most_confused(answers, count)
+                picture = confusion_picture(count_pairs(answers, chosen, count), [classes[i] for i in chosen])
+                files[Path(self.output_dir) / f"confusion{suffix}.png"] = partial(picture.save, format="png")
         if self.predictions:
             path, rows = Path(self.predictions), [("path", "label", "prediction", "probability")]
             for i, label, prediction, probability in zip(*(column.tolist() for column in answers), strict=True):
-                rows.append((self.path_of(i), classes[label], classes[prediction], f"{probability:.6f}"))
+                if several:
+                    names = (";".join(compress(classes, chosen)) for chosen in (label, prediction))
+                    shares = ";".join(f"{share:.6f}" for share in compress(probability, prediction))
+                    rows.append((self.path_of(i), *names, shares))
+                else:
+                    rows.append((self.path_of(i), classes[label], classes[prediction], f"{probability:.6f}"))
             files[path.with_stem(path.stem + suffix)] = lambda file: file.write(as_csv(rows))
         try:
             for path, write in files.items():

@@ -5,11 +5,13 @@ import csv
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain, islice
 from pathlib import Path
 from statistics import median_low
 from typing import TypeVar
 
+import torch
 from torch.utils.data import Dataset
 
 from ..errors import UsageError, suggest
@@ -103,12 +105,17 @@ def describe(dataset: ImageFiles, found: Survey, input_size: tuple[int, int]) ->
     if small := sum(h < input_size[0] or w < input_size[1] for h, w in found.sizes):
         log.info("%d of %d images are smaller than --input_size %s and enlarged", small, sample, input_size)
     if classes := getattr(dataset, "classes", None):
-        sizes = Counter(dataset.targets)
+        sizes = Counter(each_label(dataset.targets))
         ranked = sorted((sizes[i], name) for i, name in enumerate(classes))
         told = [f"{ranked[i][0]} ({ranked[i][1]})" for i in (0, len(ranked) // 2, -1)]
         log.info("images per class: smallest %s, median %s, largest %s", *told)
         if few := [f"{name} {count}" for count, name in ranked if count < 10]:
             log.info("%d of %d classes have fewer than 10 images: %s", len(few), len(classes), ", ".join(few[:10]))
+
+
+def each_label(targets: Sequence) -> Iterator[int]:
+    """The labels of all samples, whether each has one or a tuple of them."""
+    return chain.from_iterable(x if isinstance(x, tuple) else (x,) for x in targets)
 
 
 def _image_names(root: str, flag: str, in_chans: int) -> tuple[dict[str, list[str]], Counter]:
@@ -185,6 +192,8 @@ class ImageList(ImageFiles):
     which names the line, for one that cannot be understood, and where none of the files is there.
     """
 
+    several = False  # labels a line
+
     def __init__(
         self, file: str, flag: str, root: str | None, classes: list[str] | None = None, in_chans: int = 3,
         nb_classes: int | None = None,
@@ -196,7 +205,7 @@ class ImageList(ImageFiles):
                 continue
             path, label = split(line)
             if path.lower().endswith(EXTENSIONS):
-                fault = "" if label or classes is None else "has no label"
+                fault = "" if label or classes is None or self.several else "has no label"
             elif not (paths or header) and _is_header(line):
                 split, header = by_columns(line), True
                 continue
@@ -219,8 +228,32 @@ class ImageList(ImageFiles):
             log.info("%s", found)
         targets = [0] * len(paths)
         if classes is not None:
-            self.classes, targets = number_labels(labels, where, source, classes, nb_classes)
+            self.classes, targets = self.number(labels, where, source, classes, nb_classes)
         super().__init__(paths, targets, in_chans, source, Counter())
+
+    def number(self, labels: list[str], *of_labels) -> tuple[list[str], list]:
+        if found := next((label for label in labels if ";" in label), ""):
+            log.warning("%s: %r is taken for one class; --multi_label true would split it at ';'", of_labels[1], found)
+        return number_labels(labels, *of_labels)
+
+
+class MultiLabelList(ImageList):
+    """The same with labels that ";" separates, or none; a sample's are float32 (classes,), 1 for those that it has."""
+
+    several = True
+
+    def number(self, labels: list[str], where: list[str], source: str, *of_labels) -> tuple[list[str], list]:
+        names = [[name.strip() for name in label.split(";") if name.strip()] for label in labels]
+        if not any(names):
+            raise UsageError(f"{source}: holds no labels; a line is a path, a comma, and labels as in cat;dog")
+        places = [place for place, found in zip(where, names, strict=True) for _ in found]
+        classes, flat = number_labels([*chain.from_iterable(names)], places, source, *of_labels)
+        numbers = iter(flat)
+        return classes, [tuple(islice(numbers, len(found))) for found in names]
+
+    def __getitem__(self, index: int):
+        image, numbers = super().__getitem__(index)
+        return image, torch.zeros(len(self.classes)).index_fill(0, torch.tensor(numbers, dtype=torch.int64), 1)
 
 
 def _lines(file: str, source: str) -> list[str]:

@@ -134,11 +134,11 @@ class BadImages(dict):
 
 
 class EvalLoader(DataLoader):
-    """Batches of the readable images of a data set. bad: the others, in the last pass."""
+    """Batches of the readable images of a data set. bad: the others, in the last pass. several: labels an image."""
 
     def __init__(self, dataset: Dataset, **options):
         super().__init__(EvalSamples(dataset), collate_fn=collate, **options)
-        self.bad = BadImages("not evaluated")
+        self.bad, self.several = BadImages("not evaluated"), getattr(dataset, "several", False)
 
     @property
     def read(self) -> list[int]:

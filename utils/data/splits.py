@@ -29,7 +29,7 @@ def parts(dataset: ImageFiles, share: float | None, seed: int = 0) -> tuple[Imag
     """
     by_class, held = defaultdict(list), set()
     for i, label in enumerate(dataset.targets):
-        by_class[label].append(i)
+        by_class[() if isinstance(label, tuple) else label].append(i)  # of several labels, all images are one class
     for indices in by_class.values():
         if share is None:
             held.update(indices[4::5])
