@@ -2,20 +2,22 @@
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import timm
 import torch
+from PIL import Image
 from safetensors.torch import save_file
+from torchvision.transforms.v2 import Compose, ToDtype
 
 from models.convnextv2 import ConvNeXtV2, name_of
 from utils import layouts, weights
+from utils.data.transforms import eval_transform
 
 OPSET = 18
 ONE_FILE = 2**31 - 2**24  # bytes of weights that an ONNX file may hold, with room for its graph
-
-Outputs = list[torch.Tensor]  # logits, without a head the pooled features; then, where there are some, the four maps
 
 
 class Source(NamedTuple):
@@ -26,6 +28,21 @@ class Source(NamedTuple):
     normalisation: dict[str, tuple[float, ...]]  # mean and std, empty where neither file nor convention tells
     crop_pct: float | None  # None: the whole image is warped to input_size
     classes: list[str]  # empty where the checkpoint does not name them
+    depth: int  # as --depth
+
+    @property
+    def mode(self) -> str | None:
+        """In which Pillow opens such images; None: in none, so that libraries are given tensors (C, H, W)."""
+        return {1: "L", 3: "RGB"}.get(self.model.in_chans) if self.depth == 8 else None
+
+
+class Client(NamedTuple):
+    """An exported model as its library loads it, and how that prepares an image."""
+
+    forward: Callable[[torch.Tensor], torch.Tensor]  # logits, without a head the pooled features
+    prepare: Callable[[Image.Image | torch.Tensor], torch.Tensor] | None = None  # an image -> (C, H, W)
+    mode: str | None = None  # in which it opens images; None: not by Pillow, it is given what --eval reads
+    stages: Callable[[torch.Tensor], list[torch.Tensor]] = lambda x: []  # the four maps, where the library gives them
 
 
 class Exported(NamedTuple):
@@ -33,8 +50,7 @@ class Exported(NamedTuple):
 
     files: list[Path]
     recipes: list[str]
-    library: str  # a package's name
-    load: Callable[[], Callable[[torch.Tensor], Outputs]]  # raises ImportError where the library is not there
+    load: Callable[[], Client]  # raises ImportError where the library is not there
 
 
 def classifier(config: weights.BackboneConfig) -> ConvNeXtV2:
@@ -62,10 +78,9 @@ def write_safetensors(source: Source, file: Path) -> Exported:
     save_state(source.model.state_dict(), file)
 
     def load():
-        ours = weights.load_checkpoint(file, classifier, whole=True).model
-        return lambda x: [ours(x)]
+        return Client(weights.load_checkpoint(file, classifier, whole=True).model)
 
-    return Exported([file], [f"safetensors.torch.load_file({str(file)!r})"], "safetensors", load)
+    return Exported([file], [f"safetensors.torch.load_file({str(file)!r})"], load)
 
 
 def write_timm(source: Source, file: Path) -> Exported:
@@ -99,7 +114,7 @@ def write_timm(source: Source, file: Path) -> Exported:
         },
         **({"label_names": source.classes} if source.classes else {}),  # where timm and transformers look
     }
-    in_folder = file.name == TARGETS["timm"][1]
+    in_folder = file.name == "model.safetensors"
     files = [file, save_json(config, file.with_name("config.json") if in_folder else file.with_suffix(".json"))]
     if in_folder and hasattr(timm.models._hub, "load_model_config_from_path"):  # from timm 1.0.26 on
         name, call = f"local-dir:{file.parent}", {"pretrained": True}
@@ -112,9 +127,9 @@ def write_timm(source: Source, file: Path) -> Exported:
         for kwargs in (call, features_call)
     ]
     recipes[1] += "  # four feature maps, for detection and segmentation"
-    if model.in_chans != 3:
-        pictures = "pictures are to be .convert('L')" if model.in_chans == 1 else "its transforms take no such images"
-        recipes.append(f"# timm opens pictures as RGB: of {model.in_chans} channels, {pictures}")
+    if source.mode != "RGB":
+        instead = "images.convert('L')" if source.mode else "float tensors (C, H, W), bytes / 255"
+        recipes.append(f"# timm's scripts open pictures as RGB; give its transforms {instead}")
     if source.classes:
         files.append(file.with_name("class_map.txt" if in_folder else f"{file.stem}.class_map.txt"))
         files[-1].write_text("".join(f"{name}\n" for name in source.classes))
@@ -123,9 +138,26 @@ def write_timm(source: Source, file: Path) -> Exported:
 
     def load():
         whole, features = (timm.create_model(name, **kwargs).eval() for kwargs in (call, features_call))
-        return lambda x: [whole(x), *features(x)]
+        transform = timm.data.create_transform(**timm.data.resolve_model_data_config(whole))
+        return Client(whole, Compose([ToDtype(torch.float32, scale=True), transform]), source.mode, features)
 
-    return Exported(files, recipes, "timm", load)
+    return Exported(files, recipes, load)
+
+
+def load_hf(source: Source, folder: Path, kind: str) -> Client:
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    theirs = getattr(transformers, kind).from_pretrained(folder).eval()
+    processor = transformers.AutoImageProcessor.from_pretrained(folder)
+
+    def prepare(image) -> torch.Tensor:
+        if source.mode == "RGB":
+            image = transformers.image_utils.load_image(image)  # as pipelines do: turned as EXIF data say
+        return processor(image, return_tensors="pt")["pixel_values"][0]
+
+    output = "logits" if source.model.num_classes else "pooler_output"
+    return Client(lambda x: getattr(theirs(x), output), prepare, source.mode)
 
 
 def write_hf(source: Source, file: Path) -> Exported:
@@ -157,8 +189,9 @@ def write_hf(source: Source, file: Path) -> Exported:
         "crop_size": {"height": height, "width": width},
         "do_convert_rgb": model.in_chans == 3,
         "resample": 3,  # bicubic
-        "do_rescale": True,
+        "do_rescale": source.depth == 8,
         "rescale_factor": 1 / 255,
+        **({} if source.mode else {"input_data_format": "channels_first"}),
         "do_normalize": bool(source.normalisation),
         **{f"image_{name}": values for name, values in source.normalisation.items()},
     }
@@ -168,24 +201,17 @@ def write_hf(source: Source, file: Path) -> Exported:
         save_json(preprocessor, folder / "preprocessor_config.json"),
     ]
 
-    def load():
-        import transformers
-
-        transformers.utils.logging.disable_progress_bar()
-        theirs = getattr(transformers, kind).from_pretrained(folder).eval()
-        return lambda x: [theirs(x).logits if model.num_classes else theirs(x).pooler_output]
-
     recipes = [f"transformers.{name}.from_pretrained({str(folder)!r})" for name in (kind, "AutoImageProcessor")]
     if crop and not keeps_ratio:
         recipes[1] += f"  # warps images that are not {height} : {width}, which --eval crops"
     elif crop and crop < 1:
         recipes[1] += "  # where its crop has no exact centre, it begins a pixel before that of --eval"
-    if model.in_chans != 3:
-        pictures = "give the processor images.convert('L')" if model.in_chans == 1 else "give the model tensors"
-        recipes.append(f"# pipelines open pictures as RGB, which {model.in_chans} channels cannot take: {pictures}")
-    elif model.num_classes:
+    if model.num_classes:
         recipes.append(f"transformers.pipeline('image-classification', model={str(folder)!r})")
-    return Exported(files, recipes, "transformers", load)
+    if source.mode != "RGB":
+        instead = "give the processor images.convert('L'), pipelines" if source.mode else "give processor and pipelines"
+        recipes.append(f"# pipelines open pictures as RGB; {instead} tensors (C, H, W) (from transformers 5 on)")
+    return Exported(files, recipes, partial(load_hf, source, folder, kind))
 
 
 def write_onnx(source: Source, file: Path) -> Exported:
@@ -210,18 +236,24 @@ def write_onnx(source: Source, file: Path) -> Exported:
         import onnxruntime
 
         session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
-        return lambda x: [torch.from_numpy(out) for out in session.run(None, {"images": x.numpy()})]
+        read = {key: json.loads(value) for key, value in session.get_modelmeta().custom_metadata_map.items()}
+
+        def prepare(image) -> torch.Tensor:
+            size, *of_image = (read[key] for key in ("input_size", "crop_pct", "mean", "std"))
+            return eval_transform(size, model.in_chans, *of_image)(image)
+
+        return Client(lambda x: torch.from_numpy(session.run(None, {"images": x.numpy()})[0]), prepare)
 
     recipe = f"onnxruntime.InferenceSession({str(file)!r}).run(None, {{'images': images}})"
     files = [file, *([Path(f"{file}.data")] if external else [])]
     shape = f"float32 (N, {model.in_chans}, H, W), any N, H and W from {model.patch_size} on"
     meta = "its get_modelmeta().custom_metadata_map has classes, mean, std, input_size and crop_pct as JSON"
-    return Exported(files, [f"{recipe}  # {shape}; opset {OPSET}", meta], "onnxruntime", load)
+    return Exported(files, [f"{recipe}  # {shape}; opset {OPSET}", meta], load)
 
 
-TARGETS = {  # by whom it is written, what the weights are called in a folder, and what a file of them may end in
-    "timm": (write_timm, "model.safetensors", (".safetensors", ".pth")),
-    "hf": (write_hf, "model.safetensors", ()),
-    "safetensors": (write_safetensors, "model.safetensors", (".safetensors",)),
-    "onnx": (write_onnx, "model.onnx", (".onnx",)),
+TARGETS = {  # by whom it is written, for which package, the file in a folder, and what a file of weights may end in
+    "timm": (write_timm, "timm", "model.safetensors", (".safetensors", ".pth")),
+    "hf": (write_hf, "transformers", "model.safetensors", ()),
+    "safetensors": (write_safetensors, "safetensors", "model.safetensors", (".safetensors",)),
+    "onnx": (write_onnx, "onnxruntime", "model.onnx", (".onnx",)),
 }

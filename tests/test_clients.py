@@ -1,0 +1,178 @@
+"""What other libraries make of exported files and real images: the classes that --eval true gives; docs/clients.md."""
+
+import csv
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torchvision.transforms.v2.functional import to_dtype, to_image
+
+import main_finetune
+from models.convnextv2 import ConvNeXtV2
+from tests.small_runs import TINY
+from tests.test_export import READS_FOLDERS, exported, import_onnx, randomised, tool
+from utils.data.images import Reading, decode
+from utils.data.shapes import FIRST_INDEX, draw
+from utils.data.transforms import eval_transform, mean_std
+
+CLASSES = ["1", "10", "2", "B", "a"]  # which natural order, blind to case, has otherwise
+SIDE = 40
+
+
+def write_images(root, in_chans, count=20):
+    """Class folders of drawn images that are not square: JPEGs and PNGs, of five channels arrays."""
+    for i in range(count):
+        pixels = draw(FIRST_INDEX["val"] + i, 0, 64)[:, : 64 - 7 * (i % 3)]
+        file = root / CLASSES[i % 5] / f"{i:02}.{('png', 'jpg')[i % 2]}"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if in_chans == 5:
+            np.save(file.with_suffix(".npy"), np.concatenate([pixels, 255 - pixels[..., :2]], axis=2))
+        else:
+            Image.fromarray(pixels).save(file)
+    return root
+
+
+def write_checkpoint(path, files, **shape):
+    """A classifier whose head is fitted to files in class folders."""
+    model = randomised(ConvNeXtV2(**TINY, num_classes=5, **shape))
+    given = {"mean": [0.4] * 5, "std": [0.3] * 5} if model.in_chans == 5 else {}
+    transform = eval_transform((SIDE, SIDE), model.in_chans, 224 / 256, *mean_std(model.in_chans, *given.values()))
+    x = torch.stack([transform(decode(f.read_bytes(), f.name, Reading(model.in_chans, 8))) for f in files])
+    targets = F.one_hot(torch.tensor([CLASSES.index(file.parent.name) for file in files]), 5).float()
+    with torch.no_grad():
+        features = model.forward_features(x)
+        mean = features.mean(dim=0)
+        model.head.weight.copy_(torch.linalg.pinv(features - mean, rtol=0.02).matmul(targets).T)
+        model.head.bias.copy_(-model.head.weight @ mean)
+    torch.save({"model": model.state_dict(), "classes": CLASSES, "args": {"input_size": SIDE, **given}}, path)
+    return model
+
+
+def by_eval(scripts, checkpoint, folder):
+    """Path -> class, as --eval true --predictions has it."""
+    answers = checkpoint.with_suffix(".csv")
+    flags = ["--eval", "true", "--data_set", "image_folder", "--num_workers", 0, "--device", "cpu"]
+    flags += ["--resume", checkpoint, "--eval_data_path", folder, "--predictions", answers]
+    assert scripts.call(main_finetune, *flags).code == 0
+    return {row["path"]: row["prediction"] for row in csv.DictReader(answers.open())}
+
+
+def read(path, in_chans):
+    """An image as processors and transforms take it: Pillow's, of five channels a tensor."""
+    if in_chans == 5:
+        return decode(Path(path).read_bytes(), path, Reading(5, 8))
+    return Image.open(path).convert("L" if in_chans == 1 else "RGB")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("stem_stride", [4, 2, 1])
+@pytest.mark.parametrize("in_chans", [1, 3, 5])
+def test_every_library_gives_the_classes_of_evaluation(in_chans, stem_stride, scripts, tmp_path):
+    transformers = pytest.importorskip("transformers", minversion="5")
+    folder = write_images(tmp_path / "val", in_chans)
+    files = sorted(file for file in folder.rglob("*.*"))
+    write_checkpoint(tmp_path / "a.pth", files, in_chans=in_chans, stem_stride=stem_stride)
+    expected = by_eval(scripts, tmp_path / "a.pth", folder)
+    assert len(set(expected.values())) >= 3
+
+    exported(tmp_path / "a.pth", "hf", hf := str(tmp_path / "hf"), "--check_on", folder)
+    pipeline = transformers.pipeline("image-classification", model=hf)
+    processor = transformers.AutoImageProcessor.from_pretrained(hf)
+    model = transformers.AutoModelForImageClassification.from_pretrained(hf)
+    for path, name in expected.items():
+        image = read(path, in_chans)
+        logits = model(**processor(image, return_tensors="pt")).logits
+        assert model.config.id2label[int(logits.argmax())] == name
+        assert pipeline(path if in_chans == 3 else to_image(image))[0]["label"] == name
+
+    if stem_stride == 2:  # which timm cannot hold
+        assert tool("--checkpoint", tmp_path / "a.pth", "--to", "timm", "--output", tmp_path / "timm").code == 2
+    elif READS_FOLDERS:
+        exported(tmp_path / "a.pth", "timm", tmp_path / "timm", "--check_on", folder)
+        model = timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True).eval()
+        transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+        for path, name in expected.items():
+            image = read(path, in_chans)
+            image = to_dtype(image, torch.float32, scale=True) if in_chans == 5 else image
+            assert model.pretrained_cfg["label_names"][int(model(transform(image)[None]).argmax())] == name
+
+
+LIBRARIES = [("timm", "timm"), ("hf", "transformers")]
+
+
+@pytest.mark.parametrize(
+    ("target", "library"), [*LIBRARIES, pytest.param("onnx", "onnxruntime", marks=pytest.mark.slow)]
+)
+def test_check_on(target, library, scripts, tmp_path):
+    """Folders, lists and tars; what the library sees otherwise than the evaluation is told by its name."""
+    import_onnx() if target == "onnx" else pytest.importorskip(library)
+    folder = write_images(tmp_path / "val", 3)
+    write_checkpoint(tmp_path / "a.pth", sorted(folder.rglob("*.*")), stem_stride=1)
+    expected = by_eval(scripts, tmp_path / "a.pth", folder)
+    right = sum(path.split("/")[-2] == name for path, name in expected.items())
+    listed = tmp_path / "list.txt"
+    listed.write_text("".join(f"{path}\t{path.split('/')[-2]}\n" for path in expected))
+    for source in (listed,) if target == "onnx" else (folder, listed):  # an ONNX file takes long
+        out = exported(tmp_path / "a.pth", target, tmp_path / "out", "--check_on", source)
+        share = f"({5 * right:.2f} %)"
+        line = f"20 images of {source}: {right} right by --eval true {share}, {right} right by {library} {share}"
+        assert f"checked            {line}; each gets the same class\n" in out
+
+
+@pytest.mark.parametrize(("target", "library"), LIBRARIES)
+def test_check_on_tells_what_a_library_sees_otherwise(target, library, tmp_path):
+    pytest.importorskip(library)
+    folder = write_images(tmp_path / "val", 3)
+    files = sorted(folder.rglob("*.*"))
+    write_checkpoint(tmp_path / "a.pth", files, stem_stride=1)
+    for file in files:  # transformers turns such pictures, timm and this project do not
+        (image := Image.open(file)).getexif()[0x0112] = 6
+        image.save(file, exif=image.getexif())
+    out = exported(tmp_path / "a.pth", target, tmp_path / "out", "--check_on", folder)
+    told = re.findall(r"^ +(\S+): (\S+), exported (\S+)$", out, flags=re.MULTILINE)
+    count = re.search(r"; (\d+) get another class\n", out)
+    assert len(told) == (min(int(count[1]), 10) if target == "hf" else 0)
+    assert all(Path(path) in files and ours != theirs for path, ours, theirs in told)
+    assert ("; each gets the same class\n" in out) == (target == "timm")
+    for file in files:
+        np.save(file.with_suffix(".npy"), np.asarray(Image.open(file)))
+        file.unlink()
+    out = exported(tmp_path / "a.pth", target, tmp_path / "out", "--check_on", folder)
+    assert f", 0 right by {library} (0.00 %); 20 get another class\n" in out
+    assert out.count("exported nothing, as Pillow cannot open it\n") == 10
+
+
+MISTAKES = [
+    ("--to timm --check_on $absent", "--check_on .*absent: no such folder"),
+    ("--to timm --check_on $empty", "--check_on .*empty: holds no class folders"),
+    ("--to timm --check_on $other", "--check_on .*other: class folder 'c' is not among the 5 training classes"),
+    (
+        "--to safetensors --check_on $val",
+        "--check_on: a file of --to safetensors does not tell how images are prepared",
+    ),
+    ("--to hf --check_on $val --num_classes 0", "--check_on: needs a classifier's head, which .*a.pth has not"),
+    ("--to hf --check_on $val", "--to hf: transformers is not installed; pip install transformers"),
+]
+
+
+@pytest.mark.parametrize(("flags", "message"), MISTAKES, ids=[flags for flags, _ in MISTAKES])
+def test_mistakes(flags, message, tmp_path, monkeypatch):
+    """Told in one line before anything is written."""
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    folder = write_images(tmp_path / "val", 3, count=5)
+    write_checkpoint(tmp_path / "a.pth", sorted(folder.rglob("*.*")), stem_stride=1)
+    (tmp_path / "empty").mkdir()
+    (folder / "a").rename(tmp_path / "c")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "c").rename(tmp_path / "other/c")
+    words = re.sub(r"\$(\w+)", rf"{tmp_path}/\1", flags).split()
+    result = tool("--checkpoint", tmp_path / "a.pth", "--output", tmp_path / "out", *words)
+    assert result.code == 2
+    assert re.fullmatch(rf"error: {message}.*\n", result.err), result.err
+    assert not (tmp_path / "out").exists()
