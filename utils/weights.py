@@ -10,7 +10,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from .checkpoint import finite, read
-from .errors import UsageError
+from .errors import UsageError, refuse
 from .layouts import convert, first_names, recognise
 from .sources import local_file
 
@@ -92,8 +92,7 @@ def load_checkpoint(
     except ValueError as error:
         raise UsageError(f"{source}: {error}") from None
     rows = report.rows()
-    if whole and report.missing_keys:
-        raise UsageError(f"{source}: has nothing that fits for {rows['fresh']} of the model")
+    refuse(whole and report.missing_keys, f"{source}: has nothing that fits for {rows['fresh']} of the model")
     if given:
         log.info("%s: %d of %d tensors", source, len(report.loaded), len(report.loaded + report.missing_keys))
         for label, names in rows.items():

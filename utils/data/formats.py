@@ -3,10 +3,11 @@
 import io
 import logging
 import os
+import struct
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import lru_cache
 from itertools import islice
 from operator import add
@@ -25,7 +26,7 @@ ARRAY_EXTENSIONS = (".npy", ".npz")
 _NAMES = "jpg jpeg jpe jfif png tif tiff webp bmp gif ppm pgm pbm pnm jp2 j2k avif heic heif"
 IMAGE_EXTENSIONS = tuple(f".{name}" for name in _NAMES.split() if f".{name}" in Image.registered_extensions())
 JPEG, PNG, TIFFS = b"\xff\xd8", b"\x89PNG", (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # how their files begin
-START_OF_FRAME, START_OF_SCAN, EXIF = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}, 0xDA, 0xE1  # markers of a JPEG
+START_OF_FRAME = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # markers of a JPEG
 GREY, RGB, PALETTE, MASK, CMYK = (0, 1), 2, 3, 4, 5  # photometric interpretations of a TIFF
 GDAL_NODATA = 42113  # a tag of a TIFF
 WITHOUT_EXTRA = "is a TIFF beyond Pillow: pip install tifffile imagecodecs"
@@ -250,20 +251,13 @@ def _as_tensor(content: bytes | bytearray) -> torch.Tensor:
 FAST_DECODERS = _fast_decoders()
 
 
-def _segments(jpeg: bytes) -> Iterator[tuple[int, int]]:
-    """Place and marker of the segments before the pixels. Raises IndexError where they do not end."""
-    place = len(JPEG)
-    while jpeg[place] == 0xFF and jpeg[place + 1] != START_OF_SCAN:
-        yield place, jpeg[place + 1]
-        place += 2 + (jpeg[place + 2] << 8 | jpeg[place + 3])
-
-
 def _without_exif(jpeg: bytes) -> bytearray:
     """Its EXIF segments under another marker, as torchcodec turns images by the orientation in them."""
-    changed = bytearray(jpeg)
-    for place, marker in _segments(jpeg):
-        if marker == EXIF:
-            changed[place + 1] = EXIF + 14
+    changed, place = bytearray(jpeg), len(JPEG)
+    while changed[place : place + 1] == b"\xff" and place + 4 <= len(changed):  # segments: marker, length, content
+        if changed[place + 1] == 0xE1:
+            changed[place + 1] = 0xEF
+        place += 2 + int.from_bytes(changed[place + 2 : place + 4], "big")
     return changed
 
 
@@ -271,26 +265,32 @@ def fast_jpeg(content: bytes, in_chans: int, max_pixels: int) -> torch.Tensor | 
     """Pixels of a JPEG, uint8 (1 or 3, H, W); None: another file, or one that Pillow may read or say what it is."""
     if not content.startswith(JPEG) or in_chans not in (1, 3) or JPEG not in FAST_DECODERS:
         return None
-    with suppress(Exception):
-        frame = next(place for place, marker in _segments(content) if marker in START_OF_FRAME)
-        height, width = (content[i] << 8 | content[i + 1] for i in (frame + 5, frame + 7))
-        check_size(width, height, max_pixels)
-        return FAST_DECODERS[JPEG](content, "RGB" if in_chans == 3 else "GRAY")
-    return None
-
-
-@contextmanager
-def stderr_kept(said: list[str]) -> Iterator[None]:
-    """What decoders written in C would write to stderr, naming no file, goes to a list; for one thread."""
-    stderr = os.dup(2)
-    os.dup2(_spool(), 2)
     try:
-        yield
-    finally:
-        os.dup2(stderr, 2)
-        os.close(stderr)
+        place = len(JPEG)
+        while content[place] == 0xFF and content[place + 1] not in START_OF_FRAME:
+            place += 2 + (content[place + 2] << 8 | content[place + 3])
+        height, width = struct.unpack_from(">HH", content, place + 5)
+        check_size(width, height, max_pixels)
+        return FAST_DECODERS[JPEG](content, "RGB" if in_chans == 3 else "GRAY") if content[place] == 0xFF else None
+    except Exception:
+        return None
+
+
+class StderrKept:
+    """A context, of one thread, that keeps what decoders written in C would write to stderr, naming no file: `said`."""
+
+    said: Sequence[str] = ()
+
+    def __enter__(self) -> "StderrKept":
+        self.stderr = os.dup(2)
+        os.dup2(_spool(), 2)
+        return self
+
+    def __exit__(self, *_) -> None:
+        os.dup2(self.stderr, 2)
+        os.close(self.stderr)
         if size := os.lseek(_spool(), 0, os.SEEK_CUR):
-            said += os.pread(_spool(), size, 0).decode(errors="replace").splitlines()
+            self.said = os.pread(_spool(), size, 0).decode(errors="replace").splitlines()
             os.lseek(_spool(), 0, os.SEEK_SET)
 
 

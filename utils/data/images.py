@@ -103,13 +103,13 @@ def decode(content: bytes, path: str, reading: Reading) -> torch.Tensor:
 
 def _decode(content: bytes, path: str, reading: Reading) -> tuple[torch.Tensor, Stored | None]:
     """`decode`, and what it is made of; None: a JPEG, in which nothing is to be changed."""
-    said: list[str] = []
+    stderr = formats.StderrKept()
     try:
-        with formats.stderr_kept(said):
+        with stderr:
             pixels = formats.fast_jpeg(content, reading.in_chans, reading.max_pixels)
             if pixels is None:
                 stored = formats.read_stored(content, path, reading.in_chans, reading.nodata, reading.max_pixels)
-        if any("Corrupt JPEG" in line and "extraneous" not in line for line in said):
+        if stderr.said and any("Corrupt JPEG" in line and "extraneous" not in line for line in stderr.said):
             raise ValueError("is damaged:")
         if pixels is not None:
             if reading.depth == 8 and reading.nodata is None:
@@ -117,7 +117,7 @@ def _decode(content: bytes, path: str, reading: Reading) -> tuple[torch.Tensor, 
             stored = Stored(pixels.numpy(), "JPEG", holes=without_data(pixels.numpy(), reading.nodata))
         return _to_tensor(stored, reading), stored
     except Exception as error:  # on damaged files, decoders raise whatever they run into
-        raise BadImage(path, " ".join([_words(error), *said])) from error
+        raise BadImage(path, " ".join([_words(error), *stderr.said])) from error
 
 
 def survey(dataset, reading: Reading, source: str) -> Survey:

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from ..distributed import main_process_first
-from ..errors import UsageError
+from ..errors import UsageError, refuse
 from .files import ImageFiles, T, arrays_beside, extension, is_folder, number_classes, number_labels
 from .images import EXTENSIONS, IMAGE_EXTENSIONS, BadImage, hidden
 from .splits import NAMES
@@ -186,8 +186,7 @@ def open_tar(
     with main_process_first():
         index = read_index(shards, flag)
     rows, left_out = index["rows"], Counter(index["left_out"])
-    if not rows:
-        raise UsageError(f"{source}: not a tar of images (holds no {', '.join(EXTENSIONS)}; unpack tars in it)")
+    refuse(not rows, f"{source}: not a tar of images (holds no {', '.join(EXTENSIONS)}; unpack tars in it)")
     if arrays_beside([row[0] for row in rows], in_chans):
         images = [row for row in rows if row[0].lower().endswith(IMAGE_EXTENSIONS)]
         left_out += Counter({".npy, .npz": len(rows) - len(images)})
@@ -205,8 +204,7 @@ def open_tar(
     dataset = TarFiles(shards, names, places, in_chans, source, left_out)
     if not labelled:
         return dataset
-    if not names:
-        raise UsageError(f"{source}: holds no labels; a labelled image is CLASS/NAME.jpg, or NAME.jpg beside NAME.cls")
+    refuse(not names, f"{source}: holds no labels; a labelled image is CLASS/NAME.jpg, or NAME.jpg beside NAME.cls")
     if not by_label:
         dataset.classes, dataset.targets = number_classes(labels, classes or sorted({*labels}), f"{source}: class")
     elif "" in labels:
