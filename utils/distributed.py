@@ -117,11 +117,7 @@ def setup_logging(rank: int = 0) -> None:
 
 
 def pick_device(name: str, local_rank: int = 0) -> torch.device:
-    """'auto' is cuda, else mps, else cpu; a bare 'cuda' is this process's own GPU.
-
-    Raises:
-        UsageError: a device that this machine or this build of torch does not have.
-    """
+    """'auto' is cuda, else mps, else cpu; a bare 'cuda' is this process's own GPU. Raises UsageError where absent."""
     present = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available, "cpu": lambda: True}
     kind, _, number = name.partition(":")
     if name == "auto":
@@ -162,8 +158,7 @@ def _number(name: str) -> int:
 def launched_ranks(world_size: int, local_rank: int, dist_on_itp: bool) -> tuple[int, int, int]:
     """(rank, world_size, local_rank) from the environment of torchrun, MPI or srun, else from the flags.
 
-    Raises:
-        UsageError: a variable that is no number, or a rank beyond the number of processes.
+    Raises UsageError for a variable that is no number, and a rank beyond the number of processes.
     """
     names, rank = _launcher(dist_on_itp), max(local_rank, 0)
     rank, world_size, local_rank = map(_number, names) if names else (rank, world_size, rank)
@@ -178,11 +173,11 @@ def _meeting_point(dist_url: str) -> tuple[str, int]:
     host, _, port = dist_url.removeprefix("tcp://").rpartition(":")
     if dist_url == "env://":
         host, port = (os.environ.get(name, "") for name in names)
-    advice = "give --dist_url tcp://HOST:PORT, or start with torchrun; in a SLURM script, export "
-    advice += "MASTER_ADDR=$(scontrol show hostnames | head -n 1) MASTER_PORT=29500"
-    for name, value, fits in zip(names, (host, port), (host, port.isdecimal() and 0 < int(port) < 65536), strict=True):
-        needed = "several processes need a host, and a port from 1 to 65535, to meet at"
-        refuse(not fits, f"{name} {value!r}: {needed}; {advice}")
+    needed = "several processes need a host, and a port from 1 to 65535, to meet at; give --dist_url tcp://HOST:PORT, "
+    needed += "or start with torchrun; in a SLURM script, export MASTER_PORT=29500 "
+    needed += "MASTER_ADDR=$(scontrol show hostnames | head -n 1)"
+    refuse(not host, f"{names[0]} {host!r}: {needed}")
+    refuse(not (port.isdecimal() and 0 < int(port) < 65536), f"{names[1]} {port!r}: {needed}")
     try:
         socket.getaddrinfo(host.strip("[]"), int(port))
     except (OSError, UnicodeError) as error:
@@ -193,8 +188,7 @@ def _meeting_point(dist_url: str) -> tuple[str, int]:
 def _meet(rank: int, world_size: int, dist_url: str, timeout: float, told_by: str) -> dist.Store:
     """A store that all processes have come to. Says each minute who is missing.
 
-    Raises:
-        UsageError: after `timeout` seconds, or at once where the port is taken or a rank comes twice.
+    Raises UsageError after `timeout` seconds, or at once where the port is taken or a rank comes twice.
     """
     host, port = ("", 0) if dist_url.startswith("file://") else _meeting_point(dist_url)
     where = f"{host}:{port}" if host else dist_url
@@ -274,10 +268,8 @@ def _gather_in(store: dist.Store, rank: int, world_size: int, wait_for: Callable
 def process_group(args) -> Iterator[torch.device]:
     """Around a run: joins the process group that the launcher describes, yields this process's device, and leaves.
 
-    nccl on CUDA, gloo elsewhere; no group for one process. Then only the first process logs more than warnings.
-
-    Raises:
-        UsageError: also for a group that does not come together, or that other processes have left.
+    nccl on CUDA, gloo elsewhere; no group for one process. Then only the first process logs more than warnings. Raises
+    UsageError also for a group that does not come together, or that other processes have left.
     """
     global _local_rank
     rank, world_size, _local_rank = launched_ranks(args.world_size, args.local_rank, args.dist_on_itp)
