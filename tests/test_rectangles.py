@@ -200,7 +200,7 @@ def test_a_checkpoint_brings_its_rectangle_along(scripts, scenes, tmp_path):
     rows = [line.split(",") for line in (tmp_path / "all.csv").read_text().splitlines()[1:]]
     right = sum(f"/{name}/" in path for path, name, *_ in rows)
     assert 100 * right / len(rows) == pytest.approx(acc1, abs=0.01)
-    assert Image.open(tmp_path / "grid.png").size[0] > 1000
+    assert Image.open(tmp_path / "grid.png").size == (8 * 168, 3 * (64 + 42))  # 160 x 64, and two lines below
     probed = scripts.call(probe, "--checkpoint", best, *data, *quick, "--method", "knn")
     assert " 16 40 px; " in probed.out
     pictures = ("--checkpoint", best, "--images", scenes / "val", "--device", "cpu", "--output_dir", tmp_path / "shown")

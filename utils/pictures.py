@@ -69,12 +69,13 @@ def shortened(name: str, most: int = 24) -> str:
 
 def captioned(pictures: torch.Tensor, captions: list[list[str]]) -> Image.Image:
     """Pictures (N, C, H, W) in 0..1 in rows of eight, each above its lines of text."""
-    side, font = 160, ImageFont.load_default(13)
-    height, columns = side + 16 * max(map(len, captions)) + 10, min(8, len(pictures))
+    side, font, (h, w) = 160, ImageFont.load_default(13), pictures.shape[-2:]
+    drawn = round(side * min(1, h / w))
+    height, columns = drawn + 16 * max(map(len, captions)) + 10, min(8, len(pictures))
     page = Image.new("RGB", (columns * (side + 8), -(-len(pictures) // columns) * height), "white")
     for i, (picture, texts) in enumerate(zip(pictures, captions, strict=True)):
         left, top = i % columns * (side + 8) + 4, i // columns * height + 4
         image = to_pil_image(picture[: shown(pictures)]).convert("RGB")
         page.paste(ImageOps.contain(image, (side, side)), (left, top))
-        ImageDraw.Draw(page).text((left, top + side + 2), "\n".join(texts), "black", font)
+        ImageDraw.Draw(page).text((left, top + drawn + 2), "\n".join(texts), "black", font)
     return page
