@@ -278,7 +278,7 @@ def get_args_parser() -> ArgumentParser:
     add("--what", choices=comparisons, default="encoder", help="which comparison; see the top of the file")
     add("--model", choices=convnextv2.SIZES, default="convnextv2_atto", metavar="SIZE", help="convnextv2_SIZE")
     add("--batch_size", type=whole(1), default=8, help="images per step")
-    add_size(add, "of the images in pixels", least=32)
+    add_size(add, "height and width of the images in pixels; one number: a square", least=32)
     add("--stage", type=whole(0, 3), default=0, help="for depthwise: which stage's")
     add("--mask_ratio", type=fraction, default=0.6, help="share of patches that FCMAE removes")
     add("--data_path", help="for the loader: a folder of images, however nested")

@@ -53,7 +53,7 @@ def load_encoder(args) -> Encoder:
 def add_image_arguments(parser: ArgumentParser) -> None:
     """--checkpoint, and the flags that it completes."""
     parser.add_argument("--checkpoint", required=True, help=".pth, .pt, .bin or .safetensors, in any layout")
-    add_size(parser.add_argument, "of the images in pixels; as in training")
+    add_size(parser.add_argument, "height and width of the images in pixels; one number: a square; as in training")
     parser.add_argument("--crop_pct", type=share, default=None, help=f"as in training, else: {CROP_HELP}")
     parser.add_argument("--eval_resize", type=whole(1, 65536), default=None, help=RESIZE_HELP)
     for name, kind in (("--mean", finite), ("--std", positive)):

@@ -44,7 +44,7 @@ def add_shared_arguments(parser: ArgumentParser, data_sets: str) -> None:
     sizes = "atto,femto,pico,nano,tiny,base,large,huge"
     add("--model", default="convnextv2_base", help=f"convnextv2_{{{sizes}}}")
     add("--in_chans", type=whole(1, 4096), default=3, help="channels of the images")
-    add_size(add, "of the training images in pixels; one number: a square")
+    add_size(add, "height and width of the training images in pixels; one number: a square")
     stem_help = "kernel and stride of the stem; 2 or 1 suit images below 100 pixels"
     add("--stem_stride", type=int, default=4, choices=(4, 2, 1), help=stem_help)
     average_help = "average the checkpoint's stem over its channels where --in_chans differs"
