@@ -14,7 +14,7 @@ import main_finetune
 from tests.small_runs import STEPS, killed_after, load, records, same
 from tests.test_distributed import launch
 from tests.test_engines import finetune_args
-from tools import predict, probe
+from tools import export, predict, probe
 from utils import report
 from utils.data.files import MultiLabelList
 from utils.errors import UsageError
@@ -263,6 +263,14 @@ def test_who_takes_one_label_says_so(run, scripts, tmp_path):
     plain = scripts.finetune(*flags, "--epochs", 1, "--warmup_epochs", 0, "--disable_eval", "true")
     assert plain.code == 0, plain.err
     assert re.search("'c.;all' is taken for one class; --multi_label true would split it at ';'", plain.out)
+
+
+def test_exports_tell_it(run, tmp_path):
+    words = ["--checkpoint", str(run[0] / "checkpoint-best.pth"), "--to", "hf", "--output", str(tmp_path)]
+    export.main(words)
+    assert json.loads((tmp_path / "config.json").read_text())["problem_type"] == "multi_label_classification"
+    with pytest.raises(UsageError, match=r"--check_on: is for one label an image; .*best.pth was trained with --multi"):
+        export.main([*words, "--check_on", str(tmp_path)])
 
 
 @pytest.mark.slow

@@ -57,7 +57,7 @@ def read_source(args) -> tuple[Source, weights.Report]:
     classes = found.content.get("classes") or []
     classes = classes if len(classes) == found.model.num_classes else []
     depth = getattr(args, "depth", None) or 8
-    source = Source(found.model, args.input_size, normalisation, eval_crop(args), classes, depth)
+    source = Source(found.model, args.input_size, normalisation, eval_crop(args), classes, depth, args.multi_label)
     return source, found.report
 
 
@@ -72,6 +72,8 @@ def check_target(args, model: ConvNeXtV2) -> None:
     refuse(untold, "--check_on: a file of --to safetensors does not tell how images are prepared")
     headless = args.check_on and not model.num_classes
     refuse(headless, f"--check_on: needs a classifier's head, which {args.checkpoint} has not")
+    several = f"--check_on: is for one label an image; {args.checkpoint} was trained with --multi_label true"
+    refuse(args.check_on and args.multi_label, several)
     needed = ["onnx", "onnxscript"] if target == "onnx" else []
     for name in [*needed, library] if args.check_on else needed:
         missing = f"{name} is not installed; pip install {' '.join([*needed, library])}"
@@ -176,6 +178,7 @@ def get_args_parser() -> ArgumentParser:
     parser.add_argument("--check_on", default="", metavar="FOLDER", help=check_help)
     tolerance_help = "difference that passes, as a share of the largest output"
     parser.add_argument("--tolerance", type=not_negative, default=1e-4, help=tolerance_help)
+    parser.set_defaults(multi_label=False)
     return parser
 
 

@@ -29,6 +29,7 @@ class Source(NamedTuple):
     crop_pct: float | None  # None: the whole image is warped to input_size
     classes: list[str]  # empty where the checkpoint does not name them
     depth: int  # as --depth
+    multi_label: bool  # each class has a probability of its own, the sigmoid of its logit
 
     @property
     def mode(self) -> str | None:
@@ -176,6 +177,7 @@ def write_hf(source: Source, file: Path) -> Exported:
         "depths": model.depths,
         "hidden_sizes": model.dims,
         "hidden_act": "gelu",
+        **({"problem_type": "multi_label_classification"} if source.multi_label else {}),
         "layer_norm_eps": model.norm.eps,
         **({"id2label": dict(enumerate(labels)), "label2id": {v: i for i, v in enumerate(labels)}} if labels else {}),
     }
@@ -228,7 +230,7 @@ def write_onnx(source: Source, file: Path) -> Exported:
         dynamic_shapes=({0: batch, **sides},), opset_version=OPSET, dynamo=True, verbose=False,
     )  # fmt: skip
     told = {"input_size": source.input_size, "crop_pct": source.crop_pct, "interpolation": "bicubic"}
-    told |= {**source.normalisation, "classes": source.classes}
+    told |= {**source.normalisation, "classes": source.classes, "multi_label": source.multi_label}
     program.model.metadata_props.update({key: json.dumps(value) for key, value in told.items()})
     program.save(str(file), external_data=external)
 
