@@ -14,9 +14,10 @@ from PIL import Image
 from torchvision.transforms.v2.functional import to_dtype, to_image
 
 import main_finetune
-from models.convnextv2 import ConvNeXtV2
+from models.convnextv2 import SIZES, ConvNeXtV2
 from tests.small_runs import TINY
-from tests.test_export import READS_FOLDERS, exported, import_onnx, randomised, tool
+from tests.test_export import READS_FOLDERS, ROOT, exported, import_onnx, randomised, tool
+from tests.test_readme import blocks
 from utils.data.images import Reading, decode
 from utils.data.shapes import FIRST_INDEX, draw
 from utils.data.transforms import eval_transform, mean_std
@@ -176,3 +177,66 @@ def test_mistakes(flags, message, tmp_path, monkeypatch):
     assert result.code == 2
     assert re.fullmatch(rf"error: {message}.*\n", result.err), result.err
     assert not (tmp_path / "out").exists()
+
+
+# ---- docs/clients.md
+
+PAGE = ROOT / "docs/clients.md"
+LINES = re.findall(r"^\| .* \| `(.*)` \|$", PAGE.read_text(), flags=re.MULTILINE)
+
+
+def made(line, model, images, photo):
+    """What a line of the table gives, and what it should be."""
+    names = {"model": model, "images": images, "dataset": [{"pixel_values": images[0], "labels": 1}] * 8}
+    if "model)" in line:
+        names["model"] = timm.create_model("local-dir:exported/timm", pretrained=True)
+    library = line.split(".")[0]
+    result = eval(line, {library: sys.modules[library], **names})
+    stage, picture = model.forward_stages(images)[-1], Image.open("photo.jpg")
+    by_channel = stage.permute(0, 2, 3, 1)
+    found = {
+        "Unet": lambda: (result.eval().encoder(images)[-1], stage),
+        "features_only": lambda: (result.eval()(images)[-1], stage),
+        "Backbone": lambda: (result(images).feature_maps[-1].permute(0, 2, 3, 1), F.layer_norm(by_channel, [16])),
+        "create_model": lambda: (result.eval()(images), model(images)),
+        "create_transform": lambda: (result(picture), photo),
+        "Processor": lambda: (result(picture, return_tensors="pt")["pixel_values"][0], photo),
+        "pipeline": lambda: (torch.tensor(CLASSES.index(result[0]["label"])), model(photo[None])[0].argmax()),
+        "Trainer": lambda: (torch.tensor(result.training_loss).isfinite(), torch.tensor(True)),
+        "onnxruntime": lambda: (torch.from_numpy(result[0]), model(images)),
+        "openvino": lambda: (torch.from_numpy(result), model(images)),
+        "peft": lambda: (torch.tensor(sum("lora" in name for name, _ in result.named_parameters())), torch.tensor(20)),
+    }
+    return next(check for word, check in found.items() if word in line)()
+
+
+@pytest.mark.parametrize("line", [pytest.param(x, marks=[pytest.mark.slow] * ("onnx" in x)) for x in LINES])
+def test_lines_of_the_page(line, tmp_path, monkeypatch):
+    for name in [line.split(".")[0], *["accelerate"] * ("Trainer" in line)]:
+        pytest.importorskip(name)
+    if ("local-dir:" in line or "model)" in line) and not READS_FOLDERS:
+        pytest.skip("this timm cannot load from a folder")
+    monkeypatch.chdir(tmp_path)
+    files = sorted(write_images(tmp_path / "val", 3).rglob("*.*"))
+    model = write_checkpoint(tmp_path / "a.pth", files, stem_stride=4)
+    Image.fromarray(draw(FIRST_INDEX["val"], 0, 64)).save("photo.jpg")
+    for target in ("timm", "hf", "onnx"):
+        if f"exported/{target}" in line or (target == "timm" and "model)" in line):
+            exported(tmp_path / "a.pth", target, f"exported/{target}")
+    transform = eval_transform((SIDE, SIDE), 3, 224 / 256, *mean_std(3))
+    photo = transform(decode(Path("photo.jpg").read_bytes(), "", Reading(3, 8)))
+    theirs, ours = made(line, model, torch.stack([photo, photo.flip(2)]), photo)
+    torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=0.04 if ours is photo else 1e-4)  # two of 255 levels
+
+
+def test_the_detector_of_the_page_learns(tmp_path, monkeypatch):
+    (program,) = blocks(PAGE, "python")
+    monkeypatch.setitem(SIZES, "convnextv2_tiny", TINY)
+    monkeypatch.chdir(tmp_path)
+    torch.save(ConvNeXtV2(**TINY, num_classes=5).state_dict(), "checkpoint-best.pth")
+    exec(program.replace("path/to/this/clone", str(ROOT)), names := {"__name__": "detector"})
+    target = {"boxes": torch.tensor([[10.0, 10.0, 50.0, 50.0]]), "labels": torch.tensor([1])}
+    names["detector"].transform.min_size = (64,)  # not 800
+    losses = names["detector"]([torch.rand(3, 64, 80)], [target])
+    sum(losses.values()).backward()
+    assert all(p.grad.abs().sum() > 0 for p in names["encoder"].stages.parameters())

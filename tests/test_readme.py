@@ -52,6 +52,11 @@ def test_two_lines_do_everything():
     assert "python -m pytest" in commands(README)
 
 
+def test_the_extra_for_tests_is_what_they_need():
+    (extra,) = re.findall(r"^tests = \[(.*)\]$", (ROOT / "pyproject.toml").read_text(), flags=re.MULTILINE)
+    assert sorted(re.findall(r'"(.*?)"', extra)) == sorted((ROOT / "tests/requirements.txt").read_text().split())
+
+
 @pytest.mark.slow
 def test_commands_run_in_order(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
