@@ -145,12 +145,12 @@ def test_flags_and_their_defaults(name):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.args")), ids=lambda p: p.stem)
 def test_recipes_are_valid(path):
-    name = "main_pretrain" if "pretrain" in path.stem else "main_finetune"
+    name = "main_pretrain" if "pretrain" in path.stem or path.stem == "adapt" else "main_finetune"
     module = __import__(name)
     args = module.get_args_parser().parse_args([f"@{path}"])
     args.finetune = ""  # what it starts from is not there
     module.check_args(args)
-    assert args.model.split("_")[1] in path.stem or "demo" in path.stem or path.stem == "linear_probe"
+    assert args.model.split("_")[1] in path.stem or "demo" in path.stem or path.stem in ("adapt", "linear_probe")
 
 
 SCRIPT_ROOMS = [path for path in SOURCES if path.name != "kernels.py"]  # Triton takes tables and strides one by one

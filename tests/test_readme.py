@@ -146,7 +146,7 @@ def test_recipes_of_the_table_exist():
     for sizes, more in rows:
         for pattern in ("pretrain_SIZE", "finetune_SIZE", *re.findall(r"`(\w+)`", more)):
             named |= {pattern.replace("SIZE", size) for size in sizes.split(", ")}
-    others = {"demo_pretrain", "demo_finetune", "linear_probe"}
+    others = {"adapt", "demo_pretrain", "demo_finetune", "linear_probe"}
     assert named == {path.stem for path in (ROOT / "recipes").glob("*.args")} - others
 
 
