@@ -2,12 +2,14 @@
 
 python tools/probe.py --checkpoint output/demo_pretrain/checkpoint-1.pth --data_set shapes --random_init true
 python tools/probe.py --checkpoint base.pth --data_set IMNET --data_path /data/imagenet --method knn --max_images 50000
+python tools/probe.py --checkpoint output/demo_pretrain/checkpoint-1.pth --dense true --random_init true
 
 The features are the last stage's on whole images, averaged over positions. The linear classifier is a logistic
 regression on standardised features, its L2 penalty picked on a held-out fifth of the training images.
 """
 
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -17,20 +19,36 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader
+from torchvision.utils import save_image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import datasets
 from engine_finetune import top_k
 from models.convnextv2 import Encoder
+from tools.dense import dense_probe
 from utils import weights
 from utils.amp import Amp
-from utils.args import ArgumentParser, add_bool, add_size, device, finite, positive, seed, share, whole
+from utils.args import (
+    ArgumentParser,
+    add_bool,
+    add_size,
+    device,
+    finite,
+    matching,
+    positive,
+    prepared_output_dir,
+    seed,
+    share,
+    tell_idle,
+    whole,
+)
 from utils.data.sampling import random_subset
 from utils.distributed import pick_device, setup_logging
 from utils.errors import UsageError, run_cli
 from utils.flags import CROP_HELP, DEVICE_HELP, RESIZE_HELP
 from utils.knn import extract, knn_votes, pooled_features
+from utils.report import write_file
 from utils.settings import as_trained
 
 log = logging.getLogger("fcmae")
@@ -159,22 +177,38 @@ def get_args_parser() -> ArgumentParser:
     add_bool(parser, "--pin_mem", True, "page-locked host memory for faster copies to the GPU")
     add_device_arguments(parser)
     parser.add_argument("--seed", type=seed, default=0, help="of the random weights")
+    add_bool(parser, "--dense", False, "label pixels, not images, by a 1x1 convolution on all stages")
+    for name, of in (("--masks", "--data_path"), ("--eval_masks", "--eval_data_path")):
+        masks_help = f"for --dense: a PNG for each image below {of}, of the same name: classes, 255 is ignored"
+        parser.add_argument(name, default=None, help=masks_help)
+    parser.add_argument("--epochs", type=whole(1), default=10, help="for --dense: passes over the training images")
+    png = matching(r"(?s).+\.png", "a file that ends in .png")
+    picture_help = "for --dense: where test images, masks and predictions are drawn"
+    parser.add_argument("--picture", type=png, default="output/dense.png", metavar="FILE.png", help=picture_help)
     return parser
 
 
 def main(args) -> None:
     setup_logging()
+    idle = ("masks eval_masks epochs picture", not args.dense, "without --dense")
+    tell_idle(args, [idle, ("method k temperature", args.dense, "with --dense")])
     encoder, amp = load_encoder(args), pick_amp(args)
+    fresh = None
+    if args.random_init:
+        torch.manual_seed(args.seed)
+        fresh = Encoder(encoder.in_chans, encoder.depths, encoder.dims, stem_stride=encoder.stem_stride).eval()
+    if args.dense:
+        with prepared_output_dir(os.path.dirname(os.path.abspath(args.picture)), "--picture"):
+            rows, drawn = dense_probe({"IoU": encoder} | ({"random weights": fresh} if fresh else {}), args, amp)
+            write_file(args.picture, partial(save_image, drawn, format="png"))
+        print_table(rows)
+        return
     splits = (random_subset(x, args.max_images) for x in datasets.labelled_splits(args))
     loaders = tuple(datasets.build_eval_loader(split, args, spread=False) for split in splits)
     methods = {"knn": partial(knn_votes, k=args.k, temperature=args.temperature), "linear": linear_scores}
     methods = {name: method for name, method in methods.items() if args.method in (name, "both")}
     results = probe(encoder, loaders, methods, amp)
-    baseline = {}
-    if args.random_init:
-        torch.manual_seed(args.seed)
-        fresh = Encoder(encoder.in_chans, encoder.depths, encoder.dims, stem_stride=encoder.stem_stride).eval()
-        baseline = probe(fresh, loaders, methods, amp)
+    baseline = probe(fresh, loaders, methods, amp) if fresh else {}
     train, test, num_classes, chance = results.pop("images")
     print(
         f"{args.checkpoint}: depths {encoder.depths}, dims {encoder.dims}, {args.input_size} px; "
@@ -185,6 +219,10 @@ def main(args) -> None:
     for name, (top1, top5, seconds) in results.items():
         more = [f"{baseline[name][0]:.2f}"] if baseline else []
         rows.append([name, f"{top1:.2f}", f"{top5:.2f}", f"{chance:.2f}", *more, f"{seconds:.1f}"])
+    print_table(rows)
+
+
+def print_table(rows: list[list[str]]) -> None:
     for row in rows:
         print(f"| {' | '.join(row)} |")
 

@@ -112,8 +112,10 @@ def _grid(size):
     return np.meshgrid(centres, centres)
 
 
-def draw(index: int, seed: int, size: int) -> np.ndarray:
+def draw(index: int, seed: int, size: int, mask: bool = False) -> np.ndarray:
     """Draw image `index` of the collection `seed`, uint8 (size, size, 3). It shows CLASSES[index % 10].
+
+    mask: give instead where the shape is, uint8 (size, size): 1 + index % 10, elsewhere 0; strokes do not hide it.
 
     Raises ValueError if index or seed is not in 0..2**32-1.
     """
@@ -135,7 +137,11 @@ def draw(index: int, seed: int, size: int) -> np.ndarray:
     u, v = x - rng.uniform(-margin, margin), y - rng.uniform(-margin, margin)
     c, s = math.cos(angle) / scale, math.sin(angle) / scale
     u, v = (c * u + s * v) * aspect, (c * v - s * u) / aspect
-    image = cover(image, scale * _DISTANCES[CLASSES[index % len(CLASSES)]](u + shear * v, v), paint)
+    label = index % len(CLASSES)
+    distance = scale * _DISTANCES[CLASSES[label]](u + shear * v, v)
+    if mask:
+        return np.where(distance < 0, np.uint8(1 + label), np.uint8(0))
+    image = cover(image, distance, paint)
 
     for _ in range(rng.randint(1, 4)):
         image = cover(image, _stroke(rng, x, y), _rgb(rng, 0, 1))
@@ -165,6 +171,10 @@ class Shapes(Dataset):
 
     def __len__(self):
         return len(self.indices)
+
+    def mask(self, i: int) -> np.ndarray:
+        """Where the shape of image i is, see `draw`."""
+        return draw(self.indices[i], self.seed, self.size, mask=True)
 
     def __getitem__(self, i):
         image = Image.fromarray(draw(self.indices[i], self.seed, self.size))

@@ -1,0 +1,111 @@
+"""The dense probe: its head against the definition, its scores by hand, and whole runs on pairs of images and masks."""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from models.convnextv2 import Encoder
+from tests.small_runs import TINY
+from tools import probe
+from tools.dense import DenseHead, ious
+from utils.data.shapes import CLASSES, Shapes, draw
+from utils.errors import UsageError
+
+
+def test_head_is_one_convolution_of_concatenated_stages():
+    """In evaluation, float64: stages enlarged first, then batch norm and 1x1 convolution of all channels at once."""
+    torch.manual_seed(0)
+    head = DenseHead((3, 5), 4).double().eval()
+    for norm, _ in head.layers:
+        norm.running_mean.normal_()
+        norm.running_var.uniform_(0.5, 2)
+        torch.nn.init.normal_(norm.weight)
+    stages = [torch.randn(2, 3, 8, 6), torch.randn(2, 5, 4, 3)]
+    enlarged = [F.interpolate(x, (16, 12), mode="bilinear").double() for x in stages]
+    normed = [layer[0](x) for layer, x in zip(head.layers, enlarged, strict=True)]
+    weight = torch.cat([layer[1].weight for layer in head.layers], dim=1)
+    expected = F.conv2d(torch.cat(normed, dim=1), weight, sum(layer[1].bias for layer in head.layers))
+    head.float()
+    torch.testing.assert_close(head(stages, (16, 12)), expected.float(), rtol=1e-4, atol=1e-5)
+
+
+def test_intersection_over_union():
+    counts = torch.tensor([[6.0, 2, 0], [1, 1, 0], [0, 0, 0]])
+    scores = ious(counts)
+    torch.testing.assert_close(scores[:2], torch.tensor([600 / 9, 100 / 4]))
+    assert scores[2].isnan()
+
+
+def test_masks_of_shapes():
+    """A mask holds the image's class where its shape is; the shape differs from what is around it in every channel."""
+    data = Shapes("val", size=48, num_samples=20)
+    for i in range(20):
+        mask, image = data.mask(i), np.asarray(data[i][0]).astype(float)
+        assert set(np.unique(mask)) == {0, 1 + i % len(CLASSES)}
+        assert 0.05 < (mask > 0).mean() < 0.7
+        inside, outside = (np.median(image[where], axis=0) for where in (mask > 0, mask == 0))
+        assert (abs(inside - outside) > 10).all()
+    assert (data.mask(3) == draw(10_000_003, 0, 48, mask=True)).all()
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    """Images whose halves are red and blue, the border between them anywhere; masks with a stripe that is ignored."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 24), ("val", 8)):
+        for kind in ("images", "masks"):
+            (tmp_path / split / kind / "deeper").mkdir(parents=True)
+        for i in range(count):
+            border = rng.integers(8, 24)
+            pixels = rng.integers(0, 60, (32, 32, 3), np.uint8)
+            pixels[:, :border, 0] += 180
+            pixels[:, border:, 2] += 180
+            mask = np.zeros((32, 32), np.uint8)
+            mask[:, border:] = 1
+            mask[:2] = 255
+            Image.fromarray(pixels).save(tmp_path / split / "images/deeper" / f"{i}.jpg", quality=95)
+            Image.fromarray(mask).save(tmp_path / split / "masks/deeper" / f"{i}.png")
+    torch.manual_seed(0)
+    torch.save({"model": Encoder(**TINY).state_dict()}, tmp_path / "encoder.pth")
+    flags = ["--checkpoint", tmp_path / "encoder.pth", "--data_set", "image_folder", "--dense", "true"]
+    for prefix, split in (("", "train"), ("eval_", "val")):
+        flags += [f"--{prefix}data_path", tmp_path / split / "images", f"--{prefix}masks", tmp_path / split / "masks"]
+    return [*flags, "--input_size", 32, "--picture", tmp_path / "dense.png"]
+
+
+def run(flags, *more):
+    probe.main(probe.get_args_parser().parse_args([str(word) for word in (*flags, *more)]))
+
+
+def test_pairs_are_learnt(pairs, tmp_path, capsys):
+    run(pairs, "--epochs", 60, "--random_init", "true")
+    out = capsys.readouterr().out
+    found = re.findall(r"^\| (\w+) \|([\d. |]+)\|$", out, re.M)
+    rows = {name: [float(x) for x in cells.split("|")] for name, cells in found}
+    assert set(rows) == {"0", "1", "mean"}
+    own, random, chance = rows["mean"]
+    assert min(own, random) > 75
+    assert chance < 40
+    with Image.open(tmp_path / "dense.png") as picture:
+        assert picture.size == (6 * 132 + 4, 4 * 132 + 4)
+    run(pairs, "--epochs", 60)
+    assert float(re.search(r"^\| mean \| ([\d.]+)", capsys.readouterr().out, re.M)[1]) == own  # the same seed
+
+
+def test_what_is_refused(pairs, tmp_path):
+    masks = tmp_path / "train/masks/deeper"
+    with pytest.raises(UsageError, match="--eval_masks: --dense true needs it"):
+        run([word for word in pairs if "eval_masks" not in str(word) and word != tmp_path / "val/masks"])
+    Image.new("RGB", (32, 32)).save(masks / "3.png")
+    with pytest.raises(UsageError, match=r"--masks .*3\.png is not one channel"):
+        run(pairs)
+    (masks / "3.png").write_text("no image")
+    with pytest.raises(UsageError, match=r"--masks .*cannot identify"):
+        run(pairs)
+    (masks / "3.png").unlink()
+    with pytest.raises(UsageError, match=r"--masks .*1 images have no mask; the first would be .*3\.png"):
+        run(pairs)
