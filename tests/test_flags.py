@@ -30,7 +30,7 @@ TEXT = (
     "model data_path eval_data_path data_set train_list eval_list output_dir resume log_dir wandb initial_checkpoint "
     "finetune model_key model_prefix opt aa checkpoint checkpoints output job_dir partition account qos constraint "
     "comment setup exclude nodelist mail_user reservation gres gpus_per_task mem_per_cpu "
-    "keys folders images runs json memory_of vary x class_weights check_on"
+    "keys folders images runs json memory_of vary x class_weights check_on masks eval_masks picture"
 )
 
 
