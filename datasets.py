@@ -202,8 +202,6 @@ def labelled_splits(args) -> tuple[Dataset, Dataset]:
     train = labelled_files(True, args) if args.data_set in FOLDERS else _named_dataset(True, args)
     if isinstance(train, IterableDataset):
         raise UsageError(f"--data_set {args.data_set}: is streamed; a data set whose images have indices is needed")
-    if isinstance(train, ImageList) and (several := [name for name in train.classes if ";" in name]):
-        raise UsageError(f"{train.source}: {several[0]!r} is several labels; here each image has one")
     train.transform = build_transform(False, args, detect_bit_depth(train, args))
     if validation(args) or getattr(args, "val_split", None):
         return train, build_dataset(False, args, getattr(train, "classes", None))[0]

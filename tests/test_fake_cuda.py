@@ -193,6 +193,7 @@ RUNS = {
         "--kernels triton --mixup 0.8 --cutmix 1 --clip_grad 1 --drop_path 0.2 --grad_checkpointing true",
         "--model_ema true --model_ema_eval true --layer_decay 0.9 --fused false",
         "--linear_probe true --opt lars",
+        "--class_weights balanced",
     ),
 }
 
@@ -204,6 +205,16 @@ def test_scripts(on_cuda, stage, flags, tmp_path):
     assert (tmp_path / "log.txt").exists()
     assert (tmp_path / "reconstruction-0.png").exists() == (stage == "pretrain")
     assert bool(kernels._weight_grad_kernel.count) == ("triton" in flags)
+
+
+@inside
+def test_several_labels(on_cuda, scripts, tmp_path):
+    for split in ("train", "val"):
+        paths = sorted(getattr(scripts, split).rglob("*.png"))
+        (tmp_path / f"{split}.csv").write_text("".join(f"{path},{path.parent.name};all\n" for path in paths))
+    lists = ("--multi_label", "--train_list", tmp_path / "train.csv", "--eval_list", tmp_path / "val.csv")
+    on_cuda("finetune", *lists, "--cutmix", 1.0, "--class_weights", "balanced", "--output_dir", tmp_path)
+    assert (tmp_path / "report.json").exists()
 
 
 @inside

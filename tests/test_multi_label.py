@@ -240,7 +240,7 @@ def test_a_share_is_held_out(scripts, lists):
     [
         ("--images_per_class 3", "--images_per_class and --multi_label true: images have no class of their own"),
         ("--balanced_sampling", "--balanced_sampling and --multi_label true: images have no class of their own"),
-        ("--best_metric acc1", "--best_metric acc1: is of one label an image; give f1 or loss"),
+        ("--best_metric acc1", "--best_metric acc1: is of one label an image; f1 and loss are of both"),
         ("--multi_label false --best_metric map", "--best_metric map: is of several labels an image"),
         ("--data_set shapes", "--multi_label: is for --data_set image_folder, not shapes"),
         ("", "--multi_label true: --data_path .*train is no list, which tells several labels of an image"),
@@ -257,7 +257,8 @@ def test_who_takes_one_label_says_so(run, scripts, tmp_path):
     flags = ("--data_set", "image_folder", "--train_list", tmp_path / "all.txt", "--num_workers", 0, "--device", "cpu")
     probed = scripts.call(probe, "--checkpoint", run[0] / "checkpoint-2.pth", *flags)
     knn = scripts.pretrain(*flags, "--knn_freq", 1)
-    for result in (probed, knn):
+    split = scripts.pretrain(*flags, "--val_split", 0.2)  # fine-tuning would hold out others
+    for result in (probed, knn, split):
         assert (result.code, result.err.count("\n")) == (2, 1)
         assert "'c0;all' is several labels; here each image has one" in result.err
     plain = scripts.finetune(*flags, "--epochs", 1, "--warmup_epochs", 0, "--disable_eval", "true")

@@ -224,7 +224,7 @@ def check_labels(args: Namespace) -> None:
     if args.multi_label and "best_metric" not in given(args):
         args.best_metric = "map"
     wrong = {"map": not args.multi_label} | dict.fromkeys(("acc1", "balanced_acc"), args.multi_label)
-    which = f"is of {'one label' if args.multi_label else 'several labels'} an image; give f1 or loss"
+    which = f"is of {'one label' if args.multi_label else 'several labels'} an image; f1 and loss are of both"
     refuse(wrong.get(args.best_metric), f"--best_metric {args.best_metric}: {which}")
     for name in ("images_per_class", "balanced_sampling") if args.multi_label else ():
         no_class = f"--{name} and --multi_label true: images have no class of their own; leave one out"

@@ -72,10 +72,15 @@ def _share(args) -> float | None:
 
 def _open(is_train: bool, args, classes: list[str] | None = None, labelled: bool = True) -> ImageFiles:
     nb_classes = getattr(args, "nb_classes", None)
-    several = labelled and getattr(args, "multi_label", False)
+    several = labelled and getattr(args, "multi_label", None)
     if listed := _listed(is_train, args):
         of_labels = (classes or []) if labelled else None, args.in_chans, nb_classes
-        return (MultiLabelList if several else ImageList)(*listed, *of_labels)
+        dataset = (MultiLabelList if several else ImageList)(*listed, *of_labels)
+        found = (
+            [name for name in dataset.classes if ";" in name] if several is None else []
+        )  # k-NN, probe, pre-training
+        refuse(found, f"{dataset.source}: {found and found[0]!r} is several labels; here each image has one")
+        return dataset
     root, flag = _class_root(is_train, args)
     refuse(several, f"--multi_label true: {flag} {root} is no list, which tells several labels of an image")
     if tar_shards(root):

@@ -3,13 +3,12 @@
 import contextlib
 import re
 from collections import Counter
-from pathlib import Path
 
 import torch
 from torch.utils.data import Dataset, Subset
 
-from ..errors import UsageError, refuse
-from .files import number_labels
+from ..errors import refuse
+from .files import number_labels, text_lines
 
 
 def labels_of(dataset: Dataset, what: str) -> list:
@@ -49,11 +48,7 @@ def read_weights(file: str, flag: str, classes: list[str]) -> torch.Tensor:
     Raises UsageError for a file that cannot be read, a line that is something else, or a class without or with two.
     """
     source, names, where, weights = f"{flag} {file}", [], [], []
-    try:
-        lines = Path(file).read_text("utf-8-sig").splitlines()
-    except (OSError, UnicodeError) as error:
-        raise UsageError(f"{source}: {getattr(error, 'strerror', None) or error}") from error
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(text_lines(file, source), 1):
         found = re.fullmatch(r'\s*"?(.+?)"?[\t,; ]+([^\t,; ]+)\s*', line)
         if not line.strip() or (found and not names and found[2].lower() in ("weight", "weights")):
             continue

@@ -14,7 +14,7 @@ from typing import TypeVar
 import torch
 from torch.utils.data import Dataset
 
-from ..errors import UsageError, suggest
+from ..errors import UsageError, refuse, suggest
 from .images import EXTENSIONS, IMAGE_EXTENSIONS, Reading, Survey, decode, hidden, read_file
 
 T = TypeVar("T", bound="ImageFiles")
@@ -200,7 +200,7 @@ class ImageList(ImageFiles):
     ):  # fmt: skip
         source, paths, labels, where = f"{flag} {file}", [], [], []
         split, header = split_line, False
-        for number, line in enumerate(_lines(file, source), 1):
+        for number, line in enumerate(text_lines(file, source), 1):
             if not line.strip():
                 continue
             path, label = split(line)
@@ -244,8 +244,7 @@ class MultiLabelList(ImageList):
 
     def number(self, labels: list[str], where: list[str], source: str, *of_labels) -> tuple[list[str], list]:
         names = [[name.strip() for name in label.split(";") if name.strip()] for label in labels]
-        if not any(names):
-            raise UsageError(f"{source}: holds no labels; a line is a path, a comma, and labels as in cat;dog")
+        refuse(not any(names), f"{source}: holds no labels; a line is a path, a comma, and labels as in cat;dog")
         places = [place for place, found in zip(where, names, strict=True) for _ in found]
         classes, flat = number_labels([*chain.from_iterable(names)], places, source, *of_labels)
         numbers = iter(flat)
@@ -256,7 +255,8 @@ class MultiLabelList(ImageList):
         return image, torch.zeros(len(self.classes)).index_fill(0, torch.tensor(numbers, dtype=torch.int64), 1)
 
 
-def _lines(file: str, source: str) -> list[str]:
+def text_lines(file: str, source: str) -> list[str]:
+    """Of a text in UTF-8 or UTF-16. Raises UsageError, which names `source`, for another file."""
     try:
         content = Path(file).read_bytes()
         encoding = "utf-16" if content.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"
