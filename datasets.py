@@ -50,7 +50,7 @@ def build_transform(is_train: bool, args, eight_bit: bool = True) -> Callable:
     """
     mean, std = mean_std(args)
     if not is_train:
-        return transforms.eval_transform(args.input_size, args.in_chans, eval_crop(args), mean, std)
+        return transforms.eval_transform(args.input_size, args.in_chans, eval_crop(args), mean, std, args.resize_mode)
     augmentation = {
         "scale": (args.min_crop, 1.0),
         "auto_augment": args.aa or None,
@@ -60,7 +60,8 @@ def build_transform(is_train: bool, args, eight_bit: bool = True) -> Callable:
         "re_mode": args.remode,
         "re_count": args.recount,
     }
-    return transforms.train_transform(args.input_size, args.in_chans, augmentation, mean, std, eight_bit)
+    size, mode = args.input_size, args.resize_mode
+    return transforms.train_transform(size, args.in_chans, augmentation, mean, std, eight_bit, mode)
 
 
 def build_batch_transform(args, device: torch.device) -> Normalise:

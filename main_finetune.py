@@ -109,6 +109,7 @@ def idle_flags(args, use_amp: bool) -> list[tuple[str, object, str]]:
         ("model_key model_prefix stem_average", not (args.finetune or args.eval), "without --finetune"),
         ("head_init_scale", args.linear_probe, "with --linear_probe true"),
         ("layer_decay drop_path grad_checkpointing", args.freeze_stages == 4, "with --freeze_stages 4"),
+        ("min_crop train_interpolation", args.resize_mode != "crop", f"with --resize_mode {args.resize_mode}"),
         ("layer_decay_type", args.layer_decay == 1, "with --layer_decay 1"),
         ("opt_eps", not opt.has_eps, of_opt),
         ("opt_betas", not opt.has_betas, of_opt),

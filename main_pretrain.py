@@ -84,7 +84,7 @@ def idle_flags(args, use_amp: bool) -> list[tuple[str, object, str]]:
         ("vis_freq", args.vis_freq and not shows(args), "without --output_dir, --log_dir and --wandb"),
         ("knn_images", not watches, "without --knn_freq and --health_freq"),
         ("nb_classes eval_data_path eval_list", not args.knn_freq, "without --knn_freq"),
-        ("crop_pct eval_resize", not shows(args) and not watches, "without pictures and --knn_freq"),
+        ("resize_mode crop_pct eval_resize", not shows(args) and not watches, "without pictures and --knn_freq"),
         ("stem_average", not args.initial_checkpoint, "without --initial_checkpoint"),
         *flags.idle_flags(args, use_amp),
     ]

@@ -57,13 +57,17 @@ def read_source(args) -> tuple[Source, weights.Report]:
     classes = found.content.get("classes") or []
     classes = classes if len(classes) == found.model.num_classes else []
     depth = getattr(args, "depth", None) or 8
-    source = Source(found.model, args.input_size, normalisation, eval_crop(args), classes, depth, args.multi_label)
+    crop = eval_crop(args)
+    resized = args.resize_mode if crop else "squash", crop or 1.0
+    source = Source(found.model, args.input_size, normalisation, *resized, classes, depth, args.multi_label)
     return source, found.report
 
 
-def check_target(args, model: ConvNeXtV2) -> None:
+def check_target(args, source: Source) -> None:
     """Refuse what a target cannot have, before anything is written. Raises UsageError."""
-    target, library = args.to, TARGETS[args.to][1]
+    target, library, model = args.to, TARGETS[args.to][1], source.model
+    pads = "its processors cannot pad as these images were; give --resize_mode squash and pad them before, or take timm"
+    refuse(target == "hf" and source.resize_mode == "pad", f"--to hf: {pads}")
     halves = "after a stem of stride 2, as here, timm's models halve once more; hf can have it"
     refuse(target == "timm" and model.stem_stride == 2, f"--to timm: {halves}")
     old = target == "onnx" and tuple(map(int, torch.__version__.split(".")[:2])) < (2, 7)
@@ -187,7 +191,7 @@ def main(argv: list[str] | None = None) -> None:
     args = get_args_parser().parse_args(argv)
     torch.manual_seed(0)
     source, report = read_source(args)
-    check_target(args, source.model)
+    check_target(args, source)
     files = labelled_images(source, args)
     file = output_file(args.to, args.output)
     with warnings.catch_warnings():

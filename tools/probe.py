@@ -30,6 +30,7 @@ from tools.dense import dense_probe
 from utils import weights
 from utils.amp import Amp
 from utils.args import (
+    RESIZE_MODES,
     ArgumentParser,
     add_bool,
     add_size,
@@ -46,7 +47,7 @@ from utils.args import (
 from utils.data.sampling import random_subset
 from utils.distributed import pick_device, setup_logging
 from utils.errors import UsageError, run_cli
-from utils.flags import CROP_HELP, DEVICE_HELP, RESIZE_HELP
+from utils.flags import CROP_HELP, DEVICE_HELP, MODE_HELP, RESIZE_HELP
 from utils.knn import extract, knn_votes, pooled_features
 from utils.report import write_file
 from utils.settings import as_trained
@@ -72,6 +73,8 @@ def add_image_arguments(parser: ArgumentParser) -> None:
     """--checkpoint, and the flags that it completes."""
     parser.add_argument("--checkpoint", required=True, help=".pth, .pt, .bin or .safetensors, in any layout")
     add_size(parser.add_argument, "height and width of the images in pixels; one number: a square; as in training")
+    mode_help = f"as in training, else: {MODE_HELP}"
+    parser.add_argument("--resize_mode", choices=RESIZE_MODES, default="crop", help=mode_help)
     parser.add_argument("--crop_pct", type=share, default=None, help=f"as in training, else: {CROP_HELP}")
     parser.add_argument("--eval_resize", type=whole(1, 65536), default=None, help=RESIZE_HELP)
     for name, kind in (("--mean", finite), ("--std", positive)):
@@ -191,7 +194,7 @@ def get_args_parser() -> ArgumentParser:
 def main(args) -> None:
     setup_logging()
     idle = ("masks eval_masks epochs picture", not args.dense, "without --dense")
-    tell_idle(args, [idle, ("method k temperature", args.dense, "with --dense")])
+    tell_idle(args, [idle, ("method k temperature resize_mode", args.dense, "with --dense")])
     encoder, amp = load_encoder(args), pick_amp(args)
     fresh = None
     if args.random_init:

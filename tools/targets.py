@@ -26,7 +26,8 @@ class Source(NamedTuple):
     model: ConvNeXtV2
     input_size: tuple[int, int]  # height and width
     normalisation: dict[str, tuple[float, ...]]  # mean and std, empty where neither file nor convention tells
-    crop_pct: float | None  # None: the whole image is warped to input_size
+    resize_mode: str  # see `transforms.fitted`
+    crop_pct: float
     classes: list[str]  # empty where the checkpoint does not name them
     depth: int  # as --depth
     multi_label: bool  # each class has a probability of its own, the sigmoid of its logit
@@ -106,8 +107,8 @@ def write_timm(source: Source, file: Path) -> Exported:
             "input_size": (model.in_chans, *source.input_size),
             "pool_size": tuple(side // model.patch_size for side in source.input_size),
             "interpolation": "bicubic",
-            "crop_pct": source.crop_pct or 1.0,
-            "crop_mode": "center" if source.crop_pct else "squash",
+            "crop_pct": source.crop_pct,
+            "crop_mode": {"crop": "center", "squash": "squash", "pad": "border"}[source.resize_mode],
             **source.normalisation,
             "num_classes": model.num_classes,
             "first_conv": "stem.0" if model.in_chans == 3 else None,  # named, timm before 1.0.31 makes it RGB's anew
@@ -181,13 +182,14 @@ def write_hf(source: Source, file: Path) -> Exported:
         "layer_norm_eps": model.norm.eps,
         **({"id2label": dict(enumerate(labels)), "label2id": {v: i for i, v in enumerate(labels)}} if labels else {}),
     }
-    covered = {name: int(side / (crop or 1)) for name, side in (("height", height), ("width", width))}
-    keeps_ratio = crop and height == width  # which it does by the short side alone
+    covered = {name: int(side / crop) for name, side in (("height", height), ("width", width))}
+    crops = source.resize_mode == "crop"
+    keeps_ratio = crops and height == width  # which it does by the short side alone
     preprocessor = {  # CLIP's crops at any size, where ConvNext's warps from 384 px on
         "image_processor_type": "CLIPImageProcessor",
         "do_resize": True,
         "size": {"shortest_edge": covered["height"]} if keeps_ratio else covered,
-        "do_center_crop": bool(crop),
+        "do_center_crop": crops or crop < 1,
         "crop_size": {"height": height, "width": width},
         "do_convert_rgb": model.in_chans == 3,
         "resample": 3,  # bicubic
@@ -204,9 +206,9 @@ def write_hf(source: Source, file: Path) -> Exported:
     ]
 
     recipes = [f"transformers.{name}.from_pretrained({str(folder)!r})" for name in (kind, "AutoImageProcessor")]
-    if crop and not keeps_ratio:
+    if crops and not keeps_ratio:
         recipes[1] += f"  # warps images that are not {height} : {width}, which --eval crops"
-    elif crop and crop < 1:
+    elif crop < 1:
         recipes[1] += "  # where its crop has no exact centre, it begins a pixel before that of --eval"
     if model.num_classes:
         recipes.append(f"transformers.pipeline('image-classification', model={str(folder)!r})")
@@ -229,8 +231,8 @@ def write_onnx(source: Source, file: Path) -> Exported:
         model, (example(source, 2),), input_names=["images"], output_names=[name],
         dynamic_shapes=({0: batch, **sides},), opset_version=OPSET, dynamo=True, verbose=False,
     )  # fmt: skip
-    told = {"input_size": source.input_size, "crop_pct": source.crop_pct, "interpolation": "bicubic"}
-    told |= {**source.normalisation, "classes": source.classes, "multi_label": source.multi_label}
+    told = {name: getattr(source, name) for name in ("input_size", "resize_mode", "crop_pct", "classes", "multi_label")}
+    told |= {"interpolation": "bicubic", **source.normalisation}
     program.model.metadata_props.update({key: json.dumps(value) for key, value in told.items()})
     program.save(str(file), external_data=external)
 
@@ -241,7 +243,7 @@ def write_onnx(source: Source, file: Path) -> Exported:
         read = {key: json.loads(value) for key, value in session.get_modelmeta().custom_metadata_map.items()}
 
         def prepare(image) -> torch.Tensor:
-            size, *of_image = (read[key] for key in ("input_size", "crop_pct", "mean", "std"))
+            size, *of_image = (read[key] for key in ("input_size", "crop_pct", "mean", "std", "resize_mode"))
             return eval_transform(size, model.in_chans, *of_image)(image)
 
         return Client(lambda x: torch.from_numpy(session.run(None, {"images": x.numpy()})[0]), prepare)
@@ -249,7 +251,7 @@ def write_onnx(source: Source, file: Path) -> Exported:
     recipe = f"onnxruntime.InferenceSession({str(file)!r}).run(None, {{'images': images}})"
     files = [file, *([Path(f"{file}.data")] if external else [])]
     shape = f"float32 (N, {model.in_chans}, H, W), any N, H and W from {model.patch_size} on"
-    meta = "its get_modelmeta().custom_metadata_map has classes, mean, std, input_size and crop_pct as JSON"
+    meta = f"its get_modelmeta().custom_metadata_map has {', '.join(told)} as JSON"
     return Exported(files, [f"{recipe}  # {shape}; opset {OPSET}", meta], load)
 
 

@@ -40,8 +40,9 @@ SYNONYMS = {  # what MAE, timm and others call a flag of this project
     "--drop_path_rate": "--drop_path", "--clip_grad_norm": "--clip_grad", "--max_grad_norm": "--clip_grad",
     "--gradient_checkpointing": "--grad_checkpointing", "--picture_freq": "--vis_freq",
     "--eval_metric": "--best_metric", "--early_stopping": "--patience", "--early_stopping_patience": "--patience",
-    "--frozen_stages": "--freeze_stages",
+    "--frozen_stages": "--freeze_stages", "--crop_mode": "--resize_mode",
 }  # fmt: skip
+RESIZE_MODES = "crop", "squash", "pad"
 WEIGHTS = "give a file, an address or a name of weights to --finetune, in pre-training to --initial_checkpoint"
 HINTS = {  # what others have a flag for, and what does it here
     **dict.fromkeys(("--pretrained", "--pretrained_weights", "--finetune", "--initial_checkpoint"), WEIGHTS),
@@ -229,6 +230,7 @@ def check_image_arguments(args: argparse.Namespace) -> None:
         args.crop_pct = short / args.eval_resize
         if int(short / args.crop_pct) < args.eval_resize:  # by rounding
             args.crop_pct = math.nextafter(args.crop_pct, 0)
+    refuse(args.resize_mode not in RESIZE_MODES, f"--resize_mode {args.resize_mode}: one of {', '.join(RESIZE_MODES)}")
     cropped = f"--crop_pct {args.crop_pct}: must be above 0 and at most 1"
     refuse(args.crop_pct is not None and not 0 < args.crop_pct <= 1, cropped)
     refuse(bool(args.mean) != bool(args.std), f"--{'mean' if args.mean else 'std'}: give --mean and --std, or neither")

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from functools import partial
 
 from .args import (
+    RESIZE_MODES,
     ArgumentParser,
     add_bool,
     add_size,
@@ -25,9 +26,13 @@ from .data.images import Reading
 from .errors import refuse
 from .weights import MODEL_KEY
 
-CROP_HELP = "evaluation crop; where not given: 224/256, 1 up to 32 px, from 384 px on the whole, warped"
+CROP_HELP = "evaluation crop; where not given: 224/256, 1 up to 32 px and with squash and pad, from 384 px on squash"
 RESIZE_HELP = (
     "short side in pixels that the crop is taken of, in place of --crop_pct, which is input_size / eval_resize"
+)
+MODE_HELP = (
+    "how images become --input_size. crop: at random in training, the centre in evaluation; squash: the whole image is "
+    "warped; pad: the whole image, in its proportions, gets borders of the mean; both in training and evaluation alike"
 )
 DEVICE_HELP = "auto (cuda, else mps, else cpu), cpu, mps, cuda or cuda:N"
 
@@ -65,6 +70,7 @@ def add_shared_arguments(parser: ArgumentParser, data_sets: str) -> None:
     add("--nb_classes", type=whole(1), default=None, help="number of classes, where the data does not tell")
     add("--mean", type=finite, nargs="+", default=None, help="of each channel; ImageNet's for 8-bit RGB")
     add("--std", type=positive, nargs="+", default=None, help="of each channel; ImageNet's for 8-bit RGB")
+    add("--resize_mode", choices=RESIZE_MODES, default="crop", help=MODE_HELP)
     add("--crop_pct", type=share, default=None, help=CROP_HELP)
     add("--eval_resize", type=whole(1, 65536), default=None, help=RESIZE_HELP)
     add("--batch_size", type=whole(1), default=64, help="images per process and forward pass")

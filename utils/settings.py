@@ -14,7 +14,7 @@ log = logging.getLogger("fcmae")
 TOLD = {  # what a checkpoint tells of its training, and in which types
     "input_size": Size, "crop_pct": (float, int, type(None)), "mean": (list, type(None)), "std": (list, type(None)),
     "depth": (int, type(None)), "nodata": (float, int, type(None)), "imagenet_default_mean_and_std": bool,
-    "norm_pix_loss": bool, "val_split": (float, type(None)), "split_seed": int,
+    "resize_mode": str, "norm_pix_loss": bool, "val_split": (float, type(None)), "split_seed": int,
 }  # fmt: skip
 NORMALISATION = {"mean", "std", "imagenet_default_mean_and_std"}
 
@@ -26,8 +26,8 @@ def mean_std(args: Namespace) -> tuple[tuple[float, ...], tuple[float, ...]]:
 
 
 def eval_crop(args: Namespace) -> float | None:
-    """See `transforms.eval_crop`."""
-    return transforms.eval_crop(args.input_size, args.crop_pct)
+    """See `transforms.eval_crop`; what is squashed or padded is whole, unless --crop_pct is given."""
+    return transforms.eval_crop(args.input_size, args.crop_pct or (None if args.resize_mode == "crop" else 1.0))
 
 
 def _trained_size(value) -> Size | None:
@@ -59,7 +59,7 @@ def as_trained(args: Namespace, path: str | Path, content: dict, size, **shapes)
     trained = trained | {"input_size": _trained_size(trained.get("input_size"))}
     told = {name: trained[name] for name, kind in TOLD.items() if isinstance(trained.get(name, ...), kind)}
     unset = dict.fromkeys(("crop_pct", "eval_resize", "mean", "std"))
-    was = Namespace(**({"input_size": Size(224, 224)} | unset | shapes | told))
+    was = Namespace(**({"input_size": Size(224, 224), "resize_mode": "crop"} | unset | shapes | told))
     try:
         check_image_arguments(was)
         [sum(values) for values in mean_std(was)]  # of numbers

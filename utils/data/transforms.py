@@ -70,34 +70,38 @@ def pretrain_transform(size: tuple[int, int], in_chans: int, min_crop: float) ->
     return v2.Compose([partial(to_tensor, in_chans=in_chans), crop])
 
 
-def eval_transform(size: tuple[int, int], in_chans: int, crop_pct: float | None, mean, std) -> Callable:
-    """The normalised centre of a resized image; crop_pct as from `eval_crop`."""
-    covered = tuple(int(side / crop_pct) for side in size) if crop_pct else None
-    resize = partial(resize_data, resize=partial(cover, size=covered) if covered else v2.Resize(size, BICUBIC))
-    crop = [resize, v2.CenterCrop(size)] if covered else [resize]
-    return v2.Compose([partial(to_tensor, in_chans=in_chans), *crop, Normalise(mean, std), fill])
+def eval_transform(
+    size: tuple[int, int], in_chans: int, crop_pct: float | None, mean, std, mode: str = "crop"
+) -> Callable:
+    """The normalised centre of a resized image; crop_pct as from `eval_crop`, mode as in `fitted`."""
+    mode, resized = mode if crop_pct else "squash", tuple(int(side / (crop_pct or 1)) for side in size)
+    steps = fitted(size, resized, mode, mean)
+    return v2.Compose([partial(to_tensor, in_chans=in_chans), *steps, Normalise(mean, std), fill])
 
 
 def train_transform(
-    size: tuple[int, int], in_chans: int, augmentation: dict, mean, std, eight_bit: bool = True
+    size: tuple[int, int], in_chans: int, augmentation: dict, mean, std, eight_bit: bool = True, mode: str = "crop"
 ) -> Callable:
     """The augmented, normalised image of fine-tuning; what is not 8-bit RGB is cropped, flipped and erased alone.
 
     Args:
         augmentation: scale, auto_augment, color_jitter, interpolation, re_prob, re_mode and re_count, as timm's.
+        mode: crop at random; or the whole image, squashed or padded as in `fitted`.
 
     Raises:
         UsageError: an auto-augment policy that timm does not know, or that is not for such images.
     """
     if in_chans == 3 and eight_bit:
-        return _timm_transform(size, augmentation, mean, std)
+        return _timm_transform(size, augmentation, mean, std, mode)
     for flag, name in (("aa", "auto_augment"), ("color_jitter",) * 2, ("train_interpolation", "interpolation")):
         value = augmentation[name]
         if value and value not in (AUTO_AUGMENT, "bicubic"):
             raise UsageError(f"--{flag} {value}: is for 8-bit RGB images, which these are not; leave it out")
     if augmentation["auto_augment"]:
         log.info("--aa %s: is made for 8-bit RGB images, so it is off", augmentation["auto_augment"])
-    if max(size) <= SMALL_INPUT_SIZE:
+    if mode != "crop":
+        crop = [*fitted(size, size, mode, mean), v2.RandomHorizontalFlip()]
+    elif max(size) <= SMALL_INPUT_SIZE:
         resize = partial(resize_data, resize=partial(cover, size=size))
         crop = [resize, v2.RandomCrop(size, padding=4), v2.RandomHorizontalFlip()]
     else:
@@ -117,6 +121,36 @@ def random_resized_crop(image: torch.Tensor, size: tuple[int, int], min_crop: fl
     return image.flip(-1) if mirrored else image
 
 
+def fitted(size: tuple[int, int], resized: tuple[int, int], mode: str, mean: tuple[float, ...]) -> list[Callable]:
+    """What makes an image, PIL or tensor, one of `size`, by the middle of one that is `resized`.
+
+    mode: crop, in its proportions, `resized` being covered; squash, warped to `resized`; pad, in its proportions within
+    `resized`, with borders of the mean: timm's center, squash and border.
+    """
+    whole = {"crop": partial(cover, size=resized), "squash": v2.Resize(resized, BICUBIC)}
+    resize = partial(resize_data, resize=whole.get(mode, partial(contain, size=resized)))
+    return [resize, partial(centre, size=size, mean=mean)]
+
+
+def contain(image: torch.Tensor | Image.Image, size: tuple[int, int]) -> torch.Tensor | Image.Image:
+    """An image resized in its own proportions, so that one side is that of size, (h, w), and the other no larger."""
+    sides = v2.functional.get_size(image)
+    ratio = max(side / most for side, most in zip(sides, size, strict=True))
+    return v2.functional.resize(image, [max(1, round(side / ratio)) for side in sides], BICUBIC)
+
+
+def centre(image: torch.Tensor | Image.Image, size: tuple[int, int], mean: tuple[float, ...]):
+    """The middle of an image, with borders of the mean where it is smaller: (C, h, w) or PIL -> (C, *size) or PIL."""
+    (height, width), (h, w) = v2.functional.get_size(image), size
+    top, left = max(0, h - height), max(0, w - width)
+    if top or left:
+        is_bytes = not isinstance(image, torch.Tensor) or image.dtype == torch.uint8
+        colour = [round(255 * value) for value in mean] if is_bytes else list(mean)
+        borders = [left // 2, top // 2, left - left // 2, top - top // 2]
+        image = v2.functional.pad(image, borders, fill=colour)
+    return v2.functional.center_crop(image, list(size))
+
+
 def cover(image: torch.Tensor | Image.Image, size: tuple[int, int]) -> torch.Tensor | Image.Image:
     """An image resized in its own proportions, so that one side is that of size, (height, width), the other no smaller.
 
@@ -133,10 +167,11 @@ def cover(image: torch.Tensor | Image.Image, size: tuple[int, int]) -> torch.Ten
     return v2.functional.resize(image, fitting, BICUBIC)
 
 
-def resize_data(image: torch.Tensor, resize: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-    """An image (C, H, W) resized: what has no data, NaN, counts for nothing, and is where most of a pixel has none."""
+def resize_data(image: torch.Tensor | Image.Image, resize: Callable) -> torch.Tensor | Image.Image:
+    """An image, PIL or (C, h, w), resized: NaN, no data, counts for nothing, and is where most of a pixel has none."""
     resized = resize(image)
-    if image.dtype == torch.uint8 or not resized.sum().isnan():  # which any NaN makes NaN
+    has_nan = isinstance(image, torch.Tensor) and image.dtype != torch.uint8 and resized.sum().isnan()
+    if not has_nan:  # any NaN makes the sum one
         return resized
     share = resize(1 - image.isnan().to(image.dtype))
     return torch.where(share > 0.5, resize(image.nan_to_num(0.0)) / share, torch.nan)
@@ -168,7 +203,7 @@ def sample_box(height: int, width: int, min_crop: float, wide: float = 1.0) -> t
     return (height - h) // 2, (width - w) // 2, h, w, mirror < 0.5
 
 
-def _timm_transform(size: tuple[int, int], augmentation: dict, mean, std) -> Callable:
+def _timm_transform(size: tuple[int, int], augmentation: dict, mean, std, mode: str) -> Callable:
     _, *parts = (augmentation["auto_augment"] or "").split("-")
     try:
         if not all(re.search(r"\d|^t", part) for part in parts):
@@ -177,7 +212,9 @@ def _timm_transform(size: tuple[int, int], augmentation: dict, mean, std) -> Cal
         transform = timm.data.create_transform(size, is_training=True, mean=mean, std=std, ratio=ratio, **augmentation)
     except (AssertionError, KeyError, ValueError) as error:
         raise UsageError(f"--aa {augmentation['auto_augment']}: no policy of timm's; one is {AUTO_AUGMENT}") from error
-    if max(size) <= SMALL_INPUT_SIZE:
+    if mode != "crop":
+        transform.transforms[0] = transforms.Compose(fitted(size, size, mode, mean))
+    elif max(size) <= SMALL_INPUT_SIZE:
         small = transforms.RandomCrop(size, padding=4)
         transform.transforms[0] = transforms.Compose([partial(cover, size=size), small])
     transform.transforms.insert(0, _to_rgb)
