@@ -103,11 +103,7 @@ def output_file(target: str, output: str) -> Path:
 
 
 def verify(source: Source, exported: Exported, args) -> str:
-    """How far the exported model is from the source on random images, for the table.
-
-    Raises:
-        UsageError: farther than --tolerance, a share of the largest value of an output.
-    """
+    """How far the exported model is from the source on random images. Raises UsageError where above --tolerance."""
     library, tolerance = TARGETS[args.to][1], args.tolerance
     try:
         client = exported.load()
@@ -175,9 +171,8 @@ def get_args_parser() -> ArgumentParser:
     add_image_arguments(parser)
     ema_help = "take the moving average of the weights (model_ema); where not given: of checkpoint-best-ema.pth"
     add_bool(parser, "--ema", None, ema_help)
-    parser.add_argument(
-        "--num_classes", type=whole(0), default=None, help="0: no head; where not given, as in the file"
-    )
+    head_help = "0: no head; where not given, as in the file"
+    parser.add_argument("--num_classes", type=whole(0), default=None, help=head_help)
     check_help = "labelled images (class folders, a list, tars) for the exported file to classify, beside --eval true"
     parser.add_argument("--check_on", default="", metavar="FOLDER", help=check_help)
     tolerance_help = "difference that passes, as a share of the largest output"

@@ -78,11 +78,8 @@ def save_json(content: dict, file: Path) -> Path:
 def write_safetensors(source: Source, file: Path) -> Exported:
     """This project's names and nothing beside them."""
     save_state(source.model.state_dict(), file)
-
-    def load():
-        return Client(weights.load_checkpoint(file, classifier, whole=True).model)
-
-    return Exported([file], [f"safetensors.torch.load_file({str(file)!r})"], load)
+    recipes = [f"safetensors.torch.load_file({str(file)!r})"]
+    return Exported([file], recipes, lambda: Client(weights.load_checkpoint(file, classifier, whole=True).model))
 
 
 def write_timm(source: Source, file: Path) -> Exported:
@@ -92,7 +89,7 @@ def write_timm(source: Source, file: Path) -> Exported:
     name, model_args = name_of(model), {}
     if name is None:  # any size can be built from one that has the same kind of linears
         name = "convnextv2_atto" if layouts.timm_has_conv_mlp(model.dims[0]) else "convnextv2_tiny"
-        model_args |= {"depths": model.depths, "dims": model.dims}
+        model_args = {"depths": model.depths, "dims": model.dims}
     if model.in_chans != 3:
         model_args["in_chans"] = model.in_chans
     if model.stem_stride != 4:
@@ -178,7 +175,7 @@ def write_hf(source: Source, file: Path) -> Exported:
         "depths": model.depths,
         "hidden_sizes": model.dims,
         "hidden_act": "gelu",
-        **({"problem_type": "multi_label_classification"} if source.multi_label else {}),
+        "problem_type": "multi_label_classification" if source.multi_label else None,
         "layer_norm_eps": model.norm.eps,
         **({"id2label": dict(enumerate(labels)), "label2id": {v: i for i, v in enumerate(labels)}} if labels else {}),
     }
@@ -195,16 +192,12 @@ def write_hf(source: Source, file: Path) -> Exported:
         "resample": 3,  # bicubic
         "do_rescale": source.depth == 8,
         "rescale_factor": 1 / 255,
-        **({} if source.mode else {"input_data_format": "channels_first"}),
+        "input_data_format": None if source.mode else "channels_first",  # which it cannot guess of five channels
         "do_normalize": bool(source.normalisation),
         **{f"image_{name}": values for name, values in source.normalisation.items()},
     }
-    files = [
-        file,
-        save_json(config, folder / "config.json"),
-        save_json(preprocessor, folder / "preprocessor_config.json"),
-    ]
-
+    files = [file, save_json(config, folder / "config.json")]
+    files.append(save_json(preprocessor, folder / "preprocessor_config.json"))
     recipes = [f"transformers.{name}.from_pretrained({str(folder)!r})" for name in (kind, "AutoImageProcessor")]
     if crops and not keeps_ratio:
         recipes[1] += f"  # warps images that are not {height} : {width}, which --eval crops"
