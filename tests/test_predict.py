@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from safetensors import safe_open
 
@@ -101,6 +102,26 @@ def test_tars_lists_files_and_features(trained, scripts, tmp_path):
             assert row["classes"][0] == name
             assert (len(row["classes"]), len(row["probabilities"])) == (2, 2)
             assert row["probabilities"][0] == pytest.approx(probability, abs=2e-6) == pytest.approx(share, abs=1e-5)
+
+
+def test_patch_features(trained, scripts, tmp_path):
+    """Their mean gives the pooled ones: of a classifier through its norm, of an encoder itself."""
+    torch.save({"model": FCMAE(**TINY, patch_size=8).state_dict()}, tmp_path / "pre.pth")
+    for checkpoint, more in ((trained[0], ("--input_size", 16, 24)), (tmp_path / "pre.pth", ("--input_size", 16))):
+        flags = ("--checkpoint", checkpoint, "--images", trained[2], "--output", tmp_path / "a.csv", *COMMON, *more)
+        flags += ("--batch_size", 5, "--patch_features", "true", "--embeddings")
+        result = scripts.call(predict, *flags, tmp_path / "a.safetensors")
+        assert result.code == 0, result.err
+        with safe_open(tmp_path / "a.safetensors", "pt") as file:
+            features, patches = (file.get_tensor(name) for name in ("features", "patches"))
+        assert patches.shape == (22, 16, 2, 3 if checkpoint == trained[0] else 2)
+        pooled = patches.mean(dim=(2, 3))
+        if checkpoint == trained[0]:
+            state = torch.load(checkpoint, weights_only=True)["model"]
+            pooled = F.layer_norm(pooled, (16,), state["norm.weight"], state["norm.bias"], 1e-6)
+        torch.testing.assert_close(pooled, features, rtol=1e-4, atol=1e-5)
+    refused = scripts.call(predict, *flags, tmp_path / "a.npy")
+    assert (refused.code, refused.err) == (2, "error: --patch_features true: needs --embeddings FILE.safetensors\n")
 
 
 def test_unreadable_files_alone(trained, scripts, tmp_path):

@@ -86,13 +86,17 @@ def open_images(args) -> ImageFiles:
 
 @torch.inference_mode()
 def predict(
-    model: nn.Module, loader: DataLoader, amp: Amp, top_k: int, several: bool = False
+    model: nn.Module, loader: DataLoader, amp: Amp, top_k: int, several: bool = False, patches: bool = False
 ) -> tuple[torch.Tensor, ...]:
     """Of all readable images, in their order: numbers (N,), features (N, D), top classes and probabilities (N, k).
 
     All processes call it together; the last two have no columns without a head. several: classes are independent.
+    patches: and the last stage's features at each position (N, D, h, w).
     """
     model.to(amp.device)
+    maps: list[torch.Tensor] = []  # (B, h, w, D)
+    if patches:
+        model.stages[-1].register_forward_hook(lambda *call: maps.append(call[-1]))
     rows, progress = [], Progress("predict", len(loader), amp.device)
     for step, (imgs, _) in progress(loader):
         imgs = imgs.to(amp.device, non_blocking=True)
@@ -103,7 +107,8 @@ def predict(
                 features, logits = pooled_features(model, imgs), imgs.new_empty(len(imgs), 0)
         highest = logits.topk(min(top_k, logits.shape[1]), dim=1).indices
         shares = logits.sigmoid() if several else logits.softmax(1)
-        rows.append([x.cpu() for x in (features, highest, shares.gather(1, highest))])
+        positions = [maps.pop().permute(0, 3, 1, 2).float()] if patches else []
+        rows.append([x.cpu() for x in (features, highest, shares.gather(1, highest), *positions)])
         progress.samples += len(imgs)
         if progress.due(step):
             progress.line(step)
@@ -125,7 +130,7 @@ def table(paths: list[str], names: list[list[str]], shares: list[list[float]], a
 
 def least_certain(dataset: Dataset, columns: tuple[torch.Tensor, ...], classes: list[str], args):
     """A picture of at most --grid_images images with their names and probabilities, the least certain first."""
-    indices, _, top, probabilities = columns
+    indices, _, top, probabilities = columns[:4]
     certain = (probabilities - 0.5).abs().amin(1) if args.multi_label else probabilities[:, 0]
     first = certain.argsort(stable=True)[: args.grid_images].tolist()
     pictures = torch.stack([dataset[i][0] for i in indices[first].tolist()])
@@ -149,6 +154,10 @@ def get_args_parser() -> ArgumentParser:
     tables = matching(r"(?s).+\.(npy|safetensors)", "a file that ends in .npy or .safetensors")
     features_help = "write pooled features: .npy, and FILE.npy.paths.json beside it; or .safetensors with the paths"
     parser.add_argument("--embeddings", type=tables, default=None, metavar="FILE", help=features_help)
+    patches_help = (
+        "write the last stage's features at each position, too, as `patches` (images, channels, height, width)"
+    )
+    add_bool(parser, "--patch_features", False, f"{patches_help}; needs --embeddings FILE.safetensors")
     png = matching(r"(?s).+\.png", "a file that ends in .png")
     grid_help = "draw images with their names and probabilities, the least certain first"
     parser.add_argument("--grid", type=png, default=None, metavar="FILE.png", help=grid_help)
@@ -164,7 +173,7 @@ def get_args_parser() -> ArgumentParser:
 
 def write_all(args, dataset: ImageFiles, classes: list[str], columns: tuple[torch.Tensor, ...]) -> None:
     """The files that were asked for. Raises UsageError for one that cannot be written."""
-    indices, features, top, probabilities = columns
+    indices, features, top, probabilities, *patches = columns
     paths = [dataset.paths[i] for i in indices.tolist()]
     names = [[classes[i] for i in row] for row in top.tolist()]
     content = table(paths, names, probabilities.tolist(), args.json)
@@ -173,7 +182,8 @@ def write_all(args, dataset: ImageFiles, classes: list[str], columns: tuple[torc
         write_file(args.embeddings, lambda file: np.save(file, features.numpy()))
         write_file(f"{args.embeddings}.paths.json", lambda file: file.write(json.dumps(paths).encode()))
     elif args.embeddings:
-        packed = safetensors.torch.save({"features": features.contiguous()}, {"paths": json.dumps(paths)})
+        found = {name: x.contiguous() for name, x in zip(("features", "patches"), (features, *patches), strict=False)}
+        packed = safetensors.torch.save(found, {"paths": json.dumps(paths)})
         write_file(args.embeddings, lambda file: file.write(packed))
     if args.grid and paths:
         picture = least_certain(dataset, columns, classes, args)
@@ -182,6 +192,8 @@ def write_all(args, dataset: ImageFiles, classes: list[str], columns: tuple[torc
 
 def main(args) -> None:
     args.output = args.output or ("predictions.jsonl" if args.json else "predictions.csv")
+    packs = (args.embeddings or "").endswith(".safetensors")
+    refuse(args.patch_features and not packs, "--patch_features true: needs --embeddings FILE.safetensors")
     with distributed.process_group(args) as device:
         model, classes = load(args)
         dataset = open_images(args)
@@ -193,7 +205,8 @@ def main(args) -> None:
                 refuse(os.path.isdir(path), f"--{flag} {path}: is a folder; give a file in it")
                 folder = path and os.path.dirname(os.path.abspath(path))
                 folders.enter_context(prepared_output_dir(folder, f"--{flag}"))
-            columns = predict(model, loader, Amp(device, args.use_amp, torch.bfloat16), args.top_k, args.multi_label)
+            amp, several = Amp(device, args.use_amp, torch.bfloat16), args.multi_label
+            columns = predict(model, loader, amp, args.top_k, several, args.patch_features)
             bad = sum(distributed.gather(len(loader.bad)))
             if distributed.is_main_process():
                 write_all(args, dataset, classes, columns)
