@@ -168,6 +168,7 @@ def rows(path) -> list[dict]:
 def test_a_run_and_its_report(run, scripts):
     out, result = run
     assert "40 images of 5 classes" in result.out
+    assert "train.txt: 6 of 40 images have no label" in result.out
     lines = records(out)
     assert all({"test_map", "test_f1", "test_f1_micro", "test_loss", "test_map_ema"} <= line.keys() for line in lines)
     assert "test_acc1" not in lines[0]

@@ -192,8 +192,6 @@ class ImageList(ImageFiles):
     which names the line, for one that cannot be understood, and where none of the files is there.
     """
 
-    several = False  # labels a line
-
     def __init__(
         self, file: str, flag: str, root: str | None, classes: list[str] | None = None, in_chans: int = 3,
         nb_classes: int | None = None,
@@ -205,7 +203,7 @@ class ImageList(ImageFiles):
                 continue
             path, label = split(line)
             if path.lower().endswith(EXTENSIONS):
-                fault = "" if label or classes is None or self.several else "has no label"
+                fault = "" if label or classes is None or hasattr(self, "several") else "has no label"
             elif not (paths or header) and _is_header(line):
                 split, header = by_columns(line), True
                 continue
@@ -240,11 +238,13 @@ class ImageList(ImageFiles):
 class MultiLabelList(ImageList):
     """The same with labels that ";" separates, or none; a sample's are float32 (classes,), 1 for those that it has."""
 
-    several = True
+    several = True  # labels a line
 
     def number(self, labels: list[str], where: list[str], source: str, *of_labels) -> tuple[list[str], list]:
         names = [[name.strip() for name in label.split(";") if name.strip()] for label in labels]
         refuse(not any(names), f"{source}: holds no labels; a line is a path, a comma, and labels as in cat;dog")
+        if count := names.count([]):
+            log.info("%s: %d of %d images have no label", source, count, len(names))
         places = [place for place, found in zip(where, names, strict=True) for _ in found]
         classes, flat = number_labels([*chain.from_iterable(names)], places, source, *of_labels)
         numbers = iter(flat)
