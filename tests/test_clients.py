@@ -18,6 +18,7 @@ from models.convnextv2 import SIZES, ConvNeXtV2
 from tests.small_runs import TINY
 from tests.test_export import READS_FOLDERS, ROOT, exported, import_onnx, randomised, tool
 from tests.test_readme import blocks
+from tools import export
 from utils.data.images import Reading, decode
 from utils.data.shapes import FIRST_INDEX, draw
 from utils.data.transforms import eval_transform, mean_std
@@ -102,6 +103,17 @@ def test_every_library_gives_the_classes_of_evaluation(in_chans, stem_stride, sc
             image = read(path, in_chans)
             image = to_dtype(image, torch.float32, scale=True) if in_chans == 5 else image
             assert model.pretrained_cfg["label_names"][int(model(transform(image)[None]).argmax())] == name
+
+
+def test_check_on_with_transformers_4(tmp_path, monkeypatch):
+    pytest.importorskip("transformers")
+    folder = write_images(tmp_path / "val", 5, count=10)
+    write_checkpoint(tmp_path / "a.pth", sorted(folder.rglob("*.*")), in_chans=5, stem_stride=1)
+    monkeypatch.setattr(export, "version", lambda name: "4.57.6")
+    flags = ["--checkpoint", tmp_path / "a.pth", "--to", "hf", "--output", tmp_path / "hf"]
+    result = tool(*flags, "--check_on", folder)
+    assert (result.code, result.err) == (2, "error: --check_on: such images need transformers 5, this is 4.57.6\n")
+    assert tool(*flags).code == 0
 
 
 LIBRARIES = [("timm", "timm"), ("hf", "transformers")]

@@ -11,6 +11,7 @@ again by the library that it is for, and has to give the same outputs on random 
 import importlib.util
 import sys
 import warnings
+from importlib.metadata import version
 from io import BytesIO
 from pathlib import Path
 
@@ -82,6 +83,9 @@ def check_target(args, source: Source) -> None:
     for name in [*needed, library] if args.check_on else needed:
         missing = f"{name} is not installed; pip install {' '.join([*needed, library])}"
         refuse(importlib.util.find_spec(name) is None, f"--to {target}: {missing}")
+    if args.check_on and target == "hf" and not source.mode:
+        old = int(version(library).split(".")[0]) < 5
+        refuse(old, f"--check_on: such images need transformers 5, this is {version(library)}")
 
 
 def output_file(target: str, output: str) -> Path:
