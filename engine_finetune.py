@@ -62,7 +62,7 @@ def train_one_epoch(
         loss over all processes, class_acc (percent) without mixup, lr of the last step.
 
     Raises:
-        NonFiniteLoss: at the first console line after the loss became NaN or infinite.
+        NonFiniteLoss: at the first console line after the loss became NaN or infinite; see --on_nonfinite.
         SystemExit: a signal came; the state after the last step is on disk.
     """
     model.train()
@@ -86,13 +86,13 @@ def train_one_epoch(
             tracker.update(step, len(imgs) if batch.loss_weight else 0, **values)
             if not batch.last:
                 run.step_done(tracker, step, part=True)
-        grad_norm = amp.step(optimizer, with_norm=tracker.due(step))
-        if run.ema:
+        grad_norm = amp.step(optimizer, with_norm=tracker.due(step), leave_out=tracker.leave_out)
+        if run.ema and not tracker.left_out:
             run.ema.update(getattr(model, "module", model).classifier)
         tracker.report(step, lr, grad_norm)
         run.step_done(tracker, step)
     share_buffers(model)
-    return tracker.averages.epoch() | {"lr": lr}
+    return tracker.stats() | {"lr": lr}
 
 
 def share_buffers(model: torch.nn.Module) -> None:

@@ -17,7 +17,7 @@ def train_one_epoch(
         loss over all processes, lr of the last step.
 
     Raises:
-        NonFiniteLoss: at the first console line after the loss became NaN or infinite.
+        NonFiniteLoss: at the first console line after the loss became NaN or infinite; see --on_nonfinite.
         SystemExit: a signal came; the state after the last step is on disk.
     """
     model.train()
@@ -39,7 +39,7 @@ def train_one_epoch(
             tracker.update(step, len(imgs) if batch.loss_weight else 0, loss=loss)
             if not batch.last:
                 run.step_done(tracker, step, part=True)
-        grad_norm = amp.step(optimizer, with_norm=tracker.due(step))
+        grad_norm = amp.step(optimizer, with_norm=tracker.due(step), leave_out=tracker.leave_out)
         tracker.report(step, lr, grad_norm)
         run.step_done(tracker, step)
-    return tracker.averages.epoch() | {"lr": lr}
+    return tracker.stats() | {"lr": lr}

@@ -7,7 +7,7 @@ import sys
 import torch
 
 from models.convnextv2 import SIZES
-from tests.small_runs import TINY
+from tests.small_runs import TINY, poison
 from utils import errors
 from utils.amp import Amp
 
@@ -28,6 +28,8 @@ if __name__ == "__main__":
         failing_step.taken += 1
         return step(*args, **kwargs)
 
+    if os.environ.get("NAN_ON_RANK") == os.environ.get("RANK", "0"):
+        poison(setattr, os.environ["NAN_IN"], range(int(os.environ["NAN_AT"]), int(os.environ["NAN_AT"]) + 1))
     failing_step.taken = 0
     Amp.step = failing_step
     errors.run_cli(lambda: script.main(script.get_args_parser().parse_args(flags)))

@@ -2,7 +2,10 @@
 
 import contextlib
 import io
+import itertools
 import json
+import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,10 +15,12 @@ from PIL import Image
 
 import main_finetune
 import main_pretrain
+from engine_finetune import WithLoss
 from models.convnextv2 import SIZES
 from utils.amp import Amp
 from utils.data.shapes import FIRST_INDEX, draw
 from utils.errors import run_cli
+from utils.metrics import EpochTracker
 
 TINY = {"depths": (1, 1, 2, 1), "dims": (8, 8, 16, 16)}
 COMMON = "--data_set image_folder --model convnextv2_atto --input_size 16 --stem_stride 1 --batch_size 8 --epochs 3"
@@ -87,6 +92,22 @@ def killed_after(steps: int):
         except Killed:
             return
     pytest.fail(f"the run ended before its step {steps}")
+
+
+def poison(patch: Callable, what: str, at: range) -> None:
+    """NaN in the loss that is watched, in the gradient, or in the images, at these of this process's batches."""
+    owner, name = {
+        "loss": (EpochTracker, "update"), "gradient": (Amp, "backward"), "images": (WithLoss, "forward"),
+    }[what]  # fmt: skip
+    original, calls = getattr(owner, name), itertools.count()
+
+    def poisoned(self, *args, **kwargs):
+        factor = math.nan if next(calls) in at else 1
+        if kwargs:
+            return original(self, *args, **{key: value * factor for key, value in kwargs.items()})
+        return original(self, args[0] * factor, *args[1:])
+
+    patch(owner, name, poisoned)
 
 
 def load(path: Path) -> dict:

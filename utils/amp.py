@@ -1,5 +1,6 @@
 """Mixed precision, clipping and the optimizer step as one object, so that full precision is not a second code path."""
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 import torch
@@ -26,19 +27,25 @@ class Amp:
     def backward(self, loss: torch.Tensor) -> None:
         self.scaler.scale(loss).backward()
 
-    def step(self, optimizer: torch.optim.Optimizer, with_norm: bool) -> torch.Tensor | None:
+    def step(
+        self, optimizer: torch.optim.Optimizer, with_norm: bool, leave_out: Callable[..., bool] | None = None
+    ) -> torch.Tensor | None:
         """Step and clear the gradients; their norm before clipping, on the device, if it was needed or asked for.
 
         The norm costs one more pass over the gradients, which is why it is not taken on every step.
+        leave_out: of the norm, whether to leave the step out; of None where infinite gradients are the scaler's affair.
         """
         norm = None
-        if self.clip_grad is not None or with_norm:
+        if self.clip_grad is not None or with_norm or leave_out:
             self.scaler.unscale_(optimizer)
             parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
             norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
             if self.clip_grad is not None:
                 torch.nn.utils.clip_grads_with_norm_(parameters, self.clip_grad, norm)
-        self.scaler.step(optimizer)
-        self.scaler.update()
+        if leave_out and leave_out(None if self.scaler.is_enabled() else norm):
+            self.scaler.update(self.scaler.get_scale())  # as it was, and ready for the next step
+        else:
+            self.scaler.step(optimizer)
+            self.scaler.update()
         optimizer.zero_grad(set_to_none=True)
         return norm

@@ -121,6 +121,13 @@ def add_training_arguments(parser: ArgumentParser) -> None:
     add_switch("--grad_checkpointing", False, "recompute activations in backward: less memory, more time")
     bad_help = "share of unreadable images above which the run ends after the epoch; where not given, 4 may be"
     add("--max_bad_images", type=fraction, default=0.01, help=bad_help)
+    nonfinite_help = "of a NaN or infinite loss: end the run, or leave out and count steps with such a loss or gradient"
+    add(
+        "--on_nonfinite",
+        choices=("stop", "skip"),
+        default="stop",
+        help=f"{nonfinite_help}, each waiting for the device",
+    )
     add("--min_crop", type=share, help="smallest share of an image that a crop takes; in fine-tuning, above 32 px")
 
     add, _ = add_group(parser, "learning rate and weight decay")

@@ -69,7 +69,7 @@ class Averages:
 
     def _mean(self, sums: torch.Tensor) -> dict[str, float]:
         *sums, weight = sums.tolist()
-        return {name: value / max(weight, 1) for name, value in zip(self.names, sums, strict=True)}
+        return {name: value / weight if weight else math.nan for name, value in zip(self.names, sums, strict=True)}
 
 
 class Progress:
@@ -111,7 +111,8 @@ class Progress:
         rate = self.samples * get_world_size() / elapsed
         left = (now - self._begun) / (step + 1 - self.start_step) * (self.steps - step - 1)
         parts = [f"{self.header} [{step + 1:>{len(str(self.steps))}}/{self.steps}]", f"eta {duration(left)}"]
-        parts += [f"{name} {value:.4g}" if name == "lr" else f"{name} {value:.4f}" for name, value in values.items()]
+        forms = {"lr": ".4g", "skipped": "d"}
+        parts += [f"{name} {value:{forms.get(name, '.4f')}}" for name, value in values.items()]
         parts += [f"time {elapsed / taken:.3f}", f"data {self._waited / taken:.3f}", f"img/s {rate:.0f}"]
         if self.device.type == "cuda":
             parts.append(f"max mem {torch.cuda.max_memory_allocated(self.device) / 2**20:.0f} MiB")
@@ -128,25 +129,45 @@ class EpochTracker(Progress):
         tracker.report(step, lr, grad_norm)
 
     state: what `state` gave inside the same epoch, to go on from there.
+    buffers: of the model, where steps that are not finite are left out; None: such a loss ends the run.
+
+    Attributes:
+        leave_out: what `Amp.step` asks whether to leave the step out, or None.
+        left_out: whether the last step was.
     """
 
     def __init__(
         self, names: tuple[str, ...], epoch: int, steps: int, device: torch.device, run_log: "RunLog",
-        state: dict | None = None,
+        state: dict | None = None, buffers: list[torch.Tensor] | None = None,
     ):  # fmt: skip
         super().__init__(f"epoch {epoch}", steps, device, state["step"] if state else 0)
         self.epoch, self.run_log, self.averages = epoch, run_log, Averages(names, device)
         self._bad_step = torch.full((), -1, dtype=torch.int32, device=device)
+        self.leave_out = None if buffers is None else self._leaves_out
+        self.left_out, self.skipped, self._buffers = False, (state or {}).get("skipped", 0), buffers or []
         if state:
             self.averages.load_state(state["averages"])
 
     def state(self, step: int) -> dict:
         """What goes on after `step` steps; all processes call it together."""
-        return {"step": step, "averages": self.averages.state()}
+        return {"step": step, "averages": self.averages.state()} | self._counted()
+
+    def _counted(self) -> dict[str, int]:
+        return {"skipped": self.skipped} if self.leave_out else {}
+
+    def stats(self) -> dict[str, float]:
+        """The epoch's averages over all processes and, where steps are left out, how many were `skipped`.
+
+        Raises NonFiniteLoss if all were.
+        """
+        if self.skipped >= self.steps:
+            raise NonFiniteLoss(f"the loss or the gradient became NaN or infinite in all steps of epoch {self.epoch}")
+        return self.averages.epoch() | self._counted()
 
     def __call__(self, items: Iterable) -> Iterator[tuple[int, object]]:
         for step, batches in super().__call__(items):
             self.averages.mark()
+            self._before = [buffer.clone() for buffer in self._buffers]
             yield step, self.waited(batches)
 
     def update(self, step: int, samples: int, **values: torch.Tensor) -> None:
@@ -160,16 +181,33 @@ class EpochTracker(Progress):
 
     def check(self) -> None:
         """Raise NonFiniteLoss on every process if the loss of any was not finite; waits for the device."""
-        if all_reduce_sum((self._bad_step >= 0).int()).item():
+        if not self.leave_out and all_reduce_sum((self._bad_step >= 0).int()).item():
             where = f"step {self._bad_step.item()} of " if self._bad_step >= 0 else ""
             raise NonFiniteLoss(f"the loss became NaN or infinite in {where}epoch {self.epoch}")
+
+    def _leaves_out(self, grad_norm: torch.Tensor | None) -> bool:
+        """Whether a loss or gradient of any process was not finite in this step; waits for the device.
+
+        Averages and buffers are then as before the step.
+        """
+        bad = self._bad_step >= 0
+        if grad_norm is not None:
+            bad |= ~grad_norm.isfinite()
+        self.left_out = all_reduce_sum(bad.int()).item() > 0
+        if self.left_out:
+            self.skipped += 1
+            self._bad_step.fill_(-1)
+            self.averages.back()
+            for buffer, before in zip(self._buffers, self._before, strict=True):
+                buffer.copy_(before)
+        return self.left_out
 
     def report(self, step: int, lr: float, grad_norm: torch.Tensor | None) -> None:
         """Every few steps: wait for the device, check the loss, print a line and draw the curves."""
         if not self.due(step):
             return
         self.check()
-        values = self.averages.window() | {"grad_norm": float(grad_norm)}
+        values = self.averages.window() | {"grad_norm": float(grad_norm)} | self._counted()
         rate = self.line(step, lr=lr, **values)
         curves = {f"train/{name}": value for name, value in (values | {"lr": lr, "images_per_second": rate}).items()}
         self.run_log.scalars(self.epoch + (step + 1) / self.steps, **curves)

@@ -262,7 +262,8 @@ class Run:
     def tracker(self, names: tuple[str, ...], epoch: int, steps: int) -> EpochTracker:
         """The tracker of an epoch; of the first one after a resume, it knows where that goes on."""
         progress, self.epoch_progress = self.epoch_progress, None
-        return EpochTracker(names, epoch, steps, self.amp.device, self.log, progress)
+        buffers = list(self.model.buffers()) if self.flags["on_nonfinite"] == "skip" else None
+        return EpochTracker(names, epoch, steps, self.amp.device, self.log, progress, buffers)
 
     def step_done(self, tracker: EpochTracker, step: int, part: bool = False) -> None:
         """Save if it is time or a signal came, and leave if one came. All processes call it after every batch.
@@ -278,7 +279,8 @@ class Run:
         due = self.saves and (stop or (freq and done % freq == 0 and not last))
         if due:
             tracker.check()
-        self._newest_is_good(due or tracker.due(step))  # where a line is due, the loss was checked for it
+        # where a line is due, the loss was checked for it
+        self._newest_is_good((due or tracker.due(step)) and not tracker.left_out)
         if due:
             self.save(tracker.epoch, tracker.state(done) | {"bad": self._bad_images()})
         elif last:
