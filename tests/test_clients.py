@@ -3,6 +3,7 @@
 import csv
 import re
 import sys
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -123,7 +124,7 @@ LIBRARIES = [("timm", "timm"), ("hf", "transformers")]
     ("target", "library"), [*LIBRARIES, pytest.param("onnx", "onnxruntime", marks=pytest.mark.slow)]
 )
 def test_check_on(target, library, scripts, tmp_path):
-    """Folders, lists and tars; what the library sees otherwise than the evaluation is told by its name."""
+    """Of folders, lists and tars; right answers are counted from --eval true --predictions."""
     import_onnx() if target == "onnx" else pytest.importorskip(library)
     folder = write_images(tmp_path / "val", 3)
     write_checkpoint(tmp_path / "a.pth", sorted(folder.rglob("*.*")), stem_stride=1)
@@ -131,7 +132,9 @@ def test_check_on(target, library, scripts, tmp_path):
     right = sum(path.split("/")[-2] == name for path, name in expected.items())
     listed = tmp_path / "list.txt"
     listed.write_text("".join(f"{path}\t{path.split('/')[-2]}\n" for path in expected))
-    for source in (listed,) if target == "onnx" else (folder, listed):  # an ONNX file takes long
+    with tarfile.open(tmp_path / "val.tar", "w") as tar:
+        tar.add(folder, arcname=".")
+    for source in (listed,) if target == "onnx" else (folder, listed, tmp_path / "val.tar"):  # an ONNX file takes long
         out = exported(tmp_path / "a.pth", target, tmp_path / "out", "--check_on", source)
         share = f"({5 * right:.2f} %)"
         line = f"20 images of {source}: {right} right by --eval true {share}, {right} right by {library} {share}"
