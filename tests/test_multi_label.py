@@ -10,13 +10,16 @@ import torch
 import torch.nn.functional as F
 
 import datasets
+import engine_finetune
 import main_finetune
 from tests.small_runs import STEPS, killed_after, load, records, same
 from tests.test_distributed import launch
 from tests.test_engines import finetune_args
 from tools import export, predict, probe
 from utils import report
+from utils.amp import Amp
 from utils.data.files import MultiLabelList
+from utils.data.sampling import EvalLoader
 from utils.errors import UsageError
 from utils.report import Answers
 
@@ -80,6 +83,38 @@ def test_the_report_by_hand():
     lines = report.table(found)
     assert lines[0].endswith("support      AP")
     assert lines[-1] == "mean average precision 0.6111; 1 classes that no image has count as 0: c"
+
+
+class Drawn(torch.utils.data.Dataset):
+    """Images whose channels' means are the logits of `Means`."""
+
+    several = True
+    logits = torch.tensor([[0.1, -0.1, 3.0], [-2.0, 0.3, -0.2], [0.0, -0.4, -0.1]])
+    labels = torch.tensor([[1.0, 0, 1], [0, 1, 0], [1, 0, 0]])
+
+    def __len__(self):
+        return 3
+
+    def __getitem__(self, i):
+        return self.logits[i][:, None, None].expand(3, 4, 4), self.labels[i]
+
+
+class Means(torch.nn.Module):
+    head = torch.nn.Identity()
+
+    def forward_features(self, imgs):
+        return imgs.mean((2, 3))
+
+
+def test_a_label_is_predicted_above_a_half():
+    loader, found = EvalLoader(Drawn(), batch_size=2), []
+    amp = Amp(torch.device("cpu"), False, torch.bfloat16)
+    stats = engine_finetune.evaluate(Means(), loader, amp, report=lambda answers, stats: found.append(answers))
+    assert found[0].predictions.tolist() == [[True, False, True], [False, True, False], [False] * 3]
+    torch.testing.assert_close(found[0].probabilities, Drawn.logits.sigmoid())
+    assert torch.equal(found[0].labels, Drawn.labels > 0)
+    expected = F.binary_cross_entropy_with_logits(Drawn.logits, Drawn.labels).item()
+    assert stats == {"loss": pytest.approx(expected)}
 
 
 # ---- loss
@@ -217,7 +252,7 @@ def test_evaluation_and_predictions_need_no_flag(run, scripts, lists, tmp_path):
 
 
 def test_a_resume_is_of_the_same_kind_and_bit_for_bit(scripts, lists, tmp_path):
-    words = (*lists, "--epochs", 2, "--class_weights", "balanced", "--save_ckpt_steps", 1)
+    words = (*lists, "--epochs", 2, "--class_weights", "balanced", "--save_ckpt_steps", 1, "--best_metric", "loss")
     assert scripts.finetune(*words, "--output_dir", tmp_path / "whole").code == 0
     with killed_after(STEPS + 2):
         scripts.finetune(*words, "--output_dir", tmp_path / "cut")
@@ -228,6 +263,7 @@ def test_a_resume_is_of_the_same_kind_and_bit_for_bit(scripts, lists, tmp_path):
     assert result.code == 0, result.err
     assert same(*(load(tmp_path / name / "checkpoint-1.pth")["model"] for name in ("whole", "cut")))
     assert records(tmp_path / "whole") == records(tmp_path / "cut")
+    assert all("test_map" in line for line in records(tmp_path / "whole"))
 
 
 def test_a_share_is_held_out(scripts, lists):
