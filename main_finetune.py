@@ -185,11 +185,14 @@ def build_model(args, nb_classes: int) -> ConvNeXtV2:
         return LinearProbe(
             nb_classes, args.batch_size, in_chans=args.in_chans, stem_stride=args.stem_stride, **SIZES[args.model]
         )
+    scale = args.head_init_scale
+    if scale is None:  # from scratch, a small head costs some points (results.md)
+        scale = 0.001 if args.finetune else 1.0
     model = getattr(convnextv2, args.model)(
         in_chans=args.in_chans,
         num_classes=nb_classes,
         drop_path_rate=args.drop_path,
-        head_init_scale=args.head_init_scale,
+        head_init_scale=scale,
         stem_stride=args.stem_stride,
     )
     model.set_grad_checkpointing(args.grad_checkpointing)

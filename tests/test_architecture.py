@@ -130,7 +130,7 @@ SPEC_FLAGS = {
         clip_grad=None warmup_steps=-1 opt=adamw opt_eps=1e-08 opt_betas=None momentum=0.9 weight_decay_end=None
         color_jitter=None aa=rand-m9-mstd0.5-inc1 smoothing=0.1 train_interpolation=bicubic reprob=0.25 remode=pixel
         recount=1 resplit=False mixup=0.0 cutmix=0.0 cutmix_minmax=None mixup_prob=1.0 mixup_switch_prob=0.5
-        mixup_mode=batch finetune= head_init_scale=0.001 model_key=model|module model_prefix= eval_data_path=None
+        mixup_mode=batch finetune= head_init_scale=None model_key=model|module model_prefix= eval_data_path=None
         imagenet_default_mean_and_std=True data_set=IMNET eval=False dist_eval=True disable_eval=False""",
 }
 
