@@ -46,12 +46,16 @@ def launch(scripts, name, processes, output_dir, *flags, torchrun=(), **more) ->
 
 @pytest.fixture(scope="module")
 def pretrained(scripts, tmp_path_factory):
-    """Two epochs of pre-training, 40 images in steps of 12 (the last of 4, so two of six processes have none of it)."""
+    """Two epochs of pre-training, 40 images in steps of 12 (the last of 4, so two of six processes have none of it).
+
+    One spread is computed by the plain model.
+    """
     folders = {}
-    spreads = [(1, 12, 1, 0), (2, 6, 1, 2), (3, 4, 1, 0), (3, 2, 2, 1), (6, 2, 1, 0)]
+    spreads = [(1, 12, 1, 0), (2, 6, 1, 2), (3, 4, 1, 0), (3, 2, 2, 1), (6, 2, 1, 0), (2, 3, 2, 0)]
     for processes, batch_size, update_freq, workers in spreads:
         folder = tmp_path_factory.mktemp("spread")
         spread = ["--batch_size", batch_size, "--update_freq", update_freq, "--num_workers", workers]
+        spread += ["--fused", str(batch_size != 3)]
         # SGD-like comparison would hide nothing, but AdamW is what people run: its first steps amplify rounding most
         done = launch(scripts, "main_pretrain", processes, folder, *spread, "--epochs", 2, "--vis_freq", 0)
         assert done.returncode == 0, done.stderr[-3000:]
