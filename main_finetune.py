@@ -283,8 +283,9 @@ def train(args, amp: Amp, run: Run) -> None:
     if args.fused:
         fused.enable(model, run.triton(kernels.available))
     if args.finetune and not run.resume_from:
+        flag = f"--model_key {args.model_key}, --finetune" if "model_key" in given(args) else "--finetune"
         weights.load_checkpoint(
-            args.finetune, model, "--finetune", model_key=args.model_key, model_prefix=args.model_prefix,
+            args.finetune, model, flag, model_key=args.model_key, model_prefix=args.model_prefix,
             stem_average=args.stem_average, fresh_head=True,
         )  # fmt: skip
     model.to(amp.device)

@@ -162,7 +162,7 @@ def add_finetune_arguments(parser: ArgumentParser) -> None:
     """What fine-tuning reads in training alone: the network, the optimizer, augmentation, the moving average."""
     add, add_switch = add_group(parser, "fine-tuning")
     add("--images_per_class", type=whole(1), default=None, help="train on the first so many images of each class alone")
-    head_help = "the head, which is new, starts with std 0.02 times this; where not given: 0.001 with --finetune, else 1"
+    head_help = "the new head starts with std 0.02 times this; where not given: 0.001 with --finetune, else 1"
     add("--head_init_scale", type=not_negative, default=None, help=head_help)
     add("--drop_path", type=below_one, default=0.0, help="stochastic depth of the last block")
     add("--layer_decay", type=share, default=1.0, help="learning-rate factor per layer below the head")
