@@ -117,7 +117,8 @@ def knn_loaders(args) -> tuple[DataLoader, DataLoader] | None:
     try:
         splits = datasets.labelled_splits(args)
     except UsageError as error:
-        raise UsageError(f"--knn_freq {args.knn_freq}: needs labelled images; {error}") from error
+        needs = f"needs labelled images; {error}; --health_freq needs none"
+        raise UsageError(f"--knn_freq {args.knn_freq}: {needs}") from error
     subsets = (random_subset(split, args.knn_images) for split in splits)
     return tuple(datasets.build_eval_loader(subset, args, spread=True) for subset in subsets)
 

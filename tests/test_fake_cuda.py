@@ -191,7 +191,7 @@ RUNS = {
     "pretrain": ("--kernels triton --knn_freq 1", "--fused false --update_freq 2 --batch_size 4 --use_amp false"),
     "finetune": (
         "--kernels triton --mixup 0.8 --cutmix 1 --clip_grad 1 --drop_path 0.2 --grad_checkpointing true",
-        "--model_ema true --model_ema_eval true --layer_decay 0.9 --fused false",
+        "--model_ema true --model_ema_eval true --layer_decay 0.9 --fused false --freeze_stages 2 --best_metric f1",
         "--linear_probe true --opt lars",
         "--class_weights balanced",
     ),
