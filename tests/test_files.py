@@ -94,6 +94,8 @@ def test_labels_that_are_numbers(images):
         ("a/0.png 1\na/1.jpg 0\n", ["1", "2"], r"line 2: label '0' is not among the 2 .*no class is named by a number"),
         ("a/0.png 7\n", ["007", "008"], r"line 1: label '7' is not among the 2 classes"),
         ("a/0.png 0\n", ["7", "cat"], r"line 1: label '0' is not among the 2 classes"),
+        (f"a/0.png 0\na/1.jpg {'9' * 5000}\n", [], r"line 2: a label of 5000 digits; number the classes from 0$"),
+        (f"a/0.png {'9' * 5000}\n", ["ant", "bee"], r"line 1: a label of 5000 digits"),
         ("a/0.png 7\na/1.jpg 1000003\n", [], r".* 1,000,004 classes, of 2 .*--nb_classes 1000004"),
     ],
 )

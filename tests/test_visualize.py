@@ -55,6 +55,14 @@ def tiles(picture: Path, rows: int, columns: int, size: int = 128) -> np.ndarray
     return squares[:, :, :size, :size].astype(int)
 
 
+def test_a_full_disk_is_a_line(draw, tmp_path):
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures/features.png").symlink_to("/dev/full")
+    result, _ = draw("--features", "--input_size", 16)
+    assert result.code == 2
+    assert re.fullmatch(r"error: .*: No space left on device; make room, or write elsewhere\n", result.err)
+
+
 # ---- reconstructions
 
 

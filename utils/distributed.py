@@ -105,11 +105,25 @@ def check_same(count: int, what: str) -> None:
         raise UsageError(f"{what}: {found}; all nodes need the same files. {late}")
 
 
+class _Console(logging.StreamHandler):
+    """A handler without which a run goes on once nobody reads it any more (`| head`), or its disk is full."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif isinstance(error, BrokenPipeError):
+            log.removeHandler(self)
+            log.warning(
+                "stdout is closed: no more lines there, warnings come here"
+            )  # to stderr, where nothing handles it
+
+
 def setup_logging(rank: int = 0) -> None:
     """Log to stdout, with the rank of all but the first process."""
     with contextlib.suppress(AttributeError):  # a stream that is no file
         sys.stdout.reconfigure(errors="backslashreplace")  # paths need not be text
-    handler = logging.StreamHandler(sys.stdout)
+    handler = _Console(sys.stdout)
     handler.setFormatter(logging.Formatter(f"[rank {rank}] %(message)s" if rank else "%(message)s"))
     log.handlers[:] = [handler]
     log.setLevel(logging.INFO)
@@ -151,7 +165,10 @@ def _launcher(dist_on_itp: bool) -> tuple[str, str, str] | None:
 
 def _number(name: str) -> int:
     value = os.environ.get(name, "0" if "LOCAL" in name else "")
-    refuse(not value.isdecimal(), f"{name} {value!r}: must be a whole number; launchers set it, else unset it")
+    refuse(
+        not value.isdecimal(),
+        f"{name} {value!r}: must be a whole number; launchers set {', '.join(TORCHRUN)} or their own, else unset all",
+    )
     return int(value)
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import errno
 import logging
 import os
 import sys
@@ -42,7 +43,8 @@ def surviving_disk_errors(lost: str) -> Iterator[None]:
 def run_cli(main: Callable[[], None]) -> None:
     """Run a script's main, turning mistakes into one line on stderr and an exit code.
 
-    2 for a UsageError, 1 for a NonFiniteLoss, 130 for Ctrl-C; any other exception is a bug and keeps its traceback.
+    2 for a UsageError or a full or read-only disk, 1 for a NonFiniteLoss, 130 for Ctrl-C; any other exception is a bug
+    and keeps its traceback.
     """
     try:
         return main()
@@ -50,6 +52,13 @@ def run_cli(main: Callable[[], None]) -> None:
         code = 2 if isinstance(error, UsageError) else 1
         # a loader worker's error arrives as a traceback that ends in the message; a library's may have several lines
         message = "error: " + " ".join(str(error).split(f"{UsageError.__module__}.UsageError: ")[-1].split())
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise
+        code, message = (
+            2,
+            f"error: {error.filename or 'what was to be written'}: {error.strerror}; make room, or write elsewhere",
+        )
     except KeyboardInterrupt:
         code, message = 130, "interrupted; with --output_dir, the same command goes on from its last checkpoint"
     rank = os.environ.get("RANK", "0")

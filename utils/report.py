@@ -182,11 +182,12 @@ def as_csv(rows: Iterable) -> bytes:
 
 def write_file(path: str | Path, write: Callable) -> None:
     """Write a file that a user asked for, see `replace`. Raises UsageError where it cannot be written."""
+    earlier = ", in place of an earlier one" * Path(path).exists()
     try:
         replace(path, write)
     except OSError as error:
         raise UsageError(f"{path}: cannot be written ({error.strerror})") from error
-    log.info("written: %s", path)
+    log.info("written: %s%s", path, earlier)
 
 
 @dataclass

@@ -327,13 +327,13 @@ def number_labels(
     where all are numbers. Raises UsageError for other labels, and for numbers that leave most classes without an image.
     """
     known, all_numbers = classes, all(label.isdecimal() for label in labels)
+    if all_numbers and len(longest := max(labels, key=len, default="")) > 18:
+        place = where[labels.index(longest)]
+        raise UsageError(f"{source}: {place}: a label of {len(longest)} digits; number the classes from 0")
     if not classes and all_numbers:
         count = max(1 + max(map(int, labels)), nb_classes or 0)
-        if count > max(len(labels), MANY_CLASSES, nb_classes or 0):
-            raise UsageError(
-                f"{source}: labels up to {count - 1} are {count:,} classes, of {len(labels)} images; number them from "
-                f"0, or give --nb_classes {count}"
-            )
+        many = f"labels up to {count - 1} are {count:,} classes, of {len(labels)} images; number them from 0, or give"
+        refuse(count > max(len(labels), MANY_CLASSES, nb_classes or 0), f"{source}: {many} --nb_classes {count}")
         known = [str(i) for i in range(count)]
     elif not classes:
         known = sorted({label for label in labels if not label.isdecimal()})

@@ -1,0 +1,83 @@
+"""What a machine does to a run: disks that fill, a console that closes, an environment that lacks things."""
+
+import errno
+import logging
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.small_runs import COMMON, Scripts, records
+from utils.distributed import launched_ranks, setup_logging
+from utils.errors import UsageError, run_cli
+
+ROOT = Path(__file__).resolve().parent.parent
+PIPES = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+
+
+def command(scripts: Scripts, output_dir, root=ROOT) -> list[str]:
+    data = ("--data_path", scripts.train, "--decoder_embed_dim", 16, "--output_dir", output_dir)
+    return [str(x) for x in (sys.executable, root / "tests/small_process.py", "main_pretrain", *COMMON.split(), *data)]
+
+
+@pytest.mark.slow
+def test_a_reader_that_goes_away_does_not_end_a_run(scripts, tmp_path):
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command(scripts, tmp_path), env=environment, **PIPES) as process:
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.wait(120) == 0
+        assert process.stderr.read() == "stdout is closed: no more lines there, warnings come here\n"
+    assert len(records(tmp_path)) == 3
+
+
+def test_a_console_on_a_full_disk_loses_lines_alone(monkeypatch, capsys):
+    console = logging.getLogger("fcmae")
+    monkeypatch.setattr(sys, "stdout", open("/dev/full", "w"))  # noqa: SIM115
+    monkeypatch.setattr(console, "handlers", [])
+    setup_logging()
+    console.info("lost")
+    assert capsys.readouterr().err == ""
+    assert len(console.handlers) == 1  # there may be room again
+    console.info("%d", "a mistake of ours")
+    assert "Logging error" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS])
+def test_a_disk_that_takes_nothing_is_a_line(number, capsys):
+    def write():
+        raise OSError(number, os.strerror(number), "x.png")
+
+    with pytest.raises(SystemExit, match="2"):
+        run_cli(write)
+    assert capsys.readouterr().err == f"error: x.png: {os.strerror(number)}; make room, or write elsewhere\n"
+
+
+def test_a_rank_alone_names_what_goes_with_it(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with pytest.raises(UsageError, match=r"^WORLD_SIZE '': .* RANK, WORLD_SIZE, LOCAL_RANK or their own, else unset"):
+        launched_ranks(1, -1, False)
+
+
+@pytest.mark.slow
+def test_a_bare_environment(scripts, tmp_path):
+    """64 open files, neither HOME nor TMPDIR, an ASCII locale, code behind a link, another folder."""
+    (tmp_path / "code").symlink_to(ROOT)
+    environment = {key: value for key, value in os.environ.items() if key not in ("HOME", "PYTHONUTF8")}
+    environment |= {"PYTHONPATH": str(tmp_path / "code"), "LC_ALL": "C", "LANG": "C", "TMPDIR": "/nonexistent"}
+    done = subprocess.run(
+        [*command(scripts, "größe", tmp_path / "code"), "--num_workers", "2"], cwd=tmp_path, env=environment,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64)), timeout=120, **PIPES,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    assert len(records(tmp_path / "größe")) == 3
+
+
+def test_an_evaluation_says_that_it_replaces_a_report(scripts, tmp_path):
+    assert scripts.finetune("--output_dir", tmp_path, "--epochs", 1, "--warmup_epochs", 0).code == 0
+    result = scripts.finetune("--eval", "true", "--output_dir", tmp_path)
+    assert f"written: {tmp_path}/report.json, in place of an earlier one\n" in result.out
