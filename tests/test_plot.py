@@ -69,6 +69,7 @@ def test_points_and_best_values():
     nan = math.nan
     assert plot.best_of("train_loss", [(0, nan), (1, 2.0), (2, 2.0), (3, nan)]) == (1, 2.0)
     assert plot.best_of("test_acc1_ema", [(0, nan), (1, 2.0), (2, 3.0), (3, 3.0)]) == (2, 3.0)
+    assert plot.best_of("test_f1", [(0, 1.0), (1, 2.0)]) == plot.best_of("test_map", [(1, 2.0)]) == (1, 2.0)
     assert plot.best_of("train_lr", [(0, 1.0)]) is None
     assert plot.best_of("train_loss", [(0, nan)]) is None
 

@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -66,15 +67,20 @@ def choose(runs: dict[str, list[dict]], keys: list[str] | None, x: str) -> Curve
     known = [key for key in names if count[key]] or list(names)
     for flag, name in [("--x", x), *(("--keys", key) for key in keys or [])]:
         refuse(name not in known, f"{flag} {name}: in none of the runs{suggest(name, known)}; {', '.join(known)}")
-    keys = keys or [key for key in known if 2 * count[key] > len(runs) and ("loss" in key or "acc" in key)]
+    keys = keys or [key for key in known if 2 * count[key] > len(runs) and better(key)]
     refuse(not keys, f"--keys: no loss or accuracy is in most of the runs; give some of {', '.join(known)}")
     return {key: found[key] for key in keys}
+
+
+def better(key: str) -> Callable | None:
+    """What picks the best of two values; None: nobody knows."""
+    return min if "loss" in key else max if any(name in key for name in ("acc", "f1", "map")) else None
 
 
 def best_of(key: str, values: Points) -> tuple[float, float] | None:
     """Where a loss is lowest or an accuracy highest, the first time; of other keys nobody knows."""
     values = [pair for pair in values if not math.isnan(pair[1])]
-    best = min if "loss" in key else max if "acc" in key else None
+    best = better(key)
     return best(values, key=lambda pair: pair[1], default=None) if best else None
 
 
