@@ -310,9 +310,8 @@ def train(args, amp: Amp, run: Run) -> None:
     wrapped = distributed.data_parallel(WithLoss(model, build_criterion(args, mixup, class_weights)), args.compile)
     for epoch in run.epochs():
         stats = train_one_epoch(wrapped, loader, optimizer, schedule, run, epoch, mixup)
-        evaluates = eval_loader is not None and run.due(epoch, args.eval_freq)
         scores, report = {}, None
-        if evaluates:
+        if eval_loader is not None and run.due(epoch, args.eval_freq):
             if epoch + 1 == args.epochs or args.patience or args.best_metric in METRICS or args.multi_label:
                 report = build_reporter(args, f"epoch {epoch}", eval_loader.dataset, classes, nb_classes)
             scores = score(model, ema if args.model_ema_eval else None, eval_loader, amp, report)

@@ -27,14 +27,13 @@ class Best:
 
     def update(self, epoch: int, scores: dict[str, float]) -> list[str]:
         """Take up an evaluation's scores; the suffixes of those that are the best so far."""
-        better = []
+        better, sign = [], -1 if self.metric == "loss" else 1
         for suffix in SUFFIXES:
             name = f"{self.metric}{suffix}"
-            value, loss = scores.get(name, math.nan), scores.get(f"loss{suffix}", 0.0)
-            before = self.found.get(name, math.inf if self.metric == "loss" else -math.inf)
-            if math.isfinite(loss) and (value < before if self.metric == "loss" else value > before):
+            value, before = (sign * x.get(name, -sign * math.inf) for x in (scores, self.found))
+            if value > before and math.isfinite(scores.get(f"loss{suffix}", 0.0)):
                 better.append(suffix)
-                self.found = self.found | {name: value, f"epoch{suffix}": epoch}
+                self.found = self.found | {name: scores[name], f"epoch{suffix}": epoch}
         if scores and self.patience:
             self.found = self.found | {"waited": 0 if better else self.found.get("waited", 0) + 1}
         return better
@@ -47,6 +46,6 @@ class Best:
 
     def __str__(self) -> str:
         """For console lines: ', best acc1 ...', or '' before the first evaluation."""
-        digits, known = 4 if self.metric == "loss" else 2, [x for x in SUFFIXES if f"epoch{x}" in self.found]
-        said = [(f"{self.metric}{x}", self.found[f"epoch{x}"]) for x in known]
-        return "".join(f", best {name} {self.found[name]:.{digits}f} in epoch {epoch}" for name, epoch in said)
+        digits, found = 4 if self.metric == "loss" else 2, self.found
+        said = [(found[f"{self.metric}{x}"], x, found[f"epoch{x}"]) for x in SUFFIXES if f"epoch{x}" in found]
+        return "".join(f", best {self.metric}{x} {value:.{digits}f} in epoch {epoch}" for value, x, epoch in said)

@@ -1,5 +1,6 @@
 """How an encoder fares in pre-training, told without labels: the rank of its features, and its dead channels."""
 
+import contextlib
 import logging
 from collections.abc import Iterable
 from functools import partial
@@ -46,13 +47,10 @@ def health(encoder: nn.Module, layers: list[nn.Module], loader: DataLoader, amp:
         moments[layer] = moments.get(layer, 0) + len(values) * rows
 
     encoder.eval()
-    hooks = [layer.register_forward_hook(add) for layer in layers]
-    try:
-        with torch.random.fork_rng(devices=[]):
-            features, _ = extract(partial(pooled_features, encoder), loader, encoder.dims[-1], amp)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with contextlib.ExitStack() as hooks, torch.random.fork_rng(devices=[]):
+        for layer in layers:
+            hooks.enter_context(layer.register_forward_hook(add))
+        features, _ = extract(partial(pooled_features, encoder), loader, encoder.dims[-1], amp)
     rows, parts = zip(*gather((features.cpu(), list(moments.values()))), strict=True)
     features = torch.cat(rows).to(amp.device)
     if not len(features):
