@@ -15,7 +15,7 @@ from typing import BinaryIO
 import torch
 from safetensors.torch import load_file
 
-from .errors import UsageError, surviving_disk_errors
+from .errors import UsageError, refuse, surviving_disk_errors
 
 log = logging.getLogger("fcmae")
 
@@ -80,7 +80,8 @@ def read(path: str | os.PathLike) -> dict:
         what = "cannot be read, truncated or damaged"
         if isinstance(error, UnpicklingError):
             what = "not a checkpoint of tensors and plain values, refused"
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        named = re.search(r"(?<=GLOBAL )\S+", str(error))  # the function or class that it would call
+        reason = named[0] if named else (str(error) or type(error).__name__).splitlines()[0]
         raise UsageError(f"{path}: {what} ({reason[:120]})") from error
     if not isinstance(state, dict):
         raise UsageError(f"{path}: holds a {type(state).__name__}, not a dictionary")
@@ -108,6 +109,21 @@ def finite(state_dict: dict) -> bool:
     return not found or bool(torch.stack(found).all())
 
 
+def unfit(state_dict: dict, own: dict | None = None) -> str:
+    """Why a state dict holds no weights, or none for those of `own`, another that has its names; else ""."""
+    for name, value in state_dict.items():
+        if not isinstance(name, str):
+            return f"has the key {name!r}, which is no name of a weight"
+        if not isinstance(value, torch.Tensor):
+            return f"{name} is of the type {type(value).__name__}, no tensor"
+        plain = value.layout == torch.strided and not (value.is_meta or value.is_quantized or value.is_nested)
+        if not plain or (own and value.is_floating_point() != own[name].is_floating_point()):
+            return f"{name} is a tensor of {value.dtype}, {value.layout}, on {value.device}, which is no weight"
+        if own and value.is_floating_point() and not value.float().isfinite().all():
+            return f"its weights are NaN or infinite in {name}; give an earlier checkpoint"
+    return ""
+
+
 def numbered(output_dir: str | os.PathLike) -> list[tuple[int, float, Path]]:
     """A folder's checkpoint-{epoch}.pth and checkpoint-{epoch}-step{step}.pth files, newest first.
 
@@ -131,7 +147,9 @@ def newest(output_dir: str | os.PathLike, *run: str | None) -> tuple[Path, dict]
         try:
             state = read(path)
             model = state.get("model")
-            if isinstance(model, dict) and not finite(model):  # what holds no model is refused where it is loaded
+            if (
+                isinstance(model, dict) and not unfit(model) and not finite(model)
+            ):  # what is no model is refused where it is loaded
                 raise UsageError(f"{path}: its weights are not finite")
         except UsageError as error:
             log.warning("skipping %s", error)
@@ -171,6 +189,7 @@ def set_aside(path: Path, why: str) -> str:
 def load_weights(model: torch.nn.Module, state_dict: dict, source: str) -> None:
     """Load a state dict whole. Raises UsageError naming what does not fit, and changes nothing then."""
     own = model.state_dict()
+    refuse(wrong := unfit(state_dict), f"{source}: {wrong}")
     problems = {
         "lacks": own.keys() - state_dict.keys(),
         "also has": state_dict.keys() - own.keys(),
@@ -179,8 +198,7 @@ def load_weights(model: torch.nn.Module, state_dict: dict, source: str) -> None:
     if problem := next(filter(problems.get, problems), None):
         shown, count = ", ".join(sorted(problems[problem])[:3]), len(problems[problem])
         raise UsageError(f"{source}: a checkpoint of another model: it {problem} {shown} ({count} in all)")
-    if not finite(state_dict):
-        raise UsageError(f"{source}: its weights are NaN or infinite; give an earlier checkpoint")
+    refuse(wrong := unfit(state_dict, own), f"{source}: {wrong}")
     model.load_state_dict(state_dict)
 
 

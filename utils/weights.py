@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from .checkpoint import finite, read
+from .checkpoint import read, unfit
 from .errors import UsageError, refuse
 from .layouts import convert, first_names, recognise
 from .sources import local_file
@@ -130,6 +130,8 @@ def unwrap(checkpoint: dict, model_key: str = MODEL_KEY, model_prefix: str = "")
     state_dict = next(filter(_is_state_dict, map(candidates.get, [best, *keys])), None)
     if state_dict is None:
         raise ValueError(f"holds no state dict under {', '.join(keys)}; it has {first_names(checkpoint)}")
+    if wrong := unfit(state_dict):
+        raise ValueError(wrong)
     plain = {re.sub(r"^(_orig_mod\.|module\.)+|\b_orig_mod\.", "", name): v for name, v in state_dict.items()}
     found = {name.removeprefix(model_prefix): v for name, v in plain.items() if name.startswith(model_prefix)}
     if not found:
@@ -196,8 +198,8 @@ def load(
                 raise ValueError(f"not for this --model or --stem_stride: it has {has}, the model has {needs}{hint}")
             wrong = [name for name in ours | theirs if ours.get(name) != theirs.get(name)]
             raise ValueError(f"not a whole backbone: missing, unknown or of another shape are {first_names(wrong)}")
-    if not finite(loaded):
-        raise ValueError("its weights are NaN or infinite; give an earlier checkpoint")
+    if wrong := unfit(loaded, own):
+        raise ValueError(wrong)
     model.load_state_dict(loaded, strict=False)
     beside = [name for name in state_dict if not name.startswith(under)]  # of something else
     unexpected = [name for name in source if name not in loaded] + beside
