@@ -21,6 +21,7 @@ from models.convnextv2 import Block, Stage
 from models.operators import depthwise
 from models.visible import VisiblePatches
 
+tl = kernels.tl  # Triton 3.6 knows constants by this name alone
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
 pytestmark = pytest.mark.gpu  # there, compiled
@@ -216,7 +217,7 @@ def test_more_than_2_to_the_31_elements():
 
 
 @kernels._jit
-def positions(index_ptr, places_ptr, height, width, first, R: kernels.tl.constexpr, MAP: kernels.tl.constexpr):
+def positions(index_ptr, places_ptr, height, width, first, R: tl.constexpr, MAP: tl.constexpr):
     lane = first + kernels.tl.arange(0, 4)
     index, exists = kernels._place(index_ptr, height, width, first + 3, lane, 1, 2, 7, R, MAP)
     kernels.tl.store(places_ptr + kernels.tl.arange(0, 4), kernels.tl.where(exists, index, -1))
