@@ -18,9 +18,10 @@ ROOT = Path(__file__).resolve().parent.parent
 PIPES = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
 
 
-def command(scripts: Scripts, output_dir, root=ROOT) -> list[str]:
-    data = ("--data_path", scripts.train, "--decoder_embed_dim", 16, "--output_dir", output_dir)
-    return [str(x) for x in (sys.executable, root / "tests/small_process.py", "main_pretrain", *COMMON.split(), *data)]
+def command(scripts: Scripts, output_dir, root=ROOT, name="main_pretrain") -> list[str]:
+    data = ["--data_path", scripts.train, "--output_dir", output_dir, "--auto_resume", "false"]
+    data += ["--decoder_embed_dim", 16] if name == "main_pretrain" else ["--eval_data_path", scripts.val]
+    return [str(x) for x in (sys.executable, root / "tests/small_process.py", name, *COMMON.split(), *data)]
 
 
 @pytest.mark.slow
@@ -81,3 +82,34 @@ def test_an_evaluation_says_that_it_replaces_a_report(scripts, tmp_path):
     assert scripts.finetune("--output_dir", tmp_path, "--epochs", 1, "--warmup_epochs", 0).code == 0
     result = scripts.finetune("--eval", "true", "--output_dir", tmp_path)
     assert f"written: {tmp_path}/report.json, in place of an earlier one\n" in result.out
+
+
+HIDDEN = """
+import builtins, os, runpy, signal, sys
+for name in ("fcntl", "resource", "triton"):
+    sys.modules[name] = None
+for name in ("SIGHUP", "SIGUSR1", "SIGUSR2", "SIG_BLOCK", "pthread_sigmask", "sigwaitinfo", "setitimer"):
+    delattr(signal, name)
+del os.fork
+real = builtins.open
+
+def absent(path, *args, **kwargs):
+    if str(path).startswith("/proc"):
+        raise FileNotFoundError(2, "hidden", path)
+    return real(path, *args, **kwargs)
+
+builtins.open = absent
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+def test_what_other_systems_lack_is_not_needed(scripts, tmp_path):
+    """Windows and macOS have no fork, no such signals, no fcntl, no /proc, no Triton."""
+    for name in ("main_pretrain", "main_finetune"):
+        python, *words = command(scripts, tmp_path, name=name)
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        done = subprocess.run([python, "-c", HIDDEN, *words], env=environment, timeout=120, **PIPES)
+        assert done.returncode == 0, done.stderr
+        assert "no locks here (import of fcntl halted" in done.stdout

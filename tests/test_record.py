@@ -115,6 +115,16 @@ def test_arguments_are_recorded_plain():
     assert json.loads(json.dumps(record.plain(flags))) == expected
 
 
+def test_tokens_in_addresses_are_not_recorded(tmp_path, monkeypatch):
+    flags = {"finetune": "https://me:token@host/x.pth", "data_path": "a@b", "depth": 8}
+    monkeypatch.setattr(sys, "orig_argv", ["python", "x.py", "--finetune", flags["finetune"]])
+    record.add_start(str(tmp_path), flags, torch.device("cpu"))
+    text = (tmp_path / "run.json").read_text()
+    assert ("token" in text, text.count("https://***@host/x.pth")) == (False, 2)
+    assert record.read(str(tmp_path))[-1]["args"]["data_path"] == "a@b"
+    assert record.same_command(record.read(str(tmp_path))[-1], flags)
+
+
 def test_a_picture_on_a_full_disk_does_not_end_a_run(monkeypatch, tmp_path, caplog):
     monkeypatch.setattr(errors.log, "propagate", True)
     shown = types.SimpleNamespace(log=RunLog(), output_dir=str(tmp_path / "gone"))

@@ -15,7 +15,8 @@ from .distributed import get_rank
 
 log = logging.getLogger("fcmae")
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+NAMES = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2")
+SIGNALS = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]  # Windows has the first two
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: run the same command again
 
 
@@ -35,7 +36,7 @@ class Interrupts:
 
     def __enter__(self) -> "Interrupts":
         for number in SIGNALS:
-            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as nohup wants it
+            if number.name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN:  # as nohup wants it
                 self._previous[number] = signal.signal(number, self._receive)
         return self
 
@@ -75,7 +76,7 @@ class Interrupts:
         code = torch.tensor(EXIT_CODE if goes_on else 128 + (self.received or signal.SIGTERM))
         if self._group is not None:
             dist.broadcast(code, 0, group=self._group)  # comes once the first process has written the checkpoint
-        number = self.received or signal.SIGUSR2
+        number = self.received or SIGNALS[-1]
         handler = self._previous.get(number)
         if "SUBMITIT_EXECUTOR" in os.environ and callable(handler):
             handler(number, None)

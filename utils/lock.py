@@ -1,7 +1,6 @@
 """One run per folder."""
 
 import contextlib
-import fcntl
 import logging
 import os
 import socket
@@ -71,11 +70,14 @@ class OutputLock:
 
     def _take(self, file: TextIO) -> bool:
         try:
+            import fcntl  # which Windows has not
+
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             return False
-        except OSError as error:
-            log.warning("%s: no locks here (%s), so nothing keeps a second run out", self.path, error.strerror)
+        except (ImportError, OSError) as error:
+            reason = getattr(error, "strerror", error)
+            log.warning("%s: no locks here (%s), so nothing keeps a second run out", self.path, reason)
         return True
 
     def _is_at_path(self, file: TextIO) -> bool:

@@ -34,8 +34,12 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def plain(flags: dict) -> dict:
-    """Arguments as JSON and checkpoints hold them."""
-    return json.loads(json.dumps(flags, default=str))
+    """Arguments as JSON and checkpoints hold them, without the names and tokens of addresses (://USER:TOKEN@)."""
+    return json.loads(masked(json.dumps(flags, default=str)))
+
+
+def masked(text: str) -> str:
+    return re.sub(r"""(?<=://)[^/\s"'@]+@""", "***@", text)
 
 
 def launch() -> str:
@@ -63,8 +67,8 @@ def add_start(output_dir: str, flags: dict, device: torch.device, **more) -> Non
     start = more | {
         "launch": launch(),
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": shlex.join(sys.orig_argv),
-        "args": flags,
+        "command": masked(shlex.join(sys.orig_argv)),
+        "args": plain(flags),
         "processes": get_world_size(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "versions": {"python": platform.python_version(), **versions},
