@@ -24,6 +24,7 @@ def names_in(path):
     return sorted(name for line in path.read_text().splitlines() for name in BAD if f"train/{name}: " in line)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["pretrain", "finetune"])
 def test_a_run_with_bad_images_resumes_bit_for_bit(stage, scripts, damaged, tmp_path):
     """From inside an epoch; the images met before count in its end."""

@@ -215,6 +215,7 @@ def test_an_image_that_is_shown_again_is_augmented_anew():
 # ---- runs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", ["--class_weights balanced", "--balanced_sampling true"])
 def test_a_run_is_recorded_and_resumed_bit_for_bit(flags, scripts, unequal, tmp_path):
     words = (*unequal, *flags.split(), "--epochs", 2)

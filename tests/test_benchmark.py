@@ -191,6 +191,7 @@ def test_shares_of_the_peak(monkeypatch):
     assert len(counted) == 1  # it takes seconds
 
 
+@pytest.mark.slow
 def test_a_part_that_fails_says_why():
     status, *_ = gpu.run_part("--what nothing", 500)
     assert "nothing" in status

@@ -37,6 +37,7 @@ def content(path):
     return {key: value for key, value in load(path).items() if key not in ("args", "run")}
 
 
+@pytest.mark.slow
 def test_a_run_out_of_patience_ends_whole(scripts, tmp_path):
     """With its report and checkpoint, killed or not; started again it has nothing to do but for more patience."""
     for name, steps in (("whole", None), ("killed", 2 * STEPS + 2)):
@@ -72,6 +73,7 @@ def test_the_last_epoch_is_not_told_as_early(scripts):
     assert "ends early" not in result.out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("metric", ["balanced_acc", "f1", "loss"])
 def test_the_best_by_another_metric(metric, scripts, tmp_path):
     """It is a curve, the report's in percent, and decides on checkpoint-best.pth."""
@@ -92,6 +94,7 @@ def test_the_best_by_another_metric(metric, scripts, tmp_path):
     assert f"best {metric} {scores[found]:.2f}"[:-1] in result.out.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_another_metric_from_here_on(scripts, tmp_path, monkeypatch):
     table = iter([(60.0, 3.0), (50.0, 2.0), (40.0, 1.0), (30.0, 2.0)])
     monkeypatch.setattr(engine_finetune, "evaluate", lambda *_: dict(zip(("acc1", "loss"), next(table), strict=True)))

@@ -282,6 +282,7 @@ def test_optimizer_flags_arrive():
     assert group("--opt", "sgd", "--momentum", 0.7)["momentum"] == 0.7
 
 
+@pytest.mark.slow
 def test_amp_on_the_cpu(scripts, tmp_path):
     weights = []
     for stage in (scripts.pretrain, scripts.finetune):

@@ -73,6 +73,7 @@ def read(path, in_chans):
     return Image.open(path).convert("L" if in_chans == 1 else "RGB")
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("stem_stride", [4, 2, 1])
 @pytest.mark.parametrize("in_chans", [1, 3, 5])

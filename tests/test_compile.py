@@ -38,9 +38,12 @@ def training_step(stage: str, fast: bool, checkpointing: bool):
     return step, lambda count: ((noise(count, 3, 24, 24), torch.arange(count) % 3), {})
 
 
-@pytest.mark.parametrize(("fast", "checkpointing"), [
-    (True, False), pytest.param(True, True, marks=pytest.mark.slow), pytest.param(False, True, marks=pytest.mark.slow)
-], ids=["fused", "fused, checkpointing", "plain, checkpointing"])  # fmt: skip
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("fast", "checkpointing"),
+    [(True, False), (True, True), (False, True)],
+    ids=["fused", "fused, checkpointing", "plain, checkpointing"],
+)
 @pytest.mark.parametrize("stage", ["pretrain", "finetune"])
 def test_a_training_step_is_one_graph(stage, fast, checkpointing):
     """Whatever numbers of images follow; blocks of different drop paths are in it as they are."""

@@ -145,6 +145,7 @@ def compiled(name, constants, signature, divisible, capability):
     )
 
 
+@pytest.mark.slow
 def test_offsets_into_features_are_64_bits_wide():
     """A batch may hold more than 2**31 values: what a row's number is multiplied by is an int64 before it."""
     seen = set()

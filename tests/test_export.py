@@ -320,6 +320,7 @@ def import_onnx():
     return [pytest.importorskip(name) for name in ("onnx", "onnxscript", "onnxruntime")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head", [True, False])
 def test_onnx(head, fine, pre, tmp_path):
     onnx, _, runtime = import_onnx()
@@ -342,6 +343,7 @@ def test_onnx(head, fine, pre, tmp_path):
     assert re.search(r"verified +largest absolute difference \S+ with onnxruntime", out)
 
 
+@pytest.mark.slow
 def test_large_onnx_models_keep_their_weights_beside_them(fine, tmp_path, monkeypatch):
     import_onnx()
     monkeypatch.setattr(targets, "ONE_FILE", 0)

@@ -165,6 +165,7 @@ def test_mistakes_are_a_line(flags, message, scripts, tmp_path):
     assert re.search(message, result.err), result.err
 
 
+@pytest.mark.slow
 def test_two_processes_write_what_one_does(trained, scripts, tmp_path):
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     flags = ("--checkpoint", trained[0], "--images", trained[2], *COMMON)

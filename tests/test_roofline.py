@@ -44,6 +44,7 @@ def test_depthwise_convolutions_and_gelu_by_hand():
     assert counted.classes["GELU"][1] == 5 * wide  # forward reads and writes one, backward reads two, writes one
 
 
+@pytest.mark.slow
 def test_of_mae(monkeypatch):
     """Its attention counted by hand: 12 blocks of 50 tokens and 768 channels, 8 of 197 and 512."""
     counted = roofline.count("mae", 2, *PEAKS).classes[roofline.PRODUCTS][0]
