@@ -101,6 +101,13 @@ def test_first_of_each_class(folders):
     assert dataset.transform is own
 
 
+def test_first_of_each_class_of_labels_in_a_tensor():
+    """As torchvision's MNIST has them: torch/mnist."""
+    dataset = Stream(6)
+    dataset.targets = torch.tensor([1, 0, 1, 1, 0, 0])
+    assert first_of_each_class(dataset, 2, "it").indices == [0, 1, 2, 4]
+
+
 def test_first_of_each_class_needs_labels(tmp_path):
     save(picture(), tmp_path / "a" / "0.png")
     files = datasets.build_dataset(True, finetune_args(data_set="torch/image_folder", data_path=tmp_path))[0]

@@ -17,7 +17,8 @@ def labels_of(dataset: Dataset, what: str) -> list:
         labels = labels_of(dataset.dataset, what)
         return [labels[i] for i in dataset.indices]
     refuse(not hasattr(dataset, "targets"), f"{what} does not list its labels; leave it out")
-    return dataset.targets
+    targets = dataset.targets
+    return targets.tolist() if isinstance(targets, torch.Tensor) else targets  # torchvision's MNIST has a tensor
 
 
 def first_of_each_class(dataset: Dataset, count: int, name: str) -> Subset:
