@@ -18,7 +18,7 @@ from tests.test_engines import finetune_args
 from tools import export, predict, probe
 from utils import report
 from utils.amp import Amp
-from utils.data.files import MultiLabelList
+from utils.data.files import MultiLabelList, each_label
 from utils.data.sampling import EvalLoader
 from utils.errors import UsageError
 from utils.report import Answers
@@ -161,6 +161,7 @@ def test_lists(text, tmp_path, scripts):
     dataset = MultiLabelList(str(tmp_path / "list.csv"), "--train_list", str(tmp_path), [])
     assert dataset.classes == ["cat", "dog"]
     assert [dataset[i][1].tolist() for i in range(3)] == [[1, 1], [0, 1], [0, 0]]
+    assert sorted(each_label(dataset.targets)) == [0, 1, 1]  # what weights count: each label once an image
     part = dataset.part([1, 2])
     assert [part[i][1].tolist() for i in range(2)] == [[0, 1], [0, 0]]
     known = MultiLabelList(str(tmp_path / "list.csv"), "--eval_list", str(tmp_path), ["ape", "dog", "cat"])

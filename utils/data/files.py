@@ -208,7 +208,7 @@ class ImageList(ImageFiles):
                 split, header = by_columns(line), True
                 continue
             else:
-                fault = f"names no image ({', '.join(EXTENSIONS)})"
+                fault = f"names no image ({', '.join(EXTENSIONS)})" if path else "has no path, or columns without a name"
             if fault:
                 raise UsageError(f"{source}: line {number}, {line.strip()[:200]!r}, {fault}; {LINE}")
             paths.append(os.path.join(root or "", path))
@@ -241,7 +241,7 @@ class MultiLabelList(ImageList):
     several = True  # labels a line
 
     def number(self, labels: list[str], where: list[str], source: str, *of_labels) -> tuple[list[str], list]:
-        names = [[name.strip() for name in label.split(";") if name.strip()] for label in labels]
+        names = [[*dict.fromkeys(filter(None, map(str.strip, label.split(";"))))] for label in labels]
         refuse(not any(names), f"{source}: holds no labels; a line is a path, a comma, and labels as in cat;dog")
         if count := names.count([]):
             log.info("%s: %d of %d images have no label", source, count, len(names))
@@ -300,9 +300,10 @@ def by_columns(header: str) -> Callable[[str], tuple[str, str]]:
 
     def split(line: str) -> tuple[str, str]:
         try:
-            row = dict(enumerate(next(csv.reader([line], delimiter=delimiter))))
+            fields = next(csv.reader([line], delimiter=delimiter))
         except csv.Error:  # too long
-            return line, ""
+            fields = []
+        row = {} if any(fields[len(names) :]) else dict(enumerate(fields))  # else cat,dog would be cat alone
         return row.get(at[0], "").strip(), row.get(at[1], "").strip()
 
     return split
