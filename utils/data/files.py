@@ -208,7 +208,7 @@ class ImageList(ImageFiles):
                 split, header = by_columns(line), True
                 continue
             else:
-                fault = f"names no image ({', '.join(EXTENSIONS)})" if path else "has no path, or columns without a name"
+                fault = f"names no image ({', '.join(EXTENSIONS)})" if path else "has no path, or columns without name"
             if fault:
                 raise UsageError(f"{source}: line {number}, {line.strip()[:200]!r}, {fault}; {LINE}")
             paths.append(os.path.join(root or "", path))
