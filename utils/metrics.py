@@ -234,6 +234,7 @@ class RunLog:
         self.wandb_run, self.board = wandb_run, None
         if log_dir:
             try:
+                Path(log_dir).mkdir(parents=True, exist_ok=True)  # where TensorFlow is, its errors are no OSErrors
                 self.board = SummaryWriter(log_dir, purge_step=round(done * 1000) + (done > 0))
             except (OSError, UnicodeEncodeError) as error:  # the latter: of a path that is no UTF-8
                 raise UsageError(f"{log_dir}: no place for curves ({error}); give another --log_dir") from error
