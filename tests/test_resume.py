@@ -337,8 +337,23 @@ def test_a_run_whose_start_is_gone_does_not_begin_with_random_weights(scripts, w
     start.unlink()
     result = scripts.pretrain("--output_dir", tmp_path / "out")
     assert (result.code, result.err.count("\n")) == (2, 1)
-    assert "start.pth: this run went on from it; it is gone; --auto_resume false begins anew" in result.err
+    assert "this run went on from it; it is gone, or another now; --auto_resume false" in result.err
     assert scripts.pretrain("--output_dir", tmp_path / "out", "--auto_resume", "false", "--epochs", 2).code == 0
+
+
+def test_a_run_does_not_begin_again_with_the_best_that_it_wrote_over_its_start(scripts, tmp_path, monkeypatch):
+    """That has no state of the optimizer, and other weights."""
+    scores = iter([10.0, 0.0, 20.0, 0.0])
+    monkeypatch.setattr(engine_finetune, "evaluate", lambda *_: {"acc1": next(scores)})
+    assert scripts.finetune("--output_dir", tmp_path, "--epochs", 2).code == 0
+    best = tmp_path / "checkpoint-best.pth"
+    flags = ("--output_dir", tmp_path, "--resume", best, "--epochs", 9, "--save_ckpt_freq", 9)
+    with killed_after(2 * STEPS + 1):
+        scripts.finetune(*flags)
+    assert load(best)["epoch"] == 1
+    result = scripts.finetune(*flags)
+    assert (result.code, result.err.count("\n")) == (2, 1)
+    assert f"{best}: this run went on from it; it is gone, or another now; " in result.err
 
 
 def test_a_new_run_renames_what_an_earlier_one_left_and_no_more(scripts, tmp_path):

@@ -100,8 +100,9 @@ class Run:
             if found:
                 run_id = found[1].get("run")
             elif begun_from:
-                if not Path(begun_from).is_file():  # its weights would be random ones, without a word
-                    instead = "it is gone; --auto_resume false begins anew"
+                # else its weights would be random ones, or this run's best ones, without a word
+                if not Path(begun_from).is_file() or checkpoint.run_of(begun_from) == own[0]:
+                    instead = "it is gone, or another now; --auto_resume false begins anew"
                     raise UsageError(f"{begun_from}: this run went on from it; {instead}")
                 run_id, found = own[0], (Path(begun_from), checkpoint.read(begun_from))
         new = not found
