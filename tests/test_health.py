@@ -29,6 +29,8 @@ def test_effective_rank():
     assert effective_rank(noise[:, :1] @ noise[:1]) == pytest.approx(1, abs=1e-3)
     values = np.linalg.svd(noise.double().numpy(), compute_uv=False)
     shares = values / values.sum()
+    for value in (math.nan, math.inf):  # of float16; torch's svdvals raises
+        assert math.isnan(effective_rank(noise.clone().index_fill_(0, torch.tensor(3), value)))
     assert effective_rank(noise) == pytest.approx(math.exp(-(shares * np.log(shares)).sum()), rel=1e-5)
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import math
 from collections.abc import Iterable
 from functools import partial
 
@@ -19,7 +20,12 @@ DEAD = 0.01  # of the mean deviation of a layer's channels
 
 
 def effective_rank(features: torch.Tensor) -> float:
-    """RankMe (arXiv 2210.02885): exp of the entropy of the normalised singular values, (N, D) -> 1 to min(N, D)."""
+    """RankMe (arXiv 2210.02885): exp of the entropy of the normalised singular values, (N, D) -> 1 to min(N, D).
+
+    NaN where a feature is not finite, as those of float16 may be, or all are 0.
+    """
+    if not features.isfinite().all():
+        return math.nan
     values = torch.linalg.svdvals(features)
     return torch.special.entr(values / values.sum()).sum().exp().item()
 
