@@ -30,6 +30,9 @@ if __name__ == "__main__":
 
     if os.environ.get("NAN_ON_RANK") == os.environ.get("RANK", "0"):
         poison(setattr, os.environ["NAN_IN"], range(int(os.environ["NAN_AT"]), int(os.environ["NAN_AT"]) + 1))
+    if os.environ.get("OTHER_SCORES_ON_RANK") == os.environ.get("RANK", "0"):
+        score = script.score
+        script.score = lambda *args: {name: -value for name, value in score(*args).items()}
     failing_step.taken = 0
     Amp.step = failing_step
     errors.run_cli(lambda: script.main(script.get_args_parser().parse_args(flags)))

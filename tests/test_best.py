@@ -8,6 +8,7 @@ import pytest
 
 import engine_finetune
 from tests.small_runs import STEPS, killed_after, load, records, same, snapshot
+from tests.test_distributed import launch
 from utils.best import Best
 
 STILL = ("--lr", 0, "--min_lr", 0, "--epochs", 9, "--save_ckpt_freq", 4, "--patience", 2)  # no epoch is better
@@ -109,3 +110,14 @@ def test_no_metric_of_ours(scripts):
     refused = scripts.finetune("--best_metric", "top1")
     assert (refused.code, refused.err.count("\n")) == (2, 1)
     assert "--best_metric" in refused.err
+
+
+@pytest.mark.slow
+def test_the_first_process_tells_what_is_best(scripts, tmp_path):
+    """Of each that evaluates all images, whose scores then differ by rounding: here in their sign."""
+    flags = ("--dist_eval", "false", "--patience", 1, "--epochs", 6, "--dist_timeout", 30, "--batch_size", 4)
+    done = launch(scripts, "main_finetune", 2, tmp_path, *flags, OTHER_SCORES_ON_RANK="1")
+    assert done.returncode == 0, done.stderr[-2000:]
+    scores = [line["test_acc1"] for line in records(tmp_path)]
+    assert load(tmp_path / "checkpoint-best.pth")["best"]["acc1"] == max(scores) > 0
+    assert scores[-1] <= scores[-2]

@@ -244,7 +244,8 @@ class Run:
 
         stats: of training. scores: of an evaluation, where there was one.
         """
-        self._loss = stats["loss"]
+        # with --dist_eval false, where each evaluates all, rounding may let processes disagree on what is best
+        self._loss, scores = stats["loss"], from_main_process(lambda: scores)
         self.log.scalars(epoch + 1, **{f"test/{k}": v for k, v in scores.items()})
         for suffix in self.best.update(epoch, scores):
             if self.saves:
