@@ -133,8 +133,9 @@ def test_files_of_weights(text, tmp_path):
         ("a,1", "has 0 weights for class 'b'; give each one"),
         ("a,1\nb,2\na,1", "has 2 weights for class 'a'"),
         ("a,1\nbc,2", r"line 2: label 'bc' is not among the 2 classes \(did you mean b"),
-        ("a,1\nb,-2", "line 2, 'b,-2': a line is a class and, after a comma, its weight, a number above 0"),
+        ("a,1\nb,-2", "line 2, 'b,-2': a line is a class and, after a comma, its weight, a number from 1e-9"),
         ("a,nan\nb,2", "line 1, 'a,nan'"),
+        ("a,1\nb,1e-45", "line 2, 'b,1e-45'"),  # in float32 it would be 0, or a step's mean infinite
         ("a\nb", "line 1, 'a'"),
         ("a,1\nb,x", "line 2, 'b,x'"),
         ("\n", "is empty"),

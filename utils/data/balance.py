@@ -56,8 +56,8 @@ def read_weights(file: str, flag: str, classes: list[str]) -> torch.Tensor:
         weight = 0.0
         with contextlib.suppress(TypeError, ValueError):
             weight = float(found[2])
-        wanted = "a line is a class and, after a comma, its weight, a number above 0, at most 1e9"
-        refuse(not 0 < weight <= 1e9, f"{source}: line {number}, {line[:200]!r}: {wanted}")
+        wanted = "a line is a class and, after a comma, its weight, a number from 1e-9 to 1e9"
+        refuse(not 1e-9 <= weight <= 1e9, f"{source}: line {number}, {line[:200]!r}: {wanted}")
         names.append(found[1])
         where.append(f"line {number}")
         weights.append(weight)
