@@ -147,10 +147,8 @@ def newest(output_dir: str | os.PathLike, *run: str | None) -> tuple[Path, dict]
         try:
             state = read(path)
             model = state.get("model")
-            if (
-                isinstance(model, dict) and not unfit(model) and not finite(model)
-            ):  # what is no model is refused where it is loaded
-                raise UsageError(f"{path}: its weights are not finite")
+            weights = isinstance(model, dict) and not unfit(model)  # what are none is refused where they are loaded
+            refuse(weights and not finite(model), f"{path}: its weights are not finite")
         except UsageError as error:
             log.warning("skipping %s", error)
             continue
@@ -260,9 +258,8 @@ def load_training(path: Path, state: dict, model, optimizer, scaler, global_batc
             # loading has put the checkpoint's in their place, whatever the command line says now
             group.update({name: options[name] for name in SETTINGS & options.keys()})
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UsageError(
-            f"{path}: its optimizer does not fit --opt or --layer_decay or --freeze_stages ({error})"
-        ) from error
+        flags = "--opt or --layer_decay or --freeze_stages"
+        raise UsageError(f"{path}: its optimizer does not fit {flags} ({error})") from error
     if state.get("scaler"):
         try:
             scaler.load_state_dict(state["scaler"])

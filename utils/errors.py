@@ -55,10 +55,8 @@ def run_cli(main: Callable[[], None]) -> None:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
             raise
-        code, message = (
-            2,
-            f"error: {error.filename or 'what was to be written'}: {error.strerror}; make room, or write elsewhere",
-        )
+        lost = error.filename or "what was to be written"
+        code, message = 2, f"error: {lost}: {error.strerror}; make room, or write elsewhere"
     except KeyboardInterrupt:
         code, message = 130, "interrupted; with --output_dir, the same command goes on from its last checkpoint"
     rank = os.environ.get("RANK", "0")

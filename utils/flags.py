@@ -27,9 +27,7 @@ from .errors import refuse
 from .weights import MODEL_KEY
 
 CROP_HELP = "evaluation crop; where not given: 224/256, 1 up to 32 px and with squash and pad, from 384 px on squash"
-RESIZE_HELP = (
-    "short side in pixels that the crop is taken of, in place of --crop_pct, which is input_size / eval_resize"
-)
+RESIZE_HELP = "short side in pixels that the crop is taken of, in place of --crop_pct: input_size / eval_resize"
 MODE_HELP = (
     "how images become --input_size. crop: at random in training, the centre in evaluation; squash: the whole image is "
     "warped; pad: the whole image, in its proportions, gets borders of the mean; both in training and evaluation alike"
@@ -122,12 +120,8 @@ def add_training_arguments(parser: ArgumentParser) -> None:
     bad_help = "share of unreadable images above which the run ends after the epoch; where not given, 4 may be"
     add("--max_bad_images", type=fraction, default=0.01, help=bad_help)
     nonfinite_help = "of a NaN or infinite loss: end the run, or leave out and count steps with such a loss or gradient"
-    add(
-        "--on_nonfinite",
-        choices=("stop", "skip"),
-        default="stop",
-        help=f"{nonfinite_help}, each waiting for the device",
-    )
+    nonfinite_help += ", each waiting for the device"
+    add("--on_nonfinite", choices=("stop", "skip"), default="stop", help=nonfinite_help)
     add("--min_crop", type=share, help="smallest share of an image that a crop takes; in fine-tuning, above 32 px")
 
     add, _ = add_group(parser, "learning rate and weight decay")

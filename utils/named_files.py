@@ -76,10 +76,9 @@ def _open(is_train: bool, args, classes: list[str] | None = None, labelled: bool
     if listed := _listed(is_train, args):
         of_labels = (classes or []) if labelled else None, args.in_chans, nb_classes
         dataset = (MultiLabelList if several else ImageList)(*listed, *of_labels)
-        found = (
-            [name for name in dataset.classes if ";" in name] if several is None else []
-        )  # k-NN, probe, pre-training
-        refuse(found, f"{dataset.source}: {found and found[0]!r} is several labels; here each image has one")
+        if several is None:  # k-NN, probe, pre-training
+            found = next((name for name in dataset.classes if ";" in name), "")
+            refuse(found, f"{dataset.source}: {found!r} is several labels; here each image has one")
         return dataset
     root, flag = _class_root(is_train, args)
     refuse(several, f"--multi_label true: {flag} {root} is no list, which tells several labels of an image")
