@@ -34,6 +34,19 @@ def test_patience_counts_evaluations_that_better_neither_model_nor_average():
     assert best.out_of_patience().startswith("no better f1 in 2 evaluations, best f1 2.00 in epoch 6, best f1_ema 2.00")
 
 
+def test_patience_is_taken_up(logs):
+    """Also where no evaluation was finite yet; a run without it does not keep what was waited before it."""
+    best, resumed, without = Best("f1", 3), Best("f1", 3), Best("f1")
+    best.update(0, {"f1": math.nan})
+    resumed.load(best.found, "it")
+    assert (resumed.found, logs.text) == ({"waited": 1}, "")
+    resumed.update(1, {"f1": 2.0})
+    resumed.update(2, {"f1": 1.0})
+    without.load(resumed.found, "it")
+    without.update(3, {"f1": 3.0})
+    assert without.found == {"f1": 3.0, "epoch": 3}
+
+
 def content(path):
     return {key: value for key, value in load(path).items() if key not in ("args", "run")}
 

@@ -19,11 +19,12 @@ class Best:
         self.metric, self.patience, self.found = metric, patience, {}
 
     def load(self, found: dict, source: object) -> None:
-        """Take up what the checkpoint `source` keeps, unless that is of another metric."""
-        if found and not any(f"{self.metric}{suffix}" in found for suffix in SUFFIXES):
+        """Take up what the checkpoint `source` keeps, unless that is of another metric; without patience, no wait."""
+        best = {name for name in found if name != "waited"}
+        if best and not any(f"{self.metric}{suffix}" in best for suffix in SUFFIXES):
             log.warning("--best_metric %s: %s has the best by another metric; from here on, anew", self.metric, source)
         else:
-            self.found = found
+            self.found = found if self.patience else {name: found[name] for name in best}
 
     def update(self, epoch: int, scores: dict[str, float]) -> list[str]:
         """Take up an evaluation's scores; the suffixes of those that are the best so far."""
