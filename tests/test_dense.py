@@ -11,7 +11,8 @@ from PIL import Image
 from models.convnextv2 import Encoder
 from tests.small_runs import TINY
 from tools import probe
-from tools.dense import DenseHead, ious
+from tools.dense import DenseHead, MaskedImages, ious, picture
+from utils.amp import Amp
 from utils.data.shapes import CLASSES, Shapes, draw
 from utils.errors import UsageError
 
@@ -109,3 +110,46 @@ def test_what_is_refused(pairs, tmp_path):
     (masks / "3.png").unlink()
     with pytest.raises(UsageError, match=r"--masks .*1 images have no mask; the first would be .*3\.png"):
         run(pairs)
+    (tmp_path / "train/images/deeper/3.jpg").unlink()
+    Image.fromarray(np.full((32, 32), 60000, np.uint16)).save(masks / "4.png")
+    with pytest.raises(UsageError, match=r"--masks .*4\.png has the class 60000; at most 4095, and 255 to be ignored"):
+        run(pairs)
+    Image.new("L", (32, 32)).save(masks / "4.png")
+    with pytest.raises(UsageError, match="--data_set CIFAR10: --dense true labels shapes, or an image_folder"):
+        run(pairs, "--data_set", "CIFAR10")
+    for i in {*range(1, 24)} - {3}:
+        (tmp_path / f"train/images/deeper/{i}.jpg").unlink()
+    with pytest.raises(UsageError, match=r"--data_path .*: holds one image alone"):
+        run(pairs)
+
+
+def test_flags_without_effect_are_told(pairs, capsys):
+    with pytest.raises(UsageError, match="missing"):
+        run(pairs, "--batch_size", 8, "--eval_resize", 40, "--checkpoint", "missing.pth")
+    assert "--eval_resize, --batch_size: no effect with --dense" in capsys.readouterr().out
+    with pytest.raises(UsageError, match="missing"):  # of --data_set, shapes is the default
+        run(("--checkpoint", "missing.pth", "--data_path", "photos"))
+    assert "--data_path: no effect with --data_set shapes" in capsys.readouterr().out
+
+
+def test_numbers_are_read_and_drawn_as_in_training(tmp_path):
+    """Pixels without data become the mean, and deviations from it, not values above 1, are what is drawn."""
+    for kind in ("images", "masks"):
+        (tmp_path / kind).mkdir()
+    heights = np.random.default_rng(0).normal(900, 100, (32, 32)).astype(np.float32)
+    heights[:4] = -9999
+    for i in range(2):
+        np.save(tmp_path / "images" / f"{i}.npy", heights)
+        Image.new("L", (32, 32), i).save(tmp_path / "masks" / f"{i}.png")
+    words = ["--checkpoint", "x", "--input_size", "32", "--nodata=-9999", "--mean", "900", "--std", "100"]
+    args = probe.get_args_parser().parse_args(words)
+    args.in_chans = 1
+    data = MaskedImages(("--data_path", "--masks"), str(tmp_path / "images"), str(tmp_path / "masks"), args)
+    image, mask = data[1]
+    assert (image[:, :4] == 0).all()
+    assert image[:, 4:].std() == pytest.approx(1, abs=0.1)
+    assert (mask == 1).all()
+    encoder = Encoder(**TINY | {"in_chans": 1}).eval()
+    drawn = picture(encoder, DenseHead(encoder.dims, 2).eval(), data, 2, args, Amp(torch.device("cpu"), False, None))
+    grey = drawn[0, 6:120, 6:120]  # the first image, of which a mean of 900 is no white
+    assert 0.3 < grey.mean() < 0.7

@@ -24,12 +24,13 @@ from utils.data.images import BadImage
 from utils.data.sampling import random_subset
 from utils.data.shapes import CLASSES, Shapes
 from utils.data.transforms import eval_transform
-from utils.errors import UsageError
+from utils.errors import UsageError, refuse
 from utils.pictures import tile
 
 log = logging.getLogger("fcmae")
 
 IGNORED = 255  # the label of pixels that do not count
+MOST_CLASSES = 4096  # the head has a channel of the mask's size for each
 BATCH_SIZE, LEARNING_RATE = 16, 1e-2
 COLOURS = ("black", "red", "lime", "blue", "yellow", "cyan", "magenta", "orange", "white", "purple", "green", "brown")
 
@@ -38,11 +39,12 @@ class MaskedImages(Dataset):
     """Images with a mask of the same name below `masks`: float (C, H, W) and int64 (H, W), both squashed to that size.
 
     Raises:
-        UsageError: an image without mask, a file that cannot be read, or a mask that is not one channel of integers.
+        UsageError: an image without mask, a file that cannot be read, or a mask that is not one channel of classes.
     """
 
     def __init__(self, flags: tuple[str, str], images: str, masks: str, args):
         self.images = ImageTree(images, flags[0], args.in_chans)
+        datasets.detect_bit_depth(self.images, args)
         self.masks = [Path(masks, Path(x).relative_to(images)).with_suffix(".png") for x in self.images.paths]
         self.flag, self.size = f"{flags[1]} {masks}", args.input_size
         self.transform = eval_transform(args.input_size, args.in_chans, None, *datasets.mean_std(args))
@@ -68,6 +70,10 @@ class MaskedImages(Dataset):
             raise UsageError(f"{self.flag}: {error}") from error
         if mask.ndim != 2 or mask.dtype.kind not in "ui":
             raise UsageError(f"{self.flag}: {self.masks[index]} is not one channel of whole numbers, the classes")
+        many = (
+            f"{self.masks[index]} has the class {mask.max()}; at most {MOST_CLASSES - 1}, and {IGNORED} to be ignored"
+        )
+        refuse(mask.max() >= MOST_CLASSES, f"{self.flag}: {many}")
         return torch.from_numpy(mask.astype(np.int64))
 
 
@@ -154,6 +160,8 @@ def confusion(encoder: Encoder, head: DenseHead, data: Dataset, num_classes: int
 
 def load_pairs(args) -> tuple[Dataset, Dataset, list[str]]:
     """Training and test pairs, at most --max_images of each, and the names of the classes."""
+    folders = f"--data_set {args.data_set}: --dense true labels shapes, or an image_folder with --masks"
+    refuse(args.data_set not in ("shapes", "image_folder"), folders)
     if args.data_set == "shapes":
         pairs, names = [MaskedShapes(split, args) for split in ("train", "val")], ["background", *CLASSES]
     else:
@@ -167,6 +175,7 @@ def load_pairs(args) -> tuple[Dataset, Dataset, list[str]]:
         names = [str(i) for i in range(max(seen, default=0) + 1)]
     if len(names) < 2:
         raise UsageError(f"--masks {args.masks}: hold one class alone")
+    refuse(len(pairs[0]) < 2, f"--data_path {args.data_path}: holds one image alone; batch norm needs two")
     train, test = (random_subset(data, args.max_images) for data in pairs)
     return train, test, names
 
@@ -177,7 +186,7 @@ def picture(encoder: Encoder, head: DenseHead, data: Dataset, num_classes: int, 
     imgs, masks = zip(*(data[i] for i in range(min(8, len(data)))), strict=True)
     imgs, masks = torch.stack(imgs), torch.stack(masks)
     predictions = head(stages_of(encoder, imgs, amp), masks.shape[1:]).argmax(1).cpu()
-    mean, std = (torch.tensor(x).view(-1, 1, 1) for x in datasets.mean_std(args))
+    mean, std = (torch.tensor(x).view(-1, 1, 1) for x in datasets.picture_mean_std(args))
     seen = (imgs * std + mean)[:, :3].clamp(0, 1)
     seen = seen if seen.shape[1] == 3 else seen[:, :1].expand(-1, 3, -1, -1)
     colours = [COLOURS[i % len(COLOURS)] for i in range(num_classes)]

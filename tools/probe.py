@@ -194,7 +194,10 @@ def get_args_parser() -> ArgumentParser:
 def main(args) -> None:
     setup_logging()
     idle = ("masks eval_masks epochs picture", not args.dense, "without --dense")
-    tell_idle(args, [idle, ("method k temperature resize_mode", args.dense, "with --dense")])
+    read_whole = "method k temperature resize_mode crop_pct eval_resize nb_classes train_list eval_list"
+    drawn = ("data_path eval_data_path masks eval_masks", args.data_set == "shapes", "with --data_set shapes")
+    rows = [idle, (f"{read_whole} batch_size num_workers pin_mem", args.dense, "with --dense"), drawn]
+    tell_idle(args, rows)
     encoder, amp = load_encoder(args), pick_amp(args)
     fresh = None
     if args.random_init:
