@@ -185,7 +185,7 @@ def test_timm_by_its_name(tmp_path):
 @torch.no_grad()
 def test_a_pre_training_checkpoint_gives_its_encoder(pre, tmp_path):
     path, encoder = pre
-    out = exported(path, "timm", tmp_path)
+    out = exported(path, "timm", tmp_path / "timm")
     whole, features = recipes(out)
     x = images(encoder)
     close(whole(x), encoder(x))
@@ -217,7 +217,7 @@ def test_a_linear_probe_gives_a_classifier(tmp_path, monkeypatch):
     randomised(probe).head.batch_norm.running_mean.normal_()
     probe.head.batch_norm.running_var.uniform_(0.5, 2)
     torch.save({"model": probe.state_dict()}, tmp_path / "probe.pth")
-    whole, _ = recipes(exported(tmp_path / "probe.pth", "timm", tmp_path))
+    whole, _ = recipes(exported(tmp_path / "probe.pth", "timm", tmp_path / "timm"))
     x = images(probe)
     close(whole(x), probe(x))
     monkeypatch.setitem(SIZES, "convnextv2_atto", TINY)
@@ -378,14 +378,14 @@ def test_a_wrong_file_is_found_out(fine, tmp_path, monkeypatch):
         return converted | {"stages.2.blocks.1.mlp.grn.bias": 1.01 * converted["stages.2.blocks.1.mlp.grn.bias"]}
 
     monkeypatch.setattr(layouts, "to_timm", wrong)
-    result = tool("--checkpoint", fine[0], "--to", "timm", "--output", tmp_path)
+    result = tool("--checkpoint", fine[0], "--to", "timm", "--output", tmp_path / "timm")
     assert result.code == 2
     assert re.fullmatch(
         r"error: .*model.safetensors: largest absolute difference \S+ with timm \S+, above --tolerance 0.0001 x the "
         r"largest output; do not use it\n", result.err,
     )  # fmt: skip
     assert result.out == ""
-    assert tool("--checkpoint", fine[0], "--to", "timm", "--output", tmp_path, "--tolerance", 1).code == 0
+    assert tool("--checkpoint", fine[0], "--to", "timm", "--output", tmp_path / "timm", "--tolerance", 1).code == 0
 
 
 class Payload:

@@ -116,6 +116,8 @@ def test_evaluation_is_timms(image_size, size, crop_pct):
     theirs = timm.data.create_transform((3, *size), interpolation="bicubic", crop_pct=share or 1.0, crop_mode=mode)
     ours = eval_transform(size, 3, share, *mean_std(3))(image)
     assert ours.shape == (3, *size)
+    if "interpolation=bilinear" in str(theirs):
+        pytest.skip("this timm resizes rectangles bilinearly, whatever is asked for")
     if max(image_size) < 20 * min(image_size):  # beyond 8 times the input, the middle alone is resized
         difference = (theirs(image) - ours).abs() * 255 * 0.224  # levels of 0..255
         assert difference.max() <= 6
