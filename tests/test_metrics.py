@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer import event_file_writer
 from torch import nn
 
 import main_finetune
@@ -239,7 +240,9 @@ def test_tensorboard_holds_the_curves(tmp_path):
         ((3.125, 3.25, 3.375), 3.25, (3.375, 4.0), [(3125, 1), (3250, 1), (3375, 2), (4000, 2)]),  # inside an epoch
     ],
 )
-def test_a_resume_hides_the_curves_beyond(tmp_path, before, done, after, shown):
+def test_a_resume_hides_the_curves_beyond(tmp_path, before, done, after, shown, monkeypatch):
+    # files of one second are read in the order of the process's counter, as text: 10 before 9
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
     written(RunLog("", str(tmp_path)), *before)
     written(RunLog("", str(tmp_path), done), *after, value=2.0)
     assert scalars(tmp_path, "loss") == shown
