@@ -152,7 +152,8 @@ def detect_bit_depth(dataset: Dataset, args, tell: bool = False) -> bool:
 def _named_dataset(is_train: bool, args) -> Dataset:
     for name in ("train_list", "eval_list", "multi_label", *({"val_split"} & given(args))):
         if getattr(args, name, False):
-            raise UsageError(f"--{name}: is for --data_set image_folder, not {args.data_set}")
+            whose = "" if name in given(args) else " (of the checkpoint)"
+            raise UsageError(f"--{name}{whose}: is for --data_set image_folder, not {args.data_set}")
     if args.data_set == "shapes":
         return Shapes("train" if is_train else "val", size=max(args.input_size))
     if args.data_set in ("CIFAR", "CIFAR10"):

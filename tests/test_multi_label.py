@@ -290,6 +290,16 @@ def test_mistakes_are_a_line(flags, message, scripts):
     assert re.search(message, result.err), result.err
 
 
+def test_what_a_checkpoint_asks_for_is_not_called_a_flag(run, scripts):
+    checkpoint = ("--eval", "true", "--resume", run[0] / "checkpoint-best.pth")
+    of_lists = {"image_folder": "--multi_label true .of the checkpoint.: .* is no list"}
+    for images, told in (of_lists | {"shapes": "--multi_label .of the checkpoint.: is for"}).items():
+        data = ("--data_set", images, "--data_path", scripts.train, "--eval_data_path", scripts.val)
+        result = scripts.call(main_finetune, *checkpoint, *data, "--device", "cpu")
+        assert (result.code, result.err.count("\n")) == (2, 1)
+        assert re.search(told, result.err), result.err
+
+
 def test_who_takes_one_label_says_so(run, scripts, tmp_path):
     (tmp_path / "all.txt").write_text("".join(f"{x} {x.parent.name};all\n" for x in scripts.train.rglob("*.png")))
     flags = ("--data_set", "image_folder", "--train_list", tmp_path / "all.txt", "--num_workers", 0, "--device", "cpu")

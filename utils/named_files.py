@@ -81,7 +81,8 @@ def _open(is_train: bool, args, classes: list[str] | None = None, labelled: bool
             refuse(found, f"{dataset.source}: {found!r} is several labels; here each image has one")
         return dataset
     root, flag = _class_root(is_train, args)
-    refuse(several, f"--multi_label true: {flag} {root} is no list, which tells several labels of an image")
+    whose = "" if "multi_label" in given(args) else " (of the checkpoint)"
+    refuse(several, f"--multi_label true{whose}: {flag} {root} is no list, which tells several labels of an image")
     if tar_shards(root):
         return open_tar(root, flag, args.in_chans, classes, labelled, nb_classes)
     if labelled:
