@@ -12,6 +12,7 @@ python main_finetune.py --eval true --resume out/ft/checkpoint-best.pth --data_p
 import logging
 import os
 import sys
+import zlib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -295,7 +296,10 @@ def train(args, amp: Amp, run: Run) -> None:
     schedule = build_schedule(args, lr, len(loader))
     mixup = build_mixup(args, nb_classes)
     order = {"--seed": args.seed, "Mixup or CutMix": mixes(args), "number of images": loader.sampler.num_samples}
-    order |= {"--class_weights": args.class_weights, "--balanced_sampling": args.balanced_sampling}
+    weighed = args.class_weights
+    if weighed not in ("", "balanced"):  # a file that may be edited, or moved
+        weighed = f"weights of CRC-32 {zlib.crc32(class_weights.float().numpy()):08x}"
+    order |= {"--class_weights": weighed, "--balanced_sampling": args.balanced_sampling}
     run.begin(model, optimizer, loader, ema=ema, classes=classes, order=order)
     if (args.linear_probe or args.freeze_stages) and not args.finetune and not run.resume_from:
         frozen = "--linear_probe true" if args.linear_probe else f"--freeze_stages {args.freeze_stages}"

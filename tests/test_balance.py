@@ -242,6 +242,23 @@ def test_a_run_is_recorded_and_resumed_bit_for_bit(flags, scripts, unequal, tmp_
         assert "class weights: 0.417 (c0) to 5 (c3)" in whole.out
 
 
+def test_inside_an_epoch_an_edited_file_of_weights_is_refused_and_a_moved_one_is_not(scripts, unequal, tmp_path):
+    file, moved = tmp_path / "w.csv", tmp_path / "moved.csv"
+    file.write_text("c0,1\nc1,2\nc2,3\nc3,4\n")
+    words = (*unequal, "--epochs", 2, "--output_dir", tmp_path / "out", "--save_ckpt_steps", 1, "--class_weights")
+    with killed_after(2):
+        scripts.finetune(*words, file)
+    file.rename(moved)
+    file.write_text("c0,1\nc1,2\nc2,3\nc3,5\n")
+    other = scripts.finetune(*words, file)
+    assert (other.code, other.err.count("\n")) == (2, 1)
+    assert "--class_weights weights of CRC-32 " in other.err
+    assert "is inside an epoch that was begun with weights of CRC-32 " in other.err
+    result = scripts.finetune(*words, moved)
+    assert result.code == 0, result.err
+    assert "resumed from" in result.out
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
