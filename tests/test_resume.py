@@ -267,6 +267,14 @@ def test_resume_refuses_what_does_not_fit(scripts, whole, tmp_path):
     assert snapshot(whole["finetune"]) == before
 
 
+@STAGES
+def test_another_size_of_images_is_told(stage, scripts, whole, tmp_path):
+    flags = ("--resume", whole[stage] / "checkpoint-1.pth", *FLAGS[stage])
+    told = f"--input_size 32: {flags[1]} was trained with 16"
+    assert getattr(scripts, stage)(*flags, "--input_size", 32).out.count(told) == 1
+    assert "was trained with" not in getattr(scripts, stage)(*flags).out
+
+
 # ---- whose checkpoint is it
 
 

@@ -18,10 +18,11 @@ from .amp import Amp
 from .args import prepared_output_dir
 from .best import Best
 from .distributed import all_reduce_sum, check_same, from_main_process, gather, is_main_process
-from .errors import NonFiniteLoss, UsageError, surviving_disk_errors
+from .errors import NonFiniteLoss, UsageError, refuse, surviving_disk_errors
 from .interrupts import Interrupts
 from .lock import OutputLock
 from .metrics import EpochTracker, RunLog, duration
+from .settings import trained_size
 
 log = logging.getLogger("fcmae")
 
@@ -154,16 +155,17 @@ class Run:
             time.sleep(1)  # a network file system may show other processes the file late
         state, self._content = self._content or checkpoint.read(path), None
         checkpoint.check_same_run(path, state, self.flags, classes, self.order)
-        if ema and not state.get("model_ema"):
-            raise UsageError(f"--model_ema true: {path} holds no moving average to continue")
-        self.start_epoch, self.epoch_progress = checkpoint.load_training(
-            path, state, model, optimizer, self.amp.scaler, loader.global_batch
-        )
+        refuse(ema and not state.get("model_ema"), f"--model_ema true: {path} holds no moving average to continue")
+        begun = checkpoint.load_training(path, state, model, optimizer, self.amp.scaler, loader.global_batch)
+        self.start_epoch, self.epoch_progress = begun
         for what, number in (("epoch", self.start_epoch), ("step", (self.epoch_progress or {}).get("step", 0))):
             check_same(number, f"{path}, its {what}")
         if ema:
             checkpoint.load_weights(ema.module, state["model_ema"], str(path))
         self.best.load(state.get("best", {}), path)
+        size, was = self.flags["input_size"], trained_size(state.get("args", {}).get("input_size"))
+        if was not in (None, size):  # as progressive resizing wants it
+            log.info("--input_size %s: %s was trained with %s", size, path, was)
         if self.epoch_progress and is_main_process():
             loader.bad.add(self.epoch_progress.get("bad", {}))
         log.info("resumed from %s, going on with epoch %d", path, self.start_epoch)
@@ -182,8 +184,7 @@ class Run:
             saved = too_many_bad or self.due(epoch, self.flags["save_ckpt_freq"])
             if self.saves and saved:
                 self.save(epoch)
-            if too_many_bad:
-                raise UsageError(too_many_bad)
+            refuse(too_many_bad, too_many_bad)
             if self.interrupts.should_stop(now=True):
                 if self.saves and not saved:
                     self.save(epoch)

@@ -30,7 +30,7 @@ def eval_crop(args: Namespace) -> float | None:
     return transforms.eval_crop(args.input_size, args.crop_pct or (None if args.resize_mode == "crop" else 1.0))
 
 
-def _trained_size(value) -> Size | None:
+def trained_size(value) -> Size | None:
     """--input_size of a checkpoint, in older ones the side of a square; None: what no --input_size is."""
     match value:
         case int(side):
@@ -56,7 +56,7 @@ def as_trained(args: Namespace, path: str | Path, content: dict, size, **shapes)
         other = f"{path}: a checkpoint of another model, with --{name} {shapes[name]}, not {getattr(args, name)}"
         refuse(getattr(args, name) != shapes[name], other)
     trained = content.get("args", {})
-    trained = trained | {"input_size": _trained_size(trained.get("input_size"))}
+    trained = trained | {"input_size": trained_size(trained.get("input_size"))}
     told = {name: trained[name] for name, kind in TOLD.items() if isinstance(trained.get(name, ...), kind)}
     unset = dict.fromkeys(("crop_pct", "eval_resize", "mean", "std"))
     was = Namespace(**({"input_size": Size(224, 224), "resize_mode": "crop"} | unset | shapes | told))
