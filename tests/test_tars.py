@@ -138,6 +138,17 @@ def test_labels_of_a_webdataset(tmp_path):
         open_tar(str(tmp_path / "2.tar"), "--x", 3)
 
 
+def test_names_with_dots_have_labels_of_their_own(tmp_path):
+    content = {"a.left.jpg": jpeg(0), "a.right.jpg": jpeg(1), "a.cls": b"1", "a.seg.cls": b"7"}
+    content |= {"photo.v2.0.jpg": jpeg(2), "photo.v2.0.cls": b"0", "photo.v2.1.jpg": jpeg(3), "photo.v2.1.cls": b"2"}
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for name in content:
+            add(tar, f"./x.y/{name}", content[name])
+    found = open_tar(str(tmp_path), "--data_path", 3)
+    labels = {path.rpartition("/")[2]: label for path, label in zip(found.paths, found.targets, strict=True)}
+    assert labels == {"a.left.jpg": 1, "a.right.jpg": 1, "photo.v2.0.jpg": 0, "photo.v2.1.jpg": 2}
+
+
 def test_arrays_in_tars(tmp_path):
     array = io.BytesIO()
     np.save(array, np.full((4, 8, 8), 7, np.float32))

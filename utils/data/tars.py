@@ -96,7 +96,7 @@ def read_index(shards: list[str], flag: str) -> dict:
     except OSError as error:
         raise UsageError(f"{flag} {error.filename}: {error.strerror}") from error
     names = " ".join(os.path.relpath(shard, os.path.dirname(shards[0])) for shard in shards)
-    stamp = json.dumps([2, EXTENSIONS, names, stamps])  # 2: the form of the index
+    stamp = json.dumps([3, EXTENSIONS, names, stamps])  # 3: the form of the index
     kept = Path(shards[0]).with_name(f".fcmae-{hashlib.sha256(os.fsencode(names)).hexdigest()[:16]}.json")
     with contextlib.suppress(Exception):  # none yet, or damaged in any way
         if (index := json.loads(kept.read_bytes()))["stamp"] == stamp:
@@ -137,7 +137,7 @@ def _scan(flag: str, path: str) -> tuple[dict[str, tuple[int, int, str]], Counte
                 name = "/".join(parts)
                 if name.endswith(".cls"):
                     content = os.pread(file.fileno(), min(member.size, 1000), member.offset_data)
-                    labels[_key(name)] = os.fsdecode(content).strip()
+                    labels[name.removesuffix(".cls")] = os.fsdecode(content).strip()
                 elif not name.lower().endswith(EXTENSIONS):
                     left_out[extension(name)] += 1
                 elif not member.isreg():
@@ -148,7 +148,7 @@ def _scan(flag: str, path: str) -> tuple[dict[str, tuple[int, int, str]], Counte
         raise UsageError(f"{flag} {path}: {error.strerror}") from error
     except (ValueError, tarfile.TarError) as error:
         raise UsageError(f"{flag} {path}: not a tar of images ({error})") from error
-    return {name: (*place, labels.get(_key(name), "")) for name, place in places.items()}, left_out
+    return {name: (*place, _label(name, labels)) for name, place in places.items()}, left_out
 
 
 def _next(tar: tarfile.TarFile, name: str) -> tarfile.TarInfo | None:
@@ -167,9 +167,11 @@ def _next(tar: tarfile.TarFile, name: str) -> tarfile.TarInfo | None:
     raise ValueError(f"{where}: all that follows {name} is lost; pack it anew ({reason})")
 
 
-def _key(name: str) -> str:
+def _label(name: str, labels: dict[str, str]) -> str:
+    """What NAME.cls says of an image NAME.jpg; else, as in a WebDataset, of NAME.left.jpg; "" where there is none."""
     folder, file = os.path.split(name)
-    return f"{folder}/{file.split('.')[0]}"
+    sample = os.path.join(folder, file.split(".")[0])
+    return labels.get(os.path.splitext(name)[0], labels.get(sample, ""))
 
 
 def open_tar(
