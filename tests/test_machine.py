@@ -24,9 +24,29 @@ def command(scripts: Scripts, output_dir, root=ROOT, name="main_pretrain") -> li
     return [str(x) for x in (sys.executable, root / "tests/small_process.py", name, *COMMON.split(), *data)]
 
 
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("printed", ["print('row')", "[print('row') for _ in range(9999)]"])
+def test_a_reader_that_goes_away_ends_a_table(printed, unbuffered):
+    """Whether it goes while lines are printed, or before a buffer is written in the end."""
+    program = f"from utils.errors import run_cli; input(); run_cli(lambda: {printed})"
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": unbuffered}
+    with subprocess.Popen([sys.executable, "-c", program], env=environment, stdin=subprocess.PIPE, **PIPES) as process:
+        process.stdout.close()
+        assert process.communicate("\n")[1] == ""
+        assert process.returncode == 141
+
+
+def test_another_broken_pipe_keeps_its_traceback():
+    read, write = os.pipe()
+    os.close(read)
+    with pytest.raises(BrokenPipeError), open(write, "wb", buffering=0) as file:
+        run_cli(lambda: file.write(b"x"))
+
+
 @pytest.mark.slow
-def test_a_reader_that_goes_away_does_not_end_a_run(scripts, tmp_path):
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_that_goes_away_does_not_end_a_run(unbuffered, scripts, tmp_path):
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": unbuffered}
     with subprocess.Popen(command(scripts, tmp_path), env=environment, **PIPES) as process:
         process.stdout.readline()
         process.stdout.close()

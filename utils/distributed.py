@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .errors import UsageError, refuse
+from .errors import UsageError, drop_stdout, refuse
 
 log = logging.getLogger("fcmae")
 
@@ -113,6 +113,7 @@ class _Console(logging.StreamHandler):
         if not isinstance(error, OSError):
             super().handleError(record)
         elif isinstance(error, BrokenPipeError):
+            drop_stdout()
             log.removeHandler(self)
             log.warning(
                 "stdout is closed: no more lines there, warnings come here"

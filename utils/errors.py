@@ -5,6 +5,7 @@ import difflib
 import errno
 import logging
 import os
+import select
 import sys
 from collections.abc import Callable, Iterable, Iterator
 
@@ -40,19 +41,34 @@ def surviving_disk_errors(lost: str) -> Iterator[None]:
         log.error("%s (%s); training goes on", lost, error.strerror)
 
 
+def drop_stdout() -> None:
+    """Send nowhere what is still to be printed, once nobody reads it; Python flushes its buffer in the end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _is_unread_stdout() -> bool:
+    poll = select.poll()
+    poll.register(sys.stdout, 0)
+    return bool(poll.poll(0))
+
+
 def run_cli(main: Callable[[], None]) -> None:
     """Run a script's main, turning mistakes into one line on stderr and an exit code.
 
-    2 for a UsageError or a full or read-only disk, 1 for a NonFiniteLoss, 130 for Ctrl-C; any other exception is a bug
-    and keeps its traceback.
+    2 for a UsageError or a full or read-only disk, 1 for a NonFiniteLoss, 130 for Ctrl-C, 141 without a line where
+    nobody reads what is printed (`| head`); any other exception is a bug and keeps its traceback.
     """
     try:
-        return main()
+        main()
+        return print(end="", flush=True)  # an error of this, too, is told here
     except (UsageError, NonFiniteLoss) as error:
         code = 2 if isinstance(error, UsageError) else 1
         # a loader worker's error arrives as a traceback that ends in the message; a library's may have several lines
         message = "error: " + " ".join(str(error).split(f"{UsageError.__module__}.UsageError: ")[-1].split())
     except OSError as error:
+        if isinstance(error, BrokenPipeError) and _is_unread_stdout():
+            drop_stdout()
+            sys.exit(141)  # as of what SIGPIPE ends
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
             raise
         lost = error.filename or "what was to be written"
