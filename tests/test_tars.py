@@ -246,6 +246,23 @@ def test_members_that_are_left_out_are_counted(tars, logs):
     assert "5 files left out: links and devices 3, .txt 1, names with .. 1" in logs.text
 
 
+def test_sparse_members_are_refused(tmp_path):
+    """GNU tar stores the pieces between holes, as in this array of 2000 zeros and 2000 ones; others follow."""
+    np.save(tmp_path / "x.npy", np.repeat(np.array([0, 1], np.uint8), 2000).reshape(1, 40, 100))
+    whole = (tmp_path / "x.npy").read_bytes()
+    stored = whole[:128] + whole[2128:]
+    with tarfile.open(tmp_path / "x.tar", "w", format=tarfile.PAX_FORMAT) as tar:
+        info = tarfile.TarInfo("a/x.npy")
+        info.pax_headers = {"GNU.sparse.map": "0,128,2128,2000", "GNU.sparse.size": str(len(whole))}
+        info.size = len(stored)
+        tar.addfile(info, io.BytesIO(stored))
+        add(tar, "a/y.npy", whole)
+    with tarfile.open(tmp_path / "x.tar") as tar:
+        assert tar.extractfile("a/x.npy").read() == whole
+    with pytest.raises(UsageError, match=r"a/x\.npy is stored as a sparse file: pack without --sparse"):
+        open_tar(str(tmp_path / "x.tar"), "--data_path", 1)
+
+
 def test_images_of_tars_that_cannot_be_read(tars):
     """Damaged when packed, and tars that change after the start."""
     with tarfile.open(tars / "x.tar", "w") as tar:

@@ -142,6 +142,8 @@ def _scan(flag: str, path: str) -> tuple[dict[str, tuple[int, int, str]], Counte
                     left_out[extension(name)] += 1
                 elif not member.isreg():
                     left_out["links and devices"] += 1
+                elif member.sparse is not None:  # without its holes, an array would hold other numbers
+                    raise ValueError(f"{name} is stored as a sparse file: pack without --sparse")
                 else:
                     places[name] = (member.offset_data, member.size)  # of two, the later, as when unpacked
     except OSError as error:
