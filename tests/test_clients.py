@@ -168,6 +168,7 @@ def test_check_on_tells_what_a_library_sees_otherwise(target, library, tmp_path)
 MISTAKES = [
     ("--to timm --check_on $absent", "--check_on .*absent: no such folder"),
     ("--to timm --check_on $empty", "--check_on .*empty: holds no class folders"),
+    ("--to timm --check_on $deep", "--check_on .*deep: .* has 5 channels .*; give --in_chans 5 in training"),
     ("--to timm --check_on $other", "--check_on .*other: class folder 'c' is not among the 5 training classes"),
     (
         "--to safetensors --check_on $val",
@@ -185,6 +186,7 @@ def test_mistakes(flags, message, tmp_path, monkeypatch):
     folder = write_images(tmp_path / "val", 3, count=5)
     write_checkpoint(tmp_path / "a.pth", sorted(folder.rglob("*.*")), stem_stride=1)
     (tmp_path / "empty").mkdir()
+    write_images(tmp_path / "deep", 5, count=5)
     (folder / "a").rename(tmp_path / "c")
     (tmp_path / "other").mkdir()
     (tmp_path / "c").rename(tmp_path / "other/c")

@@ -258,7 +258,9 @@ def test_pages_of_a_tiff_are_channels(tmp_path):
         pages[0].save(tmp_path / "x.tif", save_all=True, append_images=pages[1:])
         expected = torch.from_numpy(np.stack([np.asarray(page).astype(np.float32) / scale for page in pages]))
         torch.testing.assert_close(load_tensor(str(tmp_path / "x.tif"), 5).float(), expected)
-        with pytest.raises(BadImage, match=r"x\.tif: has 5 pages of a channel, not --in_chans 4; give --in_chans 5"):
+        with pytest.raises(
+            BadImage, match=r"x\.tif: has 5 pages of a channel, not --in_chans 4; give --in_chans 5 in training$"
+        ):
             load_tensor(str(tmp_path / "x.tif"), 4)
         assert load_tensor(str(tmp_path / "x.tif"), 1).shape == (1, 20, 30)  # the first
     colours = [picture(seed=i) for i in range(3)]
@@ -269,7 +271,7 @@ def test_pages_of_a_tiff_are_channels(tmp_path):
 @pytest.mark.parametrize(
     ("content", "in_chans", "message"),
     [
-        (picture(), 4, r"has 3 channels \(3 x 40 x 60\), not --in_chans 4; give --in_chans 3"),
+        (picture(), 4, r"has 3 channels \(3 x 40 x 60\), not --in_chans 4; give --in_chans 3 in training$"),
         (picture().convert("L"), 2, r"has 1 channel \(1 x 40 x 60\), .* give --in_chans 1"),
         (picture().convert("RGBA"), 5, r"has 4 channels"),
         (np.zeros((13, 20, 30)), 3, r"has 13 channels \(13 x 20 x 30\), not --in_chans 3; give --in_chans 13"),

@@ -173,7 +173,8 @@ def _read_tiff(content: bytes, in_chans: int, nodata: float | None, max_pixels: 
         alike = len({(page.shape, page.dtype, page.photometric) for page in pages}) == 1 == first.samplesperpixel
         count = len(pages) if alike and first.photometric in GREY and first.bitspersample > 1 else 1  # a fax is none
         if count > 1 and in_chans not in (1, 3, count):
-            raise ValueError(f"has {count} pages of a channel, not --in_chans {in_chans}; give --in_chans {count}")
+            hint = f"give --in_chans {count} in training"
+            raise ValueError(f"has {count} pages of a channel, not --in_chans {in_chans}; {hint}")
         chosen = pages[:count] if count == in_chans else pages[:1]
         for page in chosen:
             check_size(page.imagewidth * page.imagedepth, page.imagelength, max_pixels)

@@ -212,7 +212,8 @@ def _fit_channels(pixels: np.ndarray, in_chans: int, alpha: bool, opaque: int | 
     if len(pixels) == in_chans:
         return pixels
     shape, s = " x ".join(map(str, (found, *pixels.shape[1:]))), "s" * (found > 1)
-    raise ValueError(f"has {found} channel{s} ({shape}), not --in_chans {in_chans}; give --in_chans {found}")
+    hint = f"give --in_chans {found} in training"  # elsewhere a checkpoint tells them
+    raise ValueError(f"has {found} channel{s} ({shape}), not --in_chans {in_chans}; {hint}")
 
 
 def _words(error: Exception) -> str:
