@@ -10,7 +10,7 @@ from PIL import Image
 
 from models.convnextv2 import Encoder
 from tests.small_runs import TINY
-from tools import probe
+from tools import dense, probe
 from tools.dense import DenseHead, MaskedImages, ious, picture
 from utils.amp import Amp
 from utils.data.shapes import CLASSES, Shapes, draw
@@ -120,6 +120,25 @@ def test_what_is_refused(pairs, tmp_path):
     for i in {*range(1, 24)} - {3}:
         (tmp_path / f"train/images/deeper/{i}.jpg").unlink()
     with pytest.raises(UsageError, match=r"--data_path .*: holds one image alone"):
+        run(pairs)
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+@pytest.mark.parametrize(
+    ("mask", "fits"),
+    [((32, 32), True), ((7, 7), True), ((8, 7), True), ((65, 64), True), ((9, 7), False), ((48, 32), False)],
+)
+def test_a_mask_has_the_proportions_of_its_image(mask, fits, split, pairs, tmp_path, monkeypatch):
+    """Of every pair; where the first has others, before the head is trained."""
+    folder = tmp_path / split / "masks/deeper"
+    Image.new("1", mask[::-1], 1).save(folder / "0.png")  # of two classes, one bit is enough
+    if fits:
+        return run(pairs, "--epochs", 1)
+    monkeypatch.setattr(dense, "train_head", None)
+    height, width = mask
+    flag = "masks" if split == "train" else "eval_masks"
+    shown = rf"0\.png is {height} x {width}, its image 32 x 32; both need the same proportions"
+    with pytest.raises(UsageError, match=f"--{flag} .*{shown}"):
         run(pairs)
 
 

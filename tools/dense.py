@@ -57,18 +57,24 @@ class MaskedImages(Dataset):
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         try:
-            return self.transform(self.images[index][0]), self.mask(index)
+            image = self.images[index][0]
+            return self.transform(image), self.mask(index, image.shape[1:])
         except BadImage as error:
             raise UsageError(f"{self.images.source}: {error}") from error
 
-    def mask(self, index: int) -> torch.Tensor:
-        """The labels (H, W) of an image's pixels."""
+    def mask(self, index: int, image: torch.Size | None = None) -> torch.Tensor:
+        """The labels (H, W) of an image's pixels; image: its height and width, where known."""
         try:
             with Image.open(self.masks[index]) as file:
+                width, height = file.size
                 mask = squashed(file, self.size)
         except (OSError, ValueError) as error:
             raise UsageError(f"{self.flag}: {error}") from error
-        if mask.ndim != 2 or mask.dtype.kind not in "ui":
+        h, w = image or (height, width)
+        other = f"{self.masks[index]} is {height} x {width}, its image {h} x {w}; both need the same proportions"
+        # a mask of another scale may have a side rounded
+        refuse(abs(height * w - width * h) > max(height, width, h, w), f"{self.flag}: {other}")
+        if mask.ndim != 2 or mask.dtype.kind not in "bui":
             raise UsageError(f"{self.flag}: {self.masks[index]} is not one channel of whole numbers, the classes")
         many = (
             f"{self.masks[index]} has the class {mask.max()}; at most {MOST_CLASSES - 1}, and {IGNORED} to be ignored"
@@ -171,6 +177,8 @@ def load_pairs(args) -> tuple[Dataset, Dataset, list[str]]:
             if None in given:
                 raise UsageError(f"{flags[given.index(None)]}: --dense true needs it, a folder of images or masks")
         pairs = [MaskedImages(flags, *given, args) for flags, given in places.items()]
+        for data in pairs:
+            data[0]  # what is wrong with all test pairs is told before training, not after it
         seen = set().union(*(data.mask(i).unique().tolist() for data in pairs for i in range(len(data)))) - {IGNORED}
         names = [str(i) for i in range(max(seen, default=0) + 1)]
     if len(names) < 2:
