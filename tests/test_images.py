@@ -278,6 +278,7 @@ def test_pages_of_a_tiff_are_channels(tmp_path):
         (np.zeros((20, 30, 13)), 1, r"has 13 channels \(13 x 20 x 30\)"),
         (np.zeros((2, 3, 20, 30)), 3, r"an array of 2 x 3 x 20 x 30; an image has two axes"),
         (np.zeros(20), 1, r"an array of 20; an image has two axes"),
+        (np.zeros(()), 1, r"an array of no axes; an image has two axes"),
         (np.zeros((20, 30), np.complex64), 1, "holds values of type complex64, which are no numbers"),
         ({"a": np.zeros((20, 30)), "b": np.zeros((20, 30))}, 1, r"holds 2 arrays \(a, b\); one a file is read"),
     ],

@@ -99,7 +99,7 @@ def _read_array(content: bytes, in_chans: int, max_pixels: int) -> np.ndarray:
         check_size(array.zip.infolist()[0].file_size, 1, 8 * max(in_chans, 4) * max_pixels)  # bytes, unpacked
         array = array[array.files[0]]
     if array.ndim not in (2, 3):
-        shape = " x ".join(map(str, array.shape))
+        shape = " x ".join(map(str, array.shape)) or "no axes"
         raise ValueError(f"an array of {shape}; an image has two axes, or three with its channels")
     array = array.astype(array.dtype.newbyteorder("="), copy=False)
     if array.ndim == 2:
