@@ -129,3 +129,8 @@ def test_health_is_the_same_on_several_processes(scripts, flat, tmp_path):
         found.append(records(out)[0])
     for name in ("test_effective_rank", "test_dead_channels"):
         assert found[0][name] == pytest.approx(found[1][name], rel=1e-5)
+
+
+def test_a_constant_channel_is_dead_whatever_rounding_makes_of_its_variance():
+    moments = torch.tensor([[10, 10], [1, 1], [0.1 - 1e-15, 10]], dtype=torch.float64)
+    assert dead_channels([moments]) == 50
