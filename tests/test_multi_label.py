@@ -184,6 +184,12 @@ def test_weights_follow_the_numbers_of_labels(lists, scripts):
     assert weights.tolist() == pytest.approx([sum(numbers) / count / number for number in numbers])
 
 
+def test_a_class_that_no_image_has_counts_as_0():
+    labels = torch.tensor([[True, False]])
+    answers = Answers(torch.tensor([0]), labels, labels, labels.float())
+    assert report.summarise(answers, ["a", "b"], {})["macro"]["f1"] == 0.5
+
+
 # ---- runs
 
 
@@ -267,10 +273,11 @@ def test_a_resume_is_of_the_same_kind_and_bit_for_bit(scripts, lists, tmp_path):
     assert all("test_map" in line for line in records(tmp_path / "whole"))
 
 
-def test_a_share_is_held_out(scripts, lists):
-    args = finetune_args("--data_set", "image_folder", *lists[:-2], "--val_split", 0.25, "--model", "convnextv2_atto")
+@pytest.mark.parametrize(("share", "held"), [(0.25, 10), (0.1, 4)])
+def test_a_share_is_held_out(scripts, lists, share, held):
+    args = finetune_args("--data_set", "image_folder", *lists[:-2], "--val_split", share, "--model", "convnextv2_atto")
     train, val = datasets.build_dataset(True, args)[0], datasets.build_dataset(False, args)[0]
-    assert (len(train), len(val)) == (30, 10)
+    assert (len(train), len(val)) == (40 - held, held)
 
 
 @pytest.mark.parametrize(
