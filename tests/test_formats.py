@@ -148,6 +148,15 @@ def test_compressions_that_pillow_has_not():
         assert torch.equal(load(content, 3), torch.from_numpy(array.transpose(2, 0, 1)))
 
 
+def test_a_thumbnail_before_the_image_is_passed_over(tmp_path):
+    image = np.random.RandomState(0).randint(0, 256, (20, 30, 3), np.uint8)
+    with tifffile.TiffWriter(tmp_path / "x.tif") as writer:
+        writer.write(image[::5, ::5], photometric="rgb", subfiletype=1)
+        writer.write(image, photometric="rgb")
+    found = decode((tmp_path / "x.tif").read_bytes(), "x.tif", Reading(3))
+    assert np.array_equal(found.permute(1, 2, 0), image)
+
+
 def test_pages():
     """The first page, unless they are the channels: in_chans of one kind, none an overview, a mask or of a palette."""
     for dtype, channels in (("uint8", 1), ("int64", 1), ("uint8", 3), ("uint16", 3)):
