@@ -169,6 +169,13 @@ def test_timm_builds_what_is_not_the_default(change, tmp_path):
     assert config.get("mean") == known.get(model.in_chans)
 
 
+def test_a_class_of_a_name_that_is_no_text(tmp_path):
+    state = ConvNeXtV2(**TINY, num_classes=2).state_dict()
+    torch.save({"model": state, "classes": ["a", "caf\udce9"]}, tmp_path / "a.pth")
+    exported(tmp_path / "a.pth", "timm", tmp_path / "out")
+    assert (tmp_path / "out/class_map.txt").read_bytes() == b"a\ncaf\xe9\n"
+
+
 @torch.no_grad()
 def test_timm_by_its_name(tmp_path):
     source = randomised(timm.create_model("convnextv2_atto", num_classes=3))

@@ -131,7 +131,7 @@ def write_timm(source: Source, file: Path) -> Exported:
         recipes.append(f"# timm's scripts open pictures as RGB; give its transforms {instead}")
     if source.classes:
         files.append(file.with_name("class_map.txt" if in_folder else f"{file.stem}.class_map.txt"))
-        files[-1].write_text("".join(f"{name}\n" for name in source.classes))
+        files[-1].write_text("".join(f"{name}\n" for name in source.classes), errors="surrogateescape")
         order = "timm's scripts number class folders in another order"
         recipes.append(f"validate.py and train.py with --class-map {files[-1]}  # {order}")
 
