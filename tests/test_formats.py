@@ -16,7 +16,7 @@ from utils.data.formats import FAST_DECODERS
 from utils.data.images import BadImage, Reading, decode, survey
 from utils.errors import UsageError
 
-tifffile = pytest.importorskip("tifffile")
+tifffile, imagecodecs = pytest.importorskip("tifffile"), pytest.importorskip("imagecodecs")
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding")  # which torchvision announces to drop
 RNG = np.random.default_rng(0)
 DTYPES = ("uint8", "uint16", "uint32", "int8", "int16", "int32", "float16", "float32", "float64")
@@ -260,6 +260,18 @@ def test_sixteen_bits_whatever_holds_them():
         assert torch.equal(load(content, 3, "x.ppm"), true(colour.transpose(2, 0, 1)))
     with pytest.raises(BadImage):
         load(b"P6 30 20 65535\n" + colour.astype(">u2").tobytes()[:-1], 3, "x.ppm")
+
+
+@pytest.mark.parametrize("bits", [8, 12, 16])
+@pytest.mark.parametrize("channels", [2, 3, 4])
+def test_jpeg_2000_keeps_its_bits(bits, channels, monkeypatch):
+    array = RNG.integers(0, 2**bits, (20, 30, channels), "uint8" if bits == 8 else "uint16")
+    content = imagecodecs.jpeg2k_encode(array, level=0, bitspersample=bits, codecformat="jp2", reversible=True)
+    assert torch.equal(load(content, channels, "x.jp2"), true((array << (-bits % 8)).transpose(2, 0, 1)))
+    monkeypatch.setitem(sys.modules, "imagecodecs", None)
+    if bits > 8:
+        with pytest.raises(BadImage, match=r"x\.jp2: a JPEG 2000 in colour beyond 8 bits: pip install imagecodecs"):
+            load(content, channels, "x.jp2")
 
 
 def png(array, *chunks):

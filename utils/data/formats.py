@@ -30,6 +30,7 @@ START_OF_FRAME = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # markers of a JPEG
 GREY, RGB, PALETTE, MASK, CMYK = (0, 1), 2, 3, 4, 5  # photometric interpretations of a TIFF
 GDAL_NODATA = 42113  # a tag of a TIFF
 WITHOUT_EXTRA = "is a TIFF beyond Pillow: pip install tifffile imagecodecs"
+JP2_SIZE = b"\xff\x4f\xff\x51"  # the markers that a JPEG 2000 codestream begins with
 
 Image.MAX_IMAGE_PIXELS = None  # `check_size` it is
 warnings.filterwarnings("ignore", module=r"PIL\.")  # a line on stderr for each odd file, otherwise
@@ -128,13 +129,26 @@ def pillow_pixels(image: Image.Image, in_chans: int) -> Stored:
 
 
 def deep_colour(content: bytes, image: Image.Image) -> bool:
-    """Whether a file is a PNG or PPM in colour beyond 8 bits, of which Pillow keeps 8."""
+    """Whether a file is a PNG, PPM or JPEG 2000 in colour beyond 8 bits, of which Pillow keeps 8."""
+    if image.format == "JPEG2000":
+        return image.mode != "I;16" and _jp2_bits(content) > 8
     if image.format == "PPM":
         return image.mode == "RGB" and image.tile[0][3][-1] in range(256, 65536)  # a mode, or the largest value
     return content.startswith(PNG) and content[24] == 16 and image.mode[0] != "I"
 
 
+def _jp2_bits(content: bytes) -> int:
+    return (content[content.find(JP2_SIZE) + 42] & 127) + 1  # of the first channel
+
+
 def _read_deep(content: bytes, image: Image.Image) -> Stored:
+    if image.format == "JPEG2000":
+        try:
+            from imagecodecs import jpeg2k_decode
+        except ImportError as error:
+            raise ValueError("a JPEG 2000 in colour beyond 8 bits: pip install imagecodecs") from error
+        pixels = jpeg2k_decode(content).transpose(2, 0, 1) << 16 - _jp2_bits(content)  # as Pillow has its grey
+        return Stored(pixels, "JPEG2000", alpha=image.mode in ("LA", "RGBA"))
     if image.format == "PPM":
         (codec, _, start, options), (width, height) = image.tile[0], image.size
         # in grey Pillow keeps all, so: three colours side by side
