@@ -27,7 +27,7 @@ from utils.args import ArgumentParser, Size, check_shared_arguments, effective_l
 from utils.data.sampling import StepLoader, random_subset, readable, shuffled_indices, with_transform
 from utils.errors import UsageError, refuse
 from utils.health import health
-from utils.knn import knn_acc1
+from utils.knn import knn_score
 from utils.lr_sched import Schedule
 from utils.param_groups import param_groups
 from utils.pictures import reconstructions, tile
@@ -84,6 +84,7 @@ def idle_flags(args, use_amp: bool) -> list[tuple[str, object, str]]:
         ("vis_freq", args.vis_freq and not shows(args), "without --output_dir, --log_dir and --wandb"),
         ("knn_images", not watches, "without --knn_freq and --health_freq"),
         ("nb_classes eval_data_path eval_list", not args.knn_freq, "without --knn_freq"),
+        ("multi_label", not args.knn_freq and not args.val_split, "without --knn_freq and --val_split"),
         ("resize_mode crop_pct eval_resize", not shows(args) and not watches, "without pictures and --knn_freq"),
         ("stem_average", not args.initial_checkpoint, "without --initial_checkpoint"),
         *flags.idle_flags(args, use_amp),
@@ -185,8 +186,9 @@ def train(args, amp: Amp, run: Run) -> None:
     for epoch in run.epochs():
         stats, scores = train_one_epoch(wrapped, loader, optimizer, schedule, run, epoch), {}
         if labelled and run.due(epoch, args.knn_freq):
-            scores["knn_acc1"] = knn_acc1(model.encoder, labelled, amp)
-            log.info("epoch %d: k-NN acc1 %.2f", epoch, scores["knn_acc1"])
+            name = "map" if args.multi_label else "acc1"
+            scores[f"knn_{name}"] = value = knn_score(model.encoder, labelled, amp)
+            log.info("epoch %d: k-NN %s %.2f", epoch, name, value)
         if watched and run.due(epoch, health_freq(args)):
             grns = [module for module in model.encoder.modules() if isinstance(module, GRN)]
             scores |= health(model.encoder, grns, watched, amp)

@@ -21,7 +21,7 @@ from tests.test_engines import CPU, plain_run
 from utils.amp import Amp
 from utils.data.sampling import Batch
 from utils.data.transforms import Normalise
-from utils.knn import knn_acc1
+from utils.knn import knn_score
 from utils.lr_sched import Schedule
 from utils.metrics import Progress
 from utils.param_groups import param_groups
@@ -157,7 +157,7 @@ def test_evaluation_knn_and_pictures(cuda, dtype):
     assert all(column.device == CPU for column in reported[0])
     assert set(stats) == {"loss", "acc1", "acc5"}
     model, _ = prepared(autoencoder())
-    assert 0 <= knn_acc1(model.encoder, (Evaluated(cuda), Evaluated(cuda)), amp) <= 100
+    assert 0 <= knn_score(model.encoder, (Evaluated(cuda), Evaluated(cuda)), amp) <= 100
     pictures = reconstructions(model, torch.randn(2, 3, 16, 16), amp, (0.5,) * 3, (0.5,) * 3, 0.6)
     assert pictures.device == CPU
 

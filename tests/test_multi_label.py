@@ -12,11 +12,13 @@ import torch.nn.functional as F
 import datasets
 import engine_finetune
 import main_finetune
-from tests.small_runs import STEPS, killed_after, load, records, same
+import main_pretrain
+from models.convnextv2 import Encoder
+from tests.small_runs import STEPS, TINY, killed_after, load, records, same
 from tests.test_distributed import launch
 from tests.test_engines import finetune_args
 from tools import export, predict, probe
-from utils import report
+from utils import checkpoint, knn, report, weights
 from utils.amp import Amp
 from utils.data.files import MultiLabelList, each_label
 from utils.data.sampling import EvalLoader
@@ -307,18 +309,120 @@ def test_what_a_checkpoint_asks_for_is_not_called_a_flag(run, scripts):
         assert re.search(told, result.err), result.err
 
 
-def test_who_takes_one_label_says_so(run, scripts, tmp_path):
+# ---- frozen features
+
+
+def shares(features, labels, queries) -> np.ndarray:
+    """The weighted share of the 20 nearest that have each label, by the definition."""
+    found = []
+    for query in queries:
+        cosines = features @ query / np.linalg.norm(features, axis=1) / np.linalg.norm(query)
+        nearest = np.argsort(-cosines)[:20]
+        found.append(np.average(labels[nearest], axis=0, weights=np.exp(cosines[nearest] / 0.07)))
+    return np.array(found)
+
+
+def mean_precision(labels: np.ndarray, scores: np.ndarray) -> float:
+    """In percent, over all classes, those that no image has being 0."""
+    columns = zip(labels.T, scores.T, strict=True)
+    return 100 * np.mean([by_thresholds(y, s) if y.any() else 0 for y, s in columns])
+
+
+def test_the_neighbours_vote_for_each_class():
+    rng = np.random.default_rng(0)
+    features, queries, labels = rng.normal(size=(30, 6)), rng.normal(size=(11, 6)), rng.random((30, 4)) < 0.4
+    given = [torch.from_numpy(x) for x in (features, labels.astype(np.float32), queries)]
+    for similarities in (1, 70, knn.SIMILARITIES):
+        votes = knn.knn_votes(*given, 4, similarities=similarities)
+        np.testing.assert_allclose(votes.numpy(), shares(features, labels, queries), rtol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def by_definition(scripts, lists):
+    """Of an encoder: mAP of k-NN on the lists, and of what knows the classes' shares alone."""
+
+    def score(encoder) -> tuple[float, float]:
+        args = finetune_args("--data_set", "image_folder", *lists, "--input_size", 16, "--model", "convnextv2_atto")
+        splits = []
+        for dataset in datasets.labelled_splits(args):
+            imgs, labels = (torch.stack(x) for x in zip(*map(dataset.__getitem__, range(len(dataset))), strict=True))
+            splits.append((knn.pooled_features(encoder.eval(), imgs).detach().double().numpy(), labels.numpy()))
+        (features, labels), (queries, truth) = splits
+        return mean_precision(truth, shares(features, labels, queries)), 100 * truth.mean()
+
+    return score
+
+
+def test_knn_in_pretraining(scripts, lists, by_definition, tmp_path):
+    flags = ("--epochs", 1, "--warmup_epochs", 0, "--output_dir", tmp_path, "--save_ckpt_steps", 3)
+    with killed_after(4):
+        scripts.pretrain(*lists[2:], *flags)
+    result = scripts.pretrain(*lists, *flags, "--knn_freq", 1)  # the rest watched
+    assert result.code == 0, result.err
+    encoder = Encoder(**TINY, stem_stride=1)
+    weights.load(encoder, load(tmp_path / "checkpoint-0.pth")["model"])
+    found = records(tmp_path)[0]["test_knn_map"]
+    assert found == pytest.approx(by_definition(encoder)[0], rel=1e-5)
+    assert f"epoch 0: k-NN map {found:.2f}\n" in result.out
+
+
+def test_the_probe(run, scripts, lists, by_definition, monkeypatch):
+    """Beside chance and random weights."""
+    monkeypatch.setattr(probe, "PENALTIES", (0.1,))
+    flags = ("--checkpoint", run[0] / "checkpoint-best.pth", "--data_set", "image_folder", "--num_workers", 0)
+    flags += ("--device", "cpu", "--random_init", "true")
+    result = scripts.call(probe, *flags, *lists)
+    assert result.code == 0, result.err
+    assert "40 training and 22 test images of 5 classes" in result.out
+    head, _, *rows = [line.strip("| ").split(" | ") for line in result.out.splitlines() if line.startswith("| ")]
+    assert head == ["method", "mAP", "chance", "random weights", "seconds"]
+    table = {row[0]: [*map(float, row[1:])] for row in rows}
+    (expected, chance), (fresh, _) = (by_definition(encoder) for encoder in encoders(run[0] / "checkpoint-best.pth"))
+    assert table["knn"][:3] == pytest.approx([expected, chance, fresh], abs=0.0051)
+    assert table["linear"][1] == table["knn"][1] < table["linear"][0] <= 100
+
+
+def encoders(path):
+    """Of a checkpoint, and the random one beside it."""
+    args = probe.get_args_parser().parse_args(["--checkpoint", str(path)])
+    yield probe.load_encoder(args)
+    torch.manual_seed(0)
+    yield Encoder(**TINY, stem_stride=1)
+
+
+def test_a_regression_for_each_class():
+    """Where the gradient, written out, vanishes; whatever the number of rows at a time."""
+    features, labels = torch.randn(60, 5).double(), (torch.rand(60, 3) < 0.4).double()
+    with pytest.MonkeyPatch.context() as patch:
+        for logits in (probe.LOGITS, 21):
+            patch.setattr(probe, "LOGITS", logits)
+            weight, bias = probe.fit_linear(features, labels, 3, 0.01)
+            error = ((features @ weight.T + bias).sigmoid() - labels) / 60
+            assert (error.T @ features + 0.01 * weight).abs().max() < 1e-4
+            assert error.sum(dim=0).abs().max() < 1e-4
+
+
+def test_the_same_images_are_held_out_in_pretraining(lists):
+    """Which a resume with another --multi_label would not do; without, that is of k-NN alone."""
+    now, then = {"multi_label": True}, {"args": {"val_split": 0.1, "split_seed": 0}}
+    checkpoint.check_same_run("a.pth", {"args": {}}, now, None, {})
+    with pytest.raises(UsageError, match=r"--multi_label True: a.pth was trained with False; go on with that"):
+        checkpoint.check_same_run("a.pth", then, now | then["args"], None, {})
+    flags = [str(x) for x in ("--data_set", "image_folder", *lists[:-2], "--val_split", 0.25, "--input_size", 32)]
+    found = datasets.build_pretrain_dataset(main_pretrain.get_args_parser().parse_args(flags))
+    assert found.paths == datasets.build_dataset(True, finetune_args(*flags))[0].paths
+    assert len(found) == 30
+
+
+def test_one_class_of_several_names_is_told(run, scripts, tmp_path):
     (tmp_path / "all.txt").write_text("".join(f"{x} {x.parent.name};all\n" for x in scripts.train.rglob("*.png")))
     flags = ("--data_set", "image_folder", "--train_list", tmp_path / "all.txt", "--num_workers", 0, "--device", "cpu")
-    probed = scripts.call(probe, "--checkpoint", run[0] / "checkpoint-2.pth", *flags)
-    knn = scripts.pretrain(*flags, "--knn_freq", 1)
-    split = scripts.pretrain(*flags, "--val_split", 0.2)  # fine-tuning would hold out others
-    for result in (probed, knn, split):
-        assert (result.code, result.err.count("\n")) == (2, 1)
-        assert "'c0;all' is several labels; here each image has one" in result.err
     plain = scripts.finetune(*flags, "--epochs", 1, "--warmup_epochs", 0, "--disable_eval", "true")
-    assert plain.code == 0, plain.err
-    assert re.search("'c.;all' is taken for one class; --multi_label true would split it at ';'", plain.out)
+    probed = scripts.call(probe, "--checkpoint", run[0] / "checkpoint-2.pth", *flags)
+    for result in (plain, probed):
+        assert result.code == 0, result.err
+        assert re.search("'c.;all' is taken for one class; --multi_label true would split it at ';'", result.out)
+    assert "| method | top-1 | top-5 |" in probed.out
 
 
 def test_exports_tell_it(run, tmp_path):
@@ -343,3 +447,16 @@ def test_one_two_and_three_processes_score_alike(scripts, lists, tmp_path):
     for line in lines[1:]:
         for key in ("test_map", "test_f1", "test_f1_micro", "test_loss"):
             assert line[key] == pytest.approx(lines[0][key], rel=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("images", [37, 1])
+def test_processes_agree_on_neighbours(images, scripts, lists, tmp_path):
+    """Also where one of them has no image of either."""
+    common = ("--batch_size", 4, "--epochs", 1, "--warmup_epochs", 0, "--lr", 0, "--vis_freq", 0, "--health_freq", 0)
+    common += (*lists, "--knn_freq", 1, "--knn_images", images)
+    assert scripts.pretrain("--output_dir", tmp_path / "1", *common).code == 0
+    done = launch(scripts, "main_pretrain", 2, tmp_path / "2", *common)
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, two = (records(tmp_path / name)[0]["test_knn_map"] for name in ("1", "2"))
+    assert one == pytest.approx(two)

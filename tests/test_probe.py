@@ -191,7 +191,7 @@ def test_knn_leaves_the_random_generators_alone(scripts):
     loaders, encoder = main_pretrain.knn_loaders(args), Encoder(**TINY, stem_stride=1)
     seed_all(1)
     before = torch.get_rng_state()
-    knn.knn_acc1(encoder, loaders, CPU)
+    knn.knn_score(encoder, loaders, CPU)
     assert torch.equal(torch.get_rng_state(), before)
     list(loaders[0])
     assert not torch.equal(torch.get_rng_state(), before), "the loader draws nothing, so nothing was tested"

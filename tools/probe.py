@@ -47,9 +47,9 @@ from utils.args import (
 from utils.data.sampling import random_subset
 from utils.distributed import pick_device, setup_logging
 from utils.errors import UsageError, run_cli
-from utils.flags import CROP_HELP, DEVICE_HELP, MODE_HELP, RESIZE_HELP
+from utils.flags import CROP_HELP, DEVICE_HELP, MODE_HELP, RESIZE_HELP, SEVERAL_HELP
 from utils.knn import extract, knn_votes, pooled_features
-from utils.report import write_file
+from utils.report import average_precision, write_file
 from utils.settings import as_trained
 
 log = logging.getLogger("fcmae")
@@ -65,7 +65,7 @@ def load_encoder(args) -> Encoder:
         UsageError: no checkpoint of a whole ConvNeXt V2 encoder, or flags of the images that are impossible for it.
     """
     found = weights.load_checkpoint(args.checkpoint, lambda config: Encoder(**config.encoder()), "--checkpoint")
-    as_trained(args, args.checkpoint, found.content, found.config)
+    as_trained(args, args.checkpoint, found.content, found.config, multi_label=None)  # which the data are, or not
     return found.model.eval()
 
 
@@ -93,13 +93,20 @@ def pick_amp(args) -> Amp:
     return Amp(pick_device(args.device), args.use_amp, torch.bfloat16)
 
 
+def percentages(scores: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
+    """top-1 and top-5 of scores (N, classes) and labels (N,); mAP of several labels an image, (N, classes)."""
+    if labels.dim() == 2:
+        return {"mAP": 100 * float(average_precision(labels > 0, scores).mean())}
+    return {f"top-{k}": float(top_k(scores, labels, k)) for k in (1, 5)}
+
+
 def fit_linear(
     features: torch.Tensor, labels: torch.Tensor, num_classes: int, penalty: float, start: list | None = None
 ) -> list[torch.Tensor]:
     """Logistic regression by L-BFGS: (N, D), (N,) -> weight (num_classes, D) and bias (num_classes,).
 
     They minimise mean cross entropy + penalty / 2 * |weight|^2, which is convex, in at most 200 steps from `start`; a
-    weak penalty may be stopped short.
+    weak penalty may be stopped short. Labels (N, num_classes), several an image: the sum of binary cross entropies.
     """
     start = start or [features.new_zeros(num_classes, features.shape[1]), features.new_zeros(num_classes)]
     weight, bias = parameters = [x.clone().requires_grad_() for x in start]
@@ -107,13 +114,14 @@ def fit_linear(
         parameters, max_iter=200, tolerance_grad=1e-5, tolerance_change=1e-9, line_search_fn="strong_wolfe"
     )
     rows = max(1, LOGITS // num_classes)
+    entropy = F.binary_cross_entropy_with_logits if labels.dim() == 2 else F.cross_entropy
 
     def closure() -> torch.Tensor:
         optimizer.zero_grad()
         total = penalty / 2 * weight.square().sum()
         total.backward()
         for x, y in zip(features.split(rows), labels.split(rows), strict=True):
-            loss = F.cross_entropy(F.linear(x, weight, bias), y, reduction="sum") / len(features)
+            loss = entropy(F.linear(x, weight, bias), y, reduction="sum") / len(features)
             loss.backward()
             total = total.detach() + loss.detach()
         return total
@@ -134,28 +142,28 @@ def linear_scores(
     path, found = [], None
     for penalty in PENALTIES:
         found = fit_linear(features[kept], labels[kept], num_classes, penalty, found)
-        path.append((float(top_k(F.linear(features[held_out], *found), labels[held_out], 1)), penalty, found))
-    accuracy, penalty, found = max(path, key=lambda entry: entry[0])
-    log.info("linear: L2 penalty %g of %s, %.2f on held-out training images", penalty, PENALTIES, accuracy)
+        score = next(iter(percentages(F.linear(features[held_out], *found), labels[held_out]).values()))
+        path.append((score, penalty, found))
+    score, penalty, found = max(path, key=lambda entry: entry[0])
+    log.info("linear: L2 penalty %g of %s, %.2f on held-out training images", penalty, PENALTIES, score)
     return F.linear(queries, *fit_linear(features, labels, num_classes, penalty, found))
 
 
 def probe(encoder: Encoder, loaders: tuple[DataLoader, DataLoader], methods: dict[str, Callable], amp: Amp) -> dict:
-    """Per method top-1, top-5 and seconds, and under "images" what was read: (training, test, classes, chance)."""
+    """Per method its percentages, with chance, and seconds; under "images" what was read: (training, test, classes)."""
     begun = time.perf_counter()
     encode = partial(pooled_features, encoder.to(amp.device))
     (features, labels), (queries, truth) = (extract(encode, loader, encoder.dims[-1], amp) for loader in loaders)
     if len(labels) < 5 or not len(truth):
         raise UsageError(f"{len(labels)} training and {len(truth)} test images could be read: too few to probe with")
     log.info("features of %d images in %.1f s", len(labels) + len(truth), time.perf_counter() - begun)
-    num_classes = int(labels.max()) + 1
-    chance = 100 * float((truth == labels.bincount().argmax()).float().mean())
-    results = {"images": (len(labels), len(truth), num_classes, chance)}
+    counts = labels.sum(0) if labels.dim() == 2 else labels.bincount()
+    chance = next(iter(percentages(counts.expand(len(truth), -1), truth).values()))  # all images scored alike
+    results = {"images": (len(labels), len(truth), len(counts))}
     for name, method in methods.items():
         begun = time.perf_counter()
-        scores = method(features, labels, queries, num_classes)
-        top1, top5 = (float(top_k(scores, truth, k)) for k in (1, 5))
-        results[name] = (top1, top5, time.perf_counter() - begun)
+        found = percentages(method(features, labels, queries, len(counts)), truth)
+        results[name] = (found | {"chance": chance}, time.perf_counter() - begun)
     return results
 
 
@@ -175,6 +183,7 @@ def get_args_parser() -> ArgumentParser:
     for name, of in (("--train_list", "--data_path"), ("--eval_list", "--eval_data_path if given")):
         parser.add_argument(name, default=None, help=f"file with a line per image: its path below {of}, and its label")
     parser.add_argument("--nb_classes", type=whole(1), default=None, help="number of classes, if not told")
+    add_bool(parser, "--multi_label", False, SEVERAL_HELP)
     parser.add_argument("--batch_size", type=whole(1), default=64, help="images per forward pass")
     parser.add_argument("--num_workers", type=whole(0, 1024), default=10, help="loader processes")
     add_bool(parser, "--pin_mem", True, "page-locked host memory for faster copies to the GPU")
@@ -194,7 +203,7 @@ def get_args_parser() -> ArgumentParser:
 def main(args) -> None:
     setup_logging()
     idle = ("masks eval_masks epochs picture", not args.dense, "without --dense")
-    read_whole = "method k temperature resize_mode crop_pct eval_resize nb_classes train_list eval_list"
+    read_whole = "method k temperature resize_mode crop_pct eval_resize nb_classes multi_label train_list eval_list"
     drawn = ("data_path eval_data_path masks eval_masks", args.data_set == "shapes", "with --data_set shapes")
     rows = [idle, (f"{read_whole} batch_size num_workers pin_mem", args.dense, "with --dense"), drawn]
     tell_idle(args, rows)
@@ -215,16 +224,16 @@ def main(args) -> None:
     methods = {name: method for name, method in methods.items() if args.method in (name, "both")}
     results = probe(encoder, loaders, methods, amp)
     baseline = probe(fresh, loaders, methods, amp) if fresh else {}
-    train, test, num_classes, chance = results.pop("images")
+    train, test, num_classes = results.pop("images")
     print(
         f"{args.checkpoint}: depths {encoder.depths}, dims {encoder.dims}, {args.input_size} px; "
         f"{train} training and {test} test images of {num_classes} classes"
     )
-    rows = [["method", "top-1", "top-5", "chance", *(["random weights"] if baseline else []), "seconds"]]
-    rows.append(["---"] * len(rows[0]))
-    for name, (top1, top5, seconds) in results.items():
-        more = [f"{baseline[name][0]:.2f}"] if baseline else []
-        rows.append([name, f"{top1:.2f}", f"{top5:.2f}", f"{chance:.2f}", *more, f"{seconds:.1f}"])
+    rows = []
+    for name, (found, seconds) in results.items():
+        found |= {"random weights": next(iter(baseline[name][0].values()))} if baseline else {}
+        rows = rows or [["method", *found, "seconds"], ["---"] * (len(found) + 2)]
+        rows.append([name, *(f"{x:.2f}" for x in found.values()), f"{seconds:.1f}"])
     print_table(rows)
 
 

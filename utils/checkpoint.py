@@ -212,7 +212,7 @@ def check_same_run(path: Path, state: dict, flags: dict, classes: list[str] | No
     if opt and (was := str(state.get("args", {}).get("opt", opt))).lower() != opt.lower():
         raise UsageError(f"--opt {opt}: {path} was trained with {was}, whose state does not fit")
     several, was = (bool(x.get("multi_label")) for x in (flags, state.get("args", {})))
-    if several != was:
+    if several != was and (opt or flags.get("val_split")):  # k-NN takes any
         raise UsageError(f"--multi_label {several}: {path} was trained with {was}; go on with that")
     split, was = (x.get("val_split") and (x["val_split"], x.get("split_seed")) for x in (flags, state.get("args", {})))
     if split != was:  # other images would then be held out than were not trained on

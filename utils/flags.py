@@ -32,6 +32,7 @@ MODE_HELP = (
     "how images become --input_size. crop: at random in training, the centre in evaluation; squash: the whole image is "
     "warped; pad: the whole image, in its proportions, gets borders of the mean; both in training and evaluation alike"
 )
+SEVERAL_HELP = "images have any number of labels: lists with cat;dog, which mAP scores"
 DEVICE_HELP = "auto (cuda, else mps, else cpu), cpu, mps, cuda or cuda:N"
 
 
@@ -66,6 +67,7 @@ def add_shared_arguments(parser: ArgumentParser, data_sets: str) -> None:
     add("--val_split", type=part, default=None, help=split_help)
     add("--split_seed", type=seed, default=0, help="draws what --val_split holds out, whatever --seed is")
     add("--nb_classes", type=whole(1), default=None, help="number of classes, where the data does not tell")
+    add_switch("--multi_label", False, SEVERAL_HELP)
     add("--mean", type=finite, nargs="+", default=None, help="of each channel; ImageNet's for 8-bit RGB")
     add("--std", type=positive, nargs="+", default=None, help="of each channel; ImageNet's for 8-bit RGB")
     add("--resize_mode", choices=RESIZE_MODES, default="crop", help=MODE_HELP)
@@ -214,8 +216,6 @@ def add_evaluation_arguments(parser: ArgumentParser) -> None:
     add("--model_prefix", default="", help="take only the weights under this prefix, without it")
     eval_help = "only evaluate --resume, or --finetune with its head; model and images are as in its training"
     add_switch("--eval", False, eval_help)
-    several_help = "images have any number of labels: lists with cat;dog, binary cross entropy, mAP and F1"
-    add_switch("--multi_label", False, several_help)
     csv_file = matching(r"(?s).+\.csv", "a file that ends in .csv")
     predictions_help = "write path, label, prediction and probability of each evaluated image; in training, at its end"
     add("--predictions", type=csv_file, default="", metavar="FILE.csv", help=predictions_help)

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from .amp import Amp
 from .distributed import all_reduce_sum, gather
 from .errors import UsageError
+from .report import average_precision
 
 log = logging.getLogger("fcmae")
 
@@ -24,12 +25,12 @@ SIMILARITIES = 2**26  # computed at once: 256 MiB
 
 @torch.no_grad()
 def extract(encode: Callable, loader: DataLoader, dim: int, amp: Amp) -> tuple[torch.Tensor, torch.Tensor]:
-    """Features (N, dim), float32, and labels (N,) of this process's readable images, on the device.
+    """Features (N, dim), float32, and labels, (N,) or (N, classes), of this process's readable images, on the device.
 
     encode: (B, C, H, W) -> (B, dim).
     """
     features = [torch.empty(0, dim, device=amp.device)]  # a process may have no image
-    labels = [torch.empty(0, dtype=torch.int64, device=amp.device)]
+    labels = [torch.empty(0, dtype=torch.int64, device=amp.device)]  # which fits rows of any length
     for batch in loader:
         imgs, target = (x.to(amp.device, non_blocking=True) for x in batch)
         with amp.autocast():
@@ -45,21 +46,29 @@ def knn_votes(
     """Votes for each class: labelled features (N, D), (N,) and queries (Q, D) -> (Q, num_classes).
 
     The weights are relative to the nearest image's, so that no temperature overflows. With fewer than k images all
-    of them vote. similarities: computed at a time, which bounds the memory.
+    of them vote; of several labels an image, (N, num_classes), each class gets the share of the votes that have it.
+    similarities: computed at a time, which bounds the memory.
     """
     queries, features = F.normalize(queries, dim=1), F.normalize(features, dim=1)
     votes = []
     for chunk in queries.split(max(1, similarities // len(features))):
         similarity, nearest = (chunk @ features.T).topk(min(k, len(features)), dim=1)
         weight = ((similarity - similarity[:, :1]) / temperature).exp()
-        votes.append(weight.new_zeros(len(chunk), num_classes).scatter_add_(1, labels[nearest], weight))
+        if labels.dim() == 2:
+            shares = weight.new_zeros(len(chunk), len(labels)).scatter_(
+                1, nearest, weight / weight.sum(1, keepdim=True)
+            )
+            votes.append(shares @ labels.to(shares.dtype))
+        else:
+            votes.append(weight.new_zeros(len(chunk), num_classes).scatter_add_(1, labels[nearest], weight))
     return torch.cat(votes)
 
 
 def knn_accuracy(encode: Callable, dim: int, train_loader: DataLoader, test_loader: DataLoader, amp: Amp) -> float:
     """Percentage of test images whose class the training images' features vote for, each image counted once.
 
-    Every process encodes its share of both; the training features are gathered, the test images stay where they are.
+    Of several labels an image: the mean average precision of the votes. Every process encodes its share of both; the
+    training features are gathered, the test images stay where they are.
 
     Raises:
         UsageError: no training or no test image can be read.
@@ -73,10 +82,11 @@ def knn_accuracy(encode: Callable, dim: int, train_loader: DataLoader, test_load
     bad = sum(len(getattr(loader, "bad", ())) for loader in (train_loader, test_loader))
     if bad := all_reduce_sum(torch.tensor(bad, device=amp.device)).item():
         log.info("k-NN: %d unreadable images left out", bad)
-    correct = torch.zeros((), dtype=torch.int64, device=amp.device)
-    if len(truth):
-        correct += (knn_votes(features, labels, queries, int(labels.max()) + 1).argmax(dim=1) == truth).sum()
-    return 100 * all_reduce_sum(correct).item() / seen
+    votes = knn_votes(features, labels, queries, int(labels.max()) + 1)
+    if labels.dim() == 2:
+        votes, truth = (torch.cat(gather(rows.cpu())) for rows in (votes, truth))
+        return 100 * average_precision(truth > 0, votes).mean().item()
+    return 100 * all_reduce_sum((votes.argmax(dim=1) == truth).sum()).item() / seen
 
 
 def pooled_features(encoder: nn.Module, imgs: torch.Tensor) -> torch.Tensor:
@@ -84,8 +94,8 @@ def pooled_features(encoder: nn.Module, imgs: torch.Tensor) -> torch.Tensor:
     return encoder.forward_stages(imgs)[-1].mean(dim=(2, 3), dtype=torch.float32)
 
 
-def knn_acc1(encoder: nn.Module, loaders: tuple[DataLoader, DataLoader], amp: Amp) -> float:
-    """k-NN accuracy of the encoder as it is now, in percent; the random generators are left as they were."""
+def knn_score(encoder: nn.Module, loaders: tuple[DataLoader, DataLoader], amp: Amp) -> float:
+    """`knn_accuracy` of the encoder as it is now; the random generators are left as they were."""
     encoder.eval()
     with torch.random.fork_rng(devices=[]):
         return knn_accuracy(partial(pooled_features, encoder), encoder.dims[-1], *loaders, amp)

@@ -75,11 +75,7 @@ def _open(is_train: bool, args, classes: list[str] | None = None, labelled: bool
     several = labelled and getattr(args, "multi_label", None)
     if listed := _listed(is_train, args):
         of_labels = (classes or []) if labelled else None, args.in_chans, nb_classes
-        dataset = (MultiLabelList if several else ImageList)(*listed, *of_labels)
-        if several is None:  # k-NN, probe, pre-training
-            found = next((name for name in dataset.classes if ";" in name), "")
-            refuse(found, f"{dataset.source}: {found!r} is several labels; here each image has one")
-        return dataset
+        return (MultiLabelList if several else ImageList)(*listed, *of_labels)
     root, flag = _class_root(is_train, args)
     whose = "" if "multi_label" in given(args) else " (of the checkpoint)"
     refuse(several, f"--multi_label true{whose}: {flag} {root} is no list, which tells several labels of an image")

@@ -48,9 +48,9 @@ def as_trained(args: Namespace, path: str | Path, content: dict, size, **shapes)
 
     Raises UsageError: a flag that contradicts the shapes, or what flags and checkpoint together say of the images.
     """
+    several = content.get("args", {}).get("multi_label") if "multi_label" in args else None
+    shapes = {"multi_label": several if isinstance(several, bool) else None} | shapes
     shapes |= {"in_chans": size.in_chans, "stem_stride": size.stem_stride}
-    several = content.get("args", {}).get("multi_label")
-    shapes |= {"multi_label": several} if isinstance(several, bool) and "multi_label" in args else {}
     shapes = {name: value for name, value in shapes.items() if value is not None}
     for name in shapes.keys() & given(args):
         other = f"{path}: a checkpoint of another model, with --{name} {shapes[name]}, not {getattr(args, name)}"
