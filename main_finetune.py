@@ -30,7 +30,7 @@ from engine_finetune import MixedLabels, WithLoss, evaluate, score, train_one_ep
 from models import convnextv2, fused, kernels
 from models.convnextv2 import SIZES, ConvNeXtV2, layer_id, name_of, num_layer_ids
 from models.linear_probe import LinearProbe
-from utils import distributed, errors, flags, weights
+from utils import distributed, errors, flags, record, weights
 from utils.amp import Amp
 from utils.args import ArgumentParser, check_shared_arguments, effective_lr, given, prepared_output_dir, tell_idle
 from utils.data.balance import first_of_each_class
@@ -40,7 +40,7 @@ from utils.errors import UsageError, refuse, suggest
 from utils.lr_sched import Schedule
 from utils.param_groups import param_groups
 from utils.report import METRICS, Reporter
-from utils.run import Run, open_run, to_evaluate
+from utils.run import Run, open_run
 from utils.settings import as_trained
 
 log = logging.getLogger("fcmae")
@@ -253,7 +253,7 @@ def evaluate_only(args, amp: Amp) -> None:
     """
     path = args.resume or args.finetune
     if not path and args.auto_resume and args.output_dir:
-        path = to_evaluate(args.output_dir)
+        path = record.to_evaluate(args.output_dir)
     if not path:
         raise UsageError("--eval true: needs a checkpoint; give --resume FILE, or the --output_dir of a run")
     load = partial(weights.load_checkpoint, path, partial(build_classifier, path), whole=True)

@@ -1,12 +1,15 @@
 """--on_nonfinite: what a NaN in a step leaves of a run, on one process and on two."""
 
 import math
+import re
 
 import pytest
+import torch
 
 from tests.small_runs import STEPS, killed_after, load, poison, records, same
 from tests.test_distributed import launch
 from utils.amp import Amp
+from utils.checkpoint import numbered
 
 COMMON = ("--epochs", 2, "--warmup_epochs", 0, "--on_nonfinite", "skip")
 FLAGS = {
@@ -49,10 +52,10 @@ def test_a_step_is_left_out_whole(stage, what, scripts, tmp_path, monkeypatch):
 
 
 def test_without_a_fault_nothing_changes(scripts, tmp_path):
-    for mode in ("stop", "skip"):
+    for mode in ("stop", "skip", "rollback"):
         assert run(scripts, "finetune", "--output_dir", tmp_path / mode, "--on_nonfinite", mode).code == 0
-    a, b = (load(tmp_path / mode / "checkpoint-1.pth") for mode in ("stop", "skip"))
-    assert same(a["model"], b["model"])
+    a, *others = (load(tmp_path / mode / "checkpoint-1.pth") for mode in ("stop", "skip", "rollback"))
+    assert all(same(a["model"], other["model"]) for other in others)
     assert "train_skipped" not in records(tmp_path / "stop")[0]
 
 
@@ -81,6 +84,101 @@ def test_float16_infinite_gradients_are_the_scalers_affair(scripts, tmp_path, mo
     assert states[1]["scale"] == states[0]["scale"] / 2
     assert states[2] == states[1] != states[3]
     assert records(tmp_path)[0]["train_skipped"] == 1
+
+
+BACK = "--on_nonfinite", "rollback", "--epochs", 3
+
+
+def trained(path):
+    return {key: value for key, value in load(path).items() if key in ("model", "optimizer", "model_ema", "scaler")}
+
+
+@pytest.mark.parametrize(("stage", "what", "at"), [
+    *((*fault, STEPS + 2) for fault in FAULTS), ("pretrain", "gradient", 2 * STEPS - 1), ("probe", "images", STEPS + 2),
+])  # fmt: skip
+def test_weights_go_back_and_data_go_on(stage, what, at, scripts, tmp_path, monkeypatch):
+    """Epoch 1 ends as epoch 0 did, the average and batch norm too, and is followed by the data of epoch 2."""
+    folder, begun = tmp_path / "back", tmp_path / "begun.pth"
+    poison(monkeypatch.setattr, what, range(at, at + 1))
+    result = run(scripts, stage, "--output_dir", folder, *BACK)
+    assert result.code == 0, result.err
+    line = f"the (loss|weights) became .* epoch 1; back to {folder}/checkpoint-0.pth, rollback 1 of 3, and on from here"
+    assert len(re.findall(line, result.out)) == 1
+    assert same(trained(folder / "checkpoint-0.pth"), trained(folder / "checkpoint-1.pth"))
+    monkeypatch.undo()
+    torch.save(load(folder / "checkpoint-0.pth") | {"epoch": 1}, begun)
+    assert run(scripts, stage, "--output_dir", tmp_path / "on", "--resume", begun, *BACK).code == 0
+    assert same(trained(folder / "checkpoint-2.pth"), trained(tmp_path / "on" / "checkpoint-2.pth"))
+    assert records(folder)[2]["train_loss"] == records(tmp_path / "on")[0]["train_loss"]
+    assert all(math.isfinite(line["train_loss"]) for line in records(folder))
+
+
+@pytest.mark.parametrize(("what", "good", "aside"), [("loss", 1, 2), ("gradient", 2, None)])
+def test_inside_an_epoch(what, good, aside, scripts, tmp_path, monkeypatch):
+    """Step 2 of epoch 1 is bad; the checkpoint before it is good if a finite loss followed. A kill changes nothing."""
+    flags, back = ("--save_ckpt_steps", 1, *BACK), tmp_path / "back"
+    with killed_after(STEPS + good):
+        run(scripts, "finetune", "--output_dir", tmp_path / "first", *flags)
+    state = load(tmp_path / "first" / f"checkpoint-1-step{good}.pth")
+    torch.save(state | {"step": 3, "partial": state["partial"] | {"step": 3}}, tmp_path / "begun.pth")
+    assert (
+        run(scripts, "finetune", "--output_dir", tmp_path / "on", "--resume", tmp_path / "begun.pth", *flags).code == 0
+    )
+    with killed_after(STEPS + 4):
+        poison(monkeypatch.setattr, what, range(STEPS + 2, STEPS + 3))
+        run(scripts, "finetune", "--output_dir", back, *flags)
+    monkeypatch.undo()
+    assert (back / f"checkpoint-1-step{aside}.diverged.pth").exists() == bool(aside)
+    assert run(scripts, "finetune", "--output_dir", back, *flags).code == 0
+    assert same(trained(back / "checkpoint-2.pth"), trained(tmp_path / "on" / "checkpoint-2.pth"))
+    assert load(back / "checkpoint-2.pth")["rollbacks"] == 1
+
+
+def test_three_rollbacks_end_the_run(scripts, tmp_path, monkeypatch):
+    """Also where a resume lies between; the checkpoint that is resumed is one to go back to."""
+    good = tmp_path / "checkpoint-0.pth"
+    said = (
+        f"error: the loss became NaN .* after 3 rollbacks; {good} is good, the same command goes on from it. Try .*\n"
+    )
+    with monkeypatch.context() as patch:
+        poison(patch.setattr, "loss", range(STEPS + 1, 100))
+        result = run(scripts, "pretrain", "--output_dir", tmp_path, *BACK, "--epochs", 9)
+    assert result.code == 1
+    assert re.fullmatch(said, result.err)
+    assert result.out.count(f"; back to {good}") == 3
+    assert [epoch for epoch, *_ in numbered(tmp_path)] == [0]
+    torch.save(load(good) | {"rollbacks": 2}, good)
+    poison(monkeypatch.setattr, "loss", range(100))
+    result = run(scripts, "pretrain", "--output_dir", tmp_path, *BACK)
+    assert (result.code, result.out.count(f"; back to {good}, rollback 3 of 3")) == (1, 1)
+    assert f"after 3 rollbacks; it followed from {good} at once" in result.err
+
+
+def test_what_there_is_no_way_back_to(scripts, tmp_path, monkeypatch):
+    for flags in ((), ("--output_dir", tmp_path / "x", "--save_ckpt", "false")):
+        result = run(scripts, "pretrain", *BACK, *flags)
+        assert (result.code, result.err) == (
+            2,
+            "error: --on_nonfinite rollback: needs --output_dir and --save_ckpt true\n",
+        )
+    poison(monkeypatch.setattr, "loss", range(2, 3))
+    result = run(scripts, "pretrain", *BACK, "--output_dir", tmp_path)
+    assert result.code == 1
+    assert "in step 2 of epoch 0; no good checkpoint was saved" in result.err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("stage", "what"), [FAULTS[0], FAULTS[2]])
+def test_all_processes_go_back(stage, what, scripts, tmp_path):
+    flags = (*COMMON, *FLAGS[stage], *BACK, "--save_ckpt_steps", 2)
+    for processes in (1, 2):
+        fault = {"NAN_ON_RANK": str(processes - 1), "NAN_IN": what, "NAN_AT": str(STEPS + 2)}
+        spread = processes, tmp_path / f"{processes}", "--batch_size", 8 // processes
+        done = launch(scripts, f"main_{stage}", *spread, *flags, **fault)
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert done.stdout.count("rollback 1 of 3") == 1
+    for line, other in zip(records(tmp_path / "1"), records(tmp_path / "2"), strict=True):
+        assert other["train_loss"] == pytest.approx(line["train_loss"], rel=1e-4)
 
 
 @pytest.mark.slow

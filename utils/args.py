@@ -200,6 +200,8 @@ def check_shared_arguments(args: argparse.Namespace, models: list[str]) -> None:
     refuse(args.start_epoch >= args.epochs and not args.resume, begins)
     if not getattr(args, "eval", False):  # then the checkpoint tells what is not given
         check_image_arguments(args)
+        no_way_back = args.on_nonfinite == "rollback" and not (args.output_dir and args.save_ckpt)
+        refuse(no_way_back, "--on_nonfinite rollback: needs --output_dir and --save_ckpt true")
     starts = [name for name in ("finetune", "initial_checkpoint", "resume") if getattr(args, name, "")]
     refuse(len(starts) > 1, f"--{' and --'.join(starts)}: give one; the first starts a run, --resume continues one")
     for name in starts:

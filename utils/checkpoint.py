@@ -5,6 +5,7 @@ import logging
 import math
 import os
 import re
+import time
 import zipfile
 from argparse import Namespace
 from collections.abc import Callable
@@ -22,6 +23,7 @@ log = logging.getLogger("fcmae")
 # what checkpoints of MAE and its descendants keep their arguments in; neither runs anything when it is read
 PLAIN_CLASSES = [Namespace, (PosixPath, "pathlib.PosixPath")]
 BEST_AVERAGE = "checkpoint-best-ema.pth"
+BEST_NAMES = {"": "checkpoint-best.pth", "_ema": BEST_AVERAGE}
 SETTINGS = {"weight_decay", "lr_scale", "betas", "eps", "momentum"}  # of an optimizer's group, set by flags
 
 
@@ -91,6 +93,14 @@ def read(path: str | os.PathLike) -> dict:
         args = vars(state["args"]) if isinstance(state["args"], Namespace) else state["args"]
         state["args"] = args if isinstance(args, dict) else {}
     return state
+
+
+def awaited(path: Path) -> dict:
+    """`read`, up to a minute later: a network file system may show other processes the file late."""
+    deadline = time.monotonic() + 60
+    while not path.exists() and time.monotonic() < deadline:
+        time.sleep(1)
+    return read(path)
 
 
 def run_of(path: str | os.PathLike) -> str | None:
@@ -233,8 +243,10 @@ def check_same_run(path: Path, state: dict, flags: dict, classes: list[str] | No
             )
 
 
-def load_training(path: Path, state: dict, model, optimizer, scaler, global_batch: int) -> tuple[int, dict | None]:
-    """Restore model, optimizer and loss scaler from a training checkpoint; the optimizer's settings stay its own.
+def load_training(
+    path: Path, state: dict, model, optimizer, scaler, global_batch: int, average: torch.nn.Module | None = None
+) -> tuple[int, dict | None]:
+    """Restore model, optimizer, loss scaler and `average` from a checkpoint; the optimizer's settings stay its own.
 
     Returns:
         the epoch to go on with, and, where that one was begun, what `EpochTracker` needs to go on inside it.
@@ -249,6 +261,8 @@ def load_training(path: Path, state: dict, model, optimizer, scaler, global_batc
     if missing := [key for key, kind in kinds.items() if not isinstance(state.get(key), kind)]:
         raise UsageError(f"{path}: has no {' and no '.join(missing)}, so training cannot continue from it; see --help")
     load_weights(model, state["model"], str(path))
+    if average:
+        load_weights(average, state["model_ema"], str(path))
     own = [dict(group) for group in optimizer.param_groups]
     try:
         optimizer.load_state_dict(state["optimizer"])

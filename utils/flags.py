@@ -121,9 +121,10 @@ def add_training_arguments(parser: ArgumentParser) -> None:
     add_switch("--grad_checkpointing", False, "recompute activations in backward: less memory, more time")
     bad_help = "share of unreadable images above which the run ends after the epoch; where not given, 4 may be"
     add("--max_bad_images", type=fraction, default=0.01, help=bad_help)
-    nonfinite_help = "of a NaN or infinite loss: end the run, or leave out and count steps with such a loss or gradient"
-    nonfinite_help += ", each waiting for the device"
-    add("--on_nonfinite", choices=("stop", "skip"), default="stop", help=nonfinite_help)
+    nonfinite_help = "of a NaN or infinite loss: end the run; leave out and count steps with such a loss or gradient, "
+    nonfinite_help += "each waiting for the device; or go back to the last good checkpoint, in all three times, "
+    nonfinite_help += "with the data that follow"
+    add("--on_nonfinite", choices=("stop", "skip", "rollback"), default="stop", help=nonfinite_help)
     add("--min_crop", type=share, help="smallest share of an image that a crop takes; in fine-tuning, above 32 px")
 
     add, _ = add_group(parser, "learning rate and weight decay")

@@ -46,6 +46,10 @@ class Averages:
     def back(self) -> None:
         self._window.copy_(self._marked)
 
+    def forget(self) -> None:
+        """Take away what is in no window yet."""
+        self._window.zero_()
+
     def window(self) -> dict[str, float]:
         """Averages over all processes since the last call; opens the next window."""
         sums = all_reduce_sum(self._window.clone())
@@ -184,6 +188,11 @@ class EpochTracker(Progress):
         if not self.leave_out and all_reduce_sum((self._bad_step >= 0).int()).item():
             where = f"step {self._bad_step.item()} of " if self._bad_step >= 0 else ""
             raise NonFiniteLoss(f"the loss became NaN or infinite in {where}epoch {self.epoch}")
+
+    def forget(self) -> None:
+        """The steps since the last line, which led to weights that are not finite."""
+        self._bad_step.fill_(-1)
+        self.averages.forget()
 
     def _leaves_out(self, grad_norm: torch.Tensor | None) -> bool:
         """Whether a loss or gradient of any process was not finite in this step; waits for the device.

@@ -19,7 +19,7 @@ import timm
 import torch
 import torchvision
 
-from .checkpoint import replace, set_aside
+from . import checkpoint
 from .distributed import get_world_size, is_main_process
 from .errors import UsageError, surviving_disk_errors
 
@@ -76,7 +76,7 @@ def add_start(output_dir: str, flags: dict, device: torch.device, **more) -> Non
     }
     path, content = Path(output_dir) / "run.json", {"starts": [*read(output_dir), start]}
     with surviving_disk_errors(f"{path} was NOT written"):
-        replace(path, lambda file: file.write(json.dumps(content, indent=2, default=str).encode() + b"\n"))
+        checkpoint.replace(path, lambda file: file.write(json.dumps(content, indent=2, default=str).encode() + b"\n"))
 
 
 def read(output_dir: str) -> list[dict]:
@@ -89,8 +89,45 @@ def read(output_dir: str) -> list[dict]:
         if isinstance(starts, list) and all(isinstance(start, dict) for start in starts):
             return starts
     if is_main_process():
-        log.warning("%s: not the record of a run, moved to %s", path, set_aside(path, "damaged"))
+        log.warning("%s: not the record of a run, moved to %s", path, checkpoint.set_aside(path, "damaged"))
     return []
+
+
+def to_evaluate(output_dir: str) -> Path | None:
+    """The best checkpoint of the run that a folder tells of last, else its newest good one."""
+    starts, best = read(output_dir), Path(output_dir) / checkpoint.BEST_NAMES[""]
+    own = [starts[-1].get("run")] if starts else []
+    if best.is_file() and (not own or checkpoint.run_of(best) == own[0]):
+        return best
+    found = checkpoint.newest(output_dir, *own)
+    return found and found[0]
+
+
+def choose(flags: dict) -> tuple[str | None, bool, Path | None, dict | None]:
+    """A run's id, whether it is a new one, the checkpoint to go on from, and what that holds.
+
+    What a launcher starts again, and the same command started again, is the run that run.json tells of last, unless
+    --auto_resume false. It goes on from the newest checkpoint of its own, else from what it had gone on from.
+    """
+    file, output_dir = flags["resume"], flags["output_dir"]
+    starts = read(output_dir)
+    last, own = (starts[-1], [starts[-1].get("run")]) if starts else ({}, [])
+    told = flags["auto_resume"] and (not file or same_command(last, flags))
+    found, run_id = None, None
+    if output_dir and (told or restarted(last)):
+        found, begun_from = checkpoint.newest(output_dir, *own), last.get("resumed_from")
+        if found:
+            run_id = found[1].get("run")
+        elif begun_from:
+            # else its weights would be random ones, or this run's best ones, without a word
+            if not Path(begun_from).is_file() or checkpoint.run_of(begun_from) == own[0]:
+                instead = "it is gone, or another now; --auto_resume false begins anew"
+                raise UsageError(f"{begun_from}: this run went on from it; {instead}")
+            run_id, found = own[0], (Path(begun_from), checkpoint.read(begun_from))
+    new = not found
+    if new:
+        run_id, found = os.urandom(4).hex(), (Path(file), checkpoint.read(file)) if file else (None, None)
+    return run_id, new, *found
 
 
 def set_earlier_aside(output_dir: str, start_epoch: int) -> None:
@@ -100,7 +137,7 @@ def set_earlier_aside(output_dir: str, start_epoch: int) -> None:
     for path in Path(output_dir).iterdir():
         found = re.fullmatch(own, path.name)
         if found and int(found["epoch"] or start_epoch) >= start_epoch:
-            set_aside(path, earlier)
+            checkpoint.set_aside(path, earlier)
 
 
 def list_bad_images(output_dir: str, messages: Collection[str]) -> None:

@@ -26,7 +26,7 @@ from .settings import trained_size
 
 log = logging.getLogger("fcmae")
 
-BEST_NAMES = {"": "checkpoint-best.pth", "_ema": checkpoint.BEST_AVERAGE}
+ROLLBACKS = 3  # of a run, at most
 
 
 @contextlib.contextmanager
@@ -51,16 +51,6 @@ def open_run(flags: dict, amp: Amp) -> Iterator["Run"]:
             run.log.close()
 
 
-def to_evaluate(output_dir: str) -> Path | None:
-    """The best checkpoint of the run that a folder tells of last, else its newest good one."""
-    starts, best = record.read(output_dir), Path(output_dir) / BEST_NAMES[""]
-    own = [starts[-1].get("run")] if starts else []
-    if best.is_file() and (not own or checkpoint.run_of(best) == own[0]):
-        return best
-    found = checkpoint.newest(output_dir, *own)
-    return found and found[0]
-
-
 class Run:
     """A training run. `begin` gives it what to train, `epochs` is its loop, `record` ends each epoch.
 
@@ -71,6 +61,7 @@ class Run:
         resume_from: the checkpoint that it goes on from, or None.
         start_epoch: the first epoch still to be done, once `begin` was called.
         kept: the newest checkpoint that is known to be good, a finite loss having followed it, or None.
+        rollbacks: how often it went back to that, see --on_nonfinite.
     """
 
     def __init__(self, flags: dict, amp: Amp, interrupts: Interrupts):
@@ -85,32 +76,12 @@ class Run:
         if flags.get("depth") is None:
             flags["depth"] = depth
         self.kept = self._newest = None  # the latter: saved or resumed, and not yet known to be good
+        self.rollbacks = 0
 
-    def _choose(self) -> tuple[str | None, bool, Path | None, int | None]:
-        """The run's id, whether it is a new one, the checkpoint to go on from, and its --depth.
-
-        What a launcher starts again, and the same command started again, is the run that run.json tells of last, unless
-        --auto_resume false. It goes on from the newest checkpoint of its own, else from what it had gone on from.
-        """
-        file, starts = self.flags["resume"], record.read(self.output_dir)
-        last, own = (starts[-1], [starts[-1].get("run")]) if starts else ({}, [])
-        told = self.flags["auto_resume"] and (not file or record.same_command(last, self.flags))
-        found, run_id = None, None
-        if self.output_dir and (told or record.restarted(last)):
-            found, begun_from = checkpoint.newest(self.output_dir, *own), last.get("resumed_from")
-            if found:
-                run_id = found[1].get("run")
-            elif begun_from:
-                # else its weights would be random ones, or this run's best ones, without a word
-                if not Path(begun_from).is_file() or checkpoint.run_of(begun_from) == own[0]:
-                    instead = "it is gone, or another now; --auto_resume false begins anew"
-                    raise UsageError(f"{begun_from}: this run went on from it; {instead}")
-                run_id, found = own[0], (Path(begun_from), checkpoint.read(begun_from))
-        new = not found
-        if new:
-            run_id, found = os.urandom(4).hex(), (Path(file), checkpoint.read(file)) if file else (None, None)
-        path, self._content = found
-        return run_id, new, path, (self._content or {}).get("args", {}).get("depth")
+    def _choose(self) -> tuple:
+        """As `record.choose`, but for the content, which stays in the first process: its --depth."""
+        *chosen, self._content = record.choose(self.flags)
+        return *chosen, (self._content or {}).get("args", {}).get("depth")
 
     def triton(self, available: Callable[[torch.device, torch.dtype], bool]) -> bool:
         """Whether Triton's kernels are to compute: the first process's choice for all, which the run's records tell.
@@ -150,18 +121,13 @@ class Run:
         path = self._newest = self.resume_from
         if path is None:
             return
-        deadline = time.monotonic() + 60
-        while not path.exists() and time.monotonic() < deadline:
-            time.sleep(1)  # a network file system may show other processes the file late
-        state, self._content = self._content or checkpoint.read(path), None
+        state, self._content = self._content or checkpoint.awaited(path), None
         checkpoint.check_same_run(path, state, self.flags, classes, self.order)
         refuse(ema and not state.get("model_ema"), f"--model_ema true: {path} holds no moving average to continue")
-        begun = checkpoint.load_training(path, state, model, optimizer, self.amp.scaler, loader.global_batch)
-        self.start_epoch, self.epoch_progress = begun
+        self.start_epoch, self.epoch_progress = self._take_up(path, state)
         for what, number in (("epoch", self.start_epoch), ("step", (self.epoch_progress or {}).get("step", 0))):
             check_same(number, f"{path}, its {what}")
-        if ema:
-            checkpoint.load_weights(ema.module, state["model_ema"], str(path))
+        self.rollbacks = 0 if self.new else state.get("rollbacks", 0)
         self.best.load(state.get("best", {}), path)
         size, was = self.flags["input_size"], trained_size(state.get("args", {}).get("input_size"))
         if was not in (None, size):  # as progressive resizing wants it
@@ -169,6 +135,10 @@ class Run:
         if self.epoch_progress and is_main_process():
             loader.bad.add(self.epoch_progress.get("bad", {}))
         log.info("resumed from %s, going on with epoch %d", path, self.start_epoch)
+
+    def _take_up(self, path: Path, state: dict) -> tuple[int, dict | None]:
+        parts = self.model, self.optimizer, self.amp.scaler, self.loader.global_batch, self.ema and self.ema.module
+        return checkpoint.load_training(path, state, *parts)
 
     def epochs(self) -> Iterator[int]:
         """The epochs still to be done. After each it saves where that is due, obeys a signal and tells an eta."""
@@ -250,7 +220,7 @@ class Run:
         self.log.scalars(epoch + 1, **{f"test/{k}": v for k, v in scores.items()})
         for suffix in self.best.update(epoch, scores):
             if self.saves:
-                self.save(epoch, name=BEST_NAMES[suffix])
+                self.save(epoch, name=checkpoint.BEST_NAMES[suffix])
         line = {f"train_{k}": v for k, v in stats.items()} | {f"test_{k}": v for k, v in scores.items()}
         self.log.epoch(line | {"epoch": epoch, "n_parameters": sum(p.numel() for p in self.model.parameters())})
 
@@ -268,26 +238,33 @@ class Run:
         buffers = list(self.model.buffers()) if self.flags["on_nonfinite"] == "skip" else None
         return EpochTracker(names, epoch, steps, self.amp.device, self.log, progress, buffers)
 
-    def step_done(self, tracker: EpochTracker, step: int, part: bool = False) -> None:
-        """Save if it is time or a signal came, and leave if one came. All processes call it after every batch.
+    def step_done(self, tracker: EpochTracker, step: int, *shown, part: bool = False) -> None:
+        """Report, save if it is time or a signal came, and leave if one came. All processes call it after every batch.
 
-        part: of the step, which is done again then. Batch norm has no way back: a model with buffers finishes it.
+        shown: what `tracker.report` takes besides. part: of the step, which is done again then. Batch norm has no way
+        back: a model with buffers finishes it.
         """
         if part and (any(True for _ in self.model.buffers()) or not self.interrupts.should_stop()):
             return
-        if part:
-            tracker.averages.back()
         stop, freq = part or self.interrupts.should_stop(), self.flags["save_ckpt_steps"]
         done, last = step + (not part), step + 1 == tracker.steps
         due = self.saves and (stop or (freq and done % freq == 0 and not last))
-        if due:
-            tracker.check()
-        # where a line is due, the loss was checked for it
-        self._newest_is_good((due or tracker.due(step)) and not tracker.left_out)
-        if due:
-            self.save(tracker.epoch, tracker.state(done) | {"bad": self._bad_images()})
-        elif last:
-            self._check_weights(tracker.epoch)  # before they are evaluated, or drawn by
+        try:
+            if part:
+                tracker.averages.back()
+            else:
+                tracker.report(step, *shown)
+            if due:
+                tracker.check()
+            # where a line is due, the loss was checked for it
+            self._newest_is_good((due or tracker.due(step)) and not tracker.left_out)
+            if due:
+                self.save(tracker.epoch, tracker.state(done) | {"bad": self._bad_images()})
+            elif last:
+                self._check_weights(tracker.epoch)  # before they are evaluated, or drawn by
+        except NonFiniteLoss as error:
+            self._go_back(error)
+            tracker.forget()
         if stop:
             self._leave(f"step {done} of epoch {tracker.epoch}")
 
@@ -306,8 +283,8 @@ class Run:
         self._check_weights(epoch)
         if not is_main_process():
             return
-        average = self.ema and self.ema.module.state_dict()
-        more: dict = {"classes": self.classes, "best": self.best.found, "model_ema": average}
+        more: dict = {"classes": self.classes, "best": self.best.found, "rollbacks": self.rollbacks}
+        more["model_ema"] = self.ema and self.ema.module.state_dict()
         if name == checkpoint.BEST_AVERAGE:  # what to evaluate, export and fine-tune, under whatever name
             more["scored"] = "model_ema"
         if progress:
@@ -329,16 +306,38 @@ class Run:
         if self.saves and is_main_process():
             checkpoint.prune(self.kept, self.flags["save_ckpt_num"], self.id)
 
-    def after_nan(self) -> str:
-        """What is good still. A finite checkpoint that led to NaN at once is set aside, so that none goes on from it.
+    def _last_good(self) -> Path | None:
+        """A finite checkpoint that led to NaN at once is set aside for it, so that none goes on from that.
 
         One that this run was resumed from stays: what has changed since may be to blame.
         """
-        if self._newest and self._newest == self.resume_from:
-            return f"it followed from {self.resume_from} at once; --resume takes an earlier one"
-        if self._newest:
+        if self._newest and self._newest != self.resume_from:
             checkpoint.set_aside(self._newest, "diverged")
-        return f"{self.kept} is good, the same command goes on from it" if self.kept else "no good checkpoint was saved"
+            self._newest = None
+        return self._newest or self.kept
+
+    def _go_back(self, error: NonFiniteLoss) -> None:
+        """Put the last good checkpoint's training in place of what is not finite; the data go on where they are.
+
+        Raises the error unless --on_nonfinite is rollback, there is such a checkpoint, and it was not done too often.
+        """
+        if self.flags["on_nonfinite"] != "rollback":
+            raise error
+        if self.rollbacks == ROLLBACKS:
+            raise NonFiniteLoss(f"{error} after {ROLLBACKS} rollbacks") from error
+        path = from_main_process(self._last_good)
+        if not path:
+            raise error
+        self._take_up(path, checkpoint.awaited(path))
+        self.rollbacks += 1
+        log.info("%s; back to %s, rollback %d of %d, and on from here", error, path, self.rollbacks, ROLLBACKS)
+
+    def after_nan(self) -> str:
+        """What is good still."""
+        path = self._last_good()
+        if self._newest:
+            return f"it followed from {path} at once; --resume takes an earlier one"
+        return f"{path} is good, the same command goes on from it" if path else "no good checkpoint was saved"
 
     def _leave(self, where: str) -> None:
         goes_on = self.saves and (self._newest or self.kept) is not None
