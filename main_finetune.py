@@ -10,6 +10,7 @@ python main_finetune.py --eval true --resume out/ft/checkpoint-best.pth --data_p
 """
 
 import logging
+import math
 import os
 import sys
 import zlib
@@ -102,6 +103,7 @@ def idle_flags(args, use_amp: bool) -> list[tuple[str, object, str]]:
     """The rows of `tell_idle`."""
     training, cutmix = " ".join(vars(training_parser().parse_args([]))), args.cutmix > 0 or args.cutmix_minmax
     opt, of_opt = optimizer_info(args.opt), f"with --opt {args.opt}"
+    evaluations = math.ceil(args.epochs / args.eval_freq)  # the first is better than none, the last ends the run
     return [
         (training, args.eval, "with --eval true"),
         ("stem_average", args.eval, "with --eval true"),
@@ -112,6 +114,7 @@ def idle_flags(args, use_amp: bool) -> list[tuple[str, object, str]]:
         ("layer_decay drop_path grad_checkpointing", args.freeze_stages == 4, "with --freeze_stages 4"),
         ("min_crop train_interpolation", args.resize_mode != "crop", f"with --resize_mode {args.resize_mode}"),
         ("layer_decay_type", args.layer_decay == 1, "with --layer_decay 1"),
+        ("patience", args.patience > evaluations - 2, f"in a run of {evaluations} evaluations"),
         ("opt_eps", not opt.has_eps, of_opt),
         ("opt_betas", not opt.has_betas, of_opt),
         ("momentum", not opt.has_momentum, of_opt),

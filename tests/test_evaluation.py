@@ -108,7 +108,9 @@ def test_flags_that_are_given_win_and_are_told(scripts, tmp_path):
         )
         assert mixed.out.split("acc1")[1] == plain.out.split("acc1")[1]
         warned = [line for line in mixed.out.splitlines() if "was trained with" in line]
-        assert all(name.replace("eval_resize", "crop_pct") in "".join(warned) for name in flags)
+        assert all(f"{name} " in "".join(warned) for name in flags)
+        if "--eval_resize" in flags:
+            assert warned == [f"--eval_resize 40: {trained} was trained with --crop_pct 0.5"]
         assert "was trained with" not in plain.out
     for crop in (("--crop_pct", 0.5), ("--eval_resize", 64)):
         same_crop = scripts.call(main_finetune, *EVAL, *mine, "--resume", trained, *crop, "--input_size", 32)
@@ -411,6 +413,8 @@ PRETRAIN = [
     ("--crop_pct 0.5", "", "--health_freq 1"),
     ("--resize_mode pad", "", "--health_freq 1"),
     ("--nb_classes 9", "", "--knn_freq 1"),
+    ("--multi_label", "", "--knn_freq 1"),
+    ("--multi_label", "", "--val_split 0.1"),
     ("--eval_data_path $dir", "", "--knn_freq 1"),
     ("--eval_list $file", "", "--knn_freq 1"),
     ("--crop_pct 0.5", "", "--log_dir x"),
@@ -466,6 +470,7 @@ FINETUNE = [
     ("--best_metric f1", "--disable_eval true", ""),
     ("--patience 3", "--disable_eval true", ""),
     ("--patience 3", "--eval true", ""),
+    ("--patience 3", "--epochs 40 --eval_freq 10", "--epochs 40 --eval_freq 9"),
 ]
 ROWS = [(main_pretrain, *row) for row in BOTH + PRETRAIN] + [(main_finetune, *row) for row in BOTH + FINETUNE]
 

@@ -3,6 +3,7 @@
 import errno
 import logging
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -34,6 +35,21 @@ def test_a_reader_that_goes_away_ends_a_table(printed, unbuffered):
         process.stdout.close()
         assert process.communicate("\n")[1] == ""
         assert process.returncode == 141
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("mistake", [0, 1])
+@pytest.mark.parametrize("all_of_it", [0, 1])
+def test_a_full_disk_behind_stdout_is_a_line(all_of_it, mistake, unbuffered):
+    program = "from utils.errors import UsageError, refuse, run_cli\n"
+    program += f"run_cli(lambda: (print('row'), refuse({mistake}, '--x: wrong')))"
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": unbuffered}
+    with open("/dev/full", "w") as full:
+        err = full if all_of_it else subprocess.PIPE
+        done = subprocess.run([sys.executable, "-c", program], env=environment, stdout=full, stderr=err, text=True)
+    assert done.returncode == 2
+    if not all_of_it:
+        assert re.fullmatch("error: .*(No space left|--x: wrong).*\n", done.stderr)
 
 
 def test_another_broken_pipe_keeps_its_traceback():

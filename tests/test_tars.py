@@ -139,7 +139,8 @@ def test_labels_of_a_webdataset(tmp_path):
 
 
 def test_names_with_dots_have_labels_of_their_own(tmp_path):
-    content = {"a.left.jpg": jpeg(0), "a.right.jpg": jpeg(1), "a.cls": b"1", "a.seg.cls": b"7"}
+    """Also where a file of a label has a byte order mark."""
+    content = {"a.left.jpg": jpeg(0), "a.right.jpg": jpeg(1), "a.cls": b"\xef\xbb\xbf1", "a.seg.cls": b"7"}
     content |= {"photo.v2.0.jpg": jpeg(2), "photo.v2.0.cls": b"0", "photo.v2.1.jpg": jpeg(3), "photo.v2.1.cls": b"2"}
     with tarfile.open(tmp_path / "0.tar", "w") as tar:
         for name in content:

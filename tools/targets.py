@@ -1,6 +1,7 @@
 """What export.py writes for each library: each function takes (source, file) and tells what it left."""
 
 import json
+import pickle
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -130,8 +131,11 @@ def write_timm(source: Source, file: Path) -> Exported:
         instead = "images.convert('L')" if source.mode else "float tensors (C, H, W), bytes / 255"
         recipes.append(f"# timm's scripts open pictures as RGB; give its transforms {instead}")
     if source.classes:
-        files.append(file.with_name("class_map.txt" if in_folder else f"{file.stem}.class_map.txt"))
-        files[-1].write_text("".join(f"{name}\n" for name in source.classes), errors="surrogateescape")
+        as_text = all(name.isprintable() and name == name.strip() for name in source.classes)  # timm reads and strips
+        kind = "class_map.txt" if as_text else "class_map.pkl"
+        files.append(file.with_name(kind if in_folder else f"{file.stem}.{kind}"))
+        numbers = {name: i for i, name in enumerate(source.classes)}
+        files[-1].write_bytes("".join(f"{name}\n" for name in numbers).encode() if as_text else pickle.dumps(numbers))
         order = "timm's scripts number class folders in another order"
         recipes.append(f"validate.py and train.py with --class-map {files[-1]}  # {order}")
 

@@ -76,5 +76,10 @@ def run_cli(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         code, message = 130, "interrupted; with --output_dir, the same command goes on from its last checkpoint"
     rank = os.environ.get("RANK", "0")
-    print(message if rank == "0" else f"[rank {rank}] {message}", file=sys.stderr, flush=True)
+    try:
+        print(message if rank == "0" else f"[rank {rank}] {message}", file=sys.stderr, flush=True)
+        print(end="", flush=True)
+    except OSError:  # which Python would tell with a trace, and end with 120
+        drop_stdout()
+        os.dup2(sys.stdout.fileno(), sys.stderr.fileno())
     sys.exit(code)

@@ -96,7 +96,7 @@ def read_index(shards: list[str], flag: str) -> dict:
     except OSError as error:
         raise UsageError(f"{flag} {error.filename}: {error.strerror}") from error
     names = " ".join(os.path.relpath(shard, os.path.dirname(shards[0])) for shard in shards)
-    stamp = json.dumps([3, EXTENSIONS, names, stamps])  # 3: the form of the index
+    stamp = json.dumps([4, EXTENSIONS, names, stamps])  # 4: the form of the index
     kept = Path(shards[0]).with_name(f".fcmae-{hashlib.sha256(os.fsencode(names)).hexdigest()[:16]}.json")
     with contextlib.suppress(Exception):  # none yet, or damaged in any way
         if (index := json.loads(kept.read_bytes()))["stamp"] == stamp:
@@ -137,7 +137,7 @@ def _scan(flag: str, path: str) -> tuple[dict[str, tuple[int, int, str]], Counte
                 name = "/".join(parts)
                 if name.endswith(".cls"):
                     content = os.pread(file.fileno(), min(member.size, 1000), member.offset_data)
-                    labels[name.removesuffix(".cls")] = os.fsdecode(content).strip()
+                    labels[name.removesuffix(".cls")] = os.fsdecode(content.removeprefix(b"\xef\xbb\xbf")).strip()
                 elif not name.lower().endswith(EXTENSIONS):
                     left_out[extension(name)] += 1
                 elif not member.isreg():
