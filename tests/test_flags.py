@@ -8,7 +8,7 @@ import pytest
 import main_finetune
 import main_pretrain
 from utils.args import HINTS, SYNONYMS
-from utils.slurm import add_slurm_arguments
+from utils.slurm import OPTIONS, add_slurm_arguments
 
 TOOLS = ("benchmark", "export", "mean_std", "plot", "predict", "probe", "roofline", "shrink", "visualize")
 VALUES = ("", "nan", "inf", "-inf", "-1", "0", "1.5", "1e308", str(2**64), str(10**40), "text")
@@ -86,3 +86,32 @@ def test_others_names(script, capsys):
             parser.parse_args([name])
         line = capsys.readouterr().err
         assert re.fullmatch(f"error: unknown argument {name}: .+; see --help\n", line)
+
+
+@pytest.mark.parametrize("script", PARSERS)
+def test_flags_of_other_scripts(script, capsys):
+    """Each is said to be of scripts that have it, and of those alone; but for what is handed on to sbatch."""
+    parser = PARSERS[script]
+    own, needed = (
+        parser._option_string_actions,
+        [x.option_strings[0] for x in parser._actions if x.required and x.option_strings],
+    )
+    given = ["run"] if script == "plot" else [word for flag in needed for word in (flag, "timm")]
+    for flag in sorted({flag for _, flag in FLAGS} - {f"--{name}" for name in OPTIONS} - own.keys() - HINTS.keys()):
+        meant = SYNONYMS.get(flag, flag)
+        if meant in own:
+            continue
+        with pytest.raises(SystemExit, match="2"):
+            parser.parse_args([*given, flag])
+        line = capsys.readouterr().err
+        named = re.fullmatch(f"error: unknown argument {flag}: {meant} is of (.+); see --help\n", line)
+        assert named, line
+        for name in named[1].split(", "):
+            assert meant in PARSERS[name.removeprefix("tools/").removesuffix(".py")]._option_string_actions
+
+
+def test_a_synonym_of_a_flag_of_another_script(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main_pretrain.get_args_parser().parse_args(["--early-stopping", "3"])
+    said = "error: unknown argument --early_stopping: --patience is of main_finetune.py; see --help\n"
+    assert capsys.readouterr().err == said

@@ -51,6 +51,14 @@ def test_a_step_is_left_out_whole(stage, what, scripts, tmp_path, monkeypatch):
     assert not same(before["model"], a["model"])
 
 
+def test_a_step_that_is_left_out_shows_no_checkpoint_to_be_good(scripts, tmp_path, monkeypatch):
+    """So the one before the newest stays."""
+    poison(monkeypatch.setattr, "gradient", range(2, 3))
+    with killed_after(3):
+        run(scripts, "finetune", "--output_dir", tmp_path, "--save_ckpt_steps", 1, "--save_ckpt_num", 1)
+    assert {path.name for path in tmp_path.glob("*.pth")} == {f"checkpoint-0-step{i}.pth" for i in (1, 2, 3)}
+
+
 def test_without_a_fault_nothing_changes(scripts, tmp_path):
     for mode in ("stop", "skip", "rollback"):
         assert run(scripts, "finetune", "--output_dir", tmp_path / mode, "--on_nonfinite", mode).code == 0

@@ -83,6 +83,13 @@ def write_safetensors(source: Source, file: Path) -> Exported:
     return Exported([file], recipes, lambda: Client(weights.load_checkpoint(file, classifier, whole=True).model))
 
 
+def class_map(classes: list[str]) -> tuple[str, bytes]:
+    """A file of the classes' numbers for timm, which strips the lines of a text in UTF-8."""
+    if all(name.isprintable() and name == name.strip() for name in classes):
+        return "class_map.txt", "".join(f"{name}\n" for name in classes).encode()
+    return "class_map.pkl", pickle.dumps({name: i for i, name in enumerate(classes)})
+
+
 def write_timm(source: Source, file: Path) -> Exported:
     """timm's names, and beside them the JSON that timm reads a model from (config.json in a folder)."""
     model = source.model
@@ -131,11 +138,9 @@ def write_timm(source: Source, file: Path) -> Exported:
         instead = "images.convert('L')" if source.mode else "float tensors (C, H, W), bytes / 255"
         recipes.append(f"# timm's scripts open pictures as RGB; give its transforms {instead}")
     if source.classes:
-        as_text = all(name.isprintable() and name == name.strip() for name in source.classes)  # timm reads and strips
-        kind = "class_map.txt" if as_text else "class_map.pkl"
+        kind, content = class_map(source.classes)
         files.append(file.with_name(kind if in_folder else f"{file.stem}.{kind}"))
-        numbers = {name: i for i, name in enumerate(source.classes)}
-        files[-1].write_bytes("".join(f"{name}\n" for name in numbers).encode() if as_text else pickle.dumps(numbers))
+        files[-1].write_bytes(content)
         order = "timm's scripts number class folders in another order"
         recipes.append(f"validate.py and train.py with --class-map {files[-1]}  # {order}")
 

@@ -80,7 +80,8 @@ class ArgumentParser(argparse.ArgumentParser):
         parsed, unknown = self.parse_known_args(words, Arguments(**dict.fromkeys(names)))  # None: not given
         if unknown:
             flag = unknown[0].split("=")[0]
-            hint = f": {HINTS[flag]}" if flag in HINTS else suggest(flag, self._option_string_actions)
+            hint = HINTS.get(flag) or owners(SYNONYMS.get(flag, flag).replace("--no_", "--", 1))
+            hint = f": {hint}" if hint else suggest(flag, self._option_string_actions)
             self.error(f"unknown argument {flag}{hint}; see --help")
         parsed.given = frozenset(name for name in names if getattr(parsed, name) is not None)
         vars(parsed).update({name: self.get_default(name) for name in names if name not in parsed.given})
@@ -120,6 +121,17 @@ class ArgumentParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         message = re.sub(r"^argument (\S+): (.*: must be )", r"\1 \2", " ".join(message.split()))  # --flag value: ...
         self.exit(2, f"error: {message}\n")
+
+
+def owners(flag: str) -> str:
+    """What tells which other scripts have a flag, or ''; by their text, as to import them all takes seconds."""
+    root, found = Path(__file__).resolve().parents[1], {}
+    declared = rf'(add\w*|for \w+, \w+ in \(.*)\(\s*(\w+, )?"{re.escape(flag)}", '
+    for file in sorted(file for room in ("main_*.py", "utils/*.py", "tools/*.py") for file in root.glob(room)):
+        if re.search(declared, file.read_text("utf-8")):
+            script = "submitit_finetune.py" if file.stem == "slurm" else "main_finetune.py"
+            found[script if file.parent.name == "utils" else str(file.relative_to(root))] = True
+    return f"{flag} is of {', '.join(found)}" if found else ""
 
 
 def _type(parse: Callable[[str], T], fits: Callable[[T], object], wanted: str) -> Callable[[str], T]:
