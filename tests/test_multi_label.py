@@ -260,6 +260,18 @@ def test_evaluation_and_predictions_need_no_flag(run, scripts, lists, tmp_path):
     assert "a checkpoint of another model, with --multi_label True, not False" in refused.err
 
 
+def test_the_least_certain_of_all_classes_is_drawn_first(run, scripts, tmp_path, monkeypatch):
+    """Whatever --top_k is."""
+    drawn, captioned = [], predict.captioned
+    monkeypatch.setattr(predict, "captioned", lambda *args: drawn.append(args[0]) or captioned(*args))
+    flags = ("--checkpoint", run[0] / "checkpoint-2.pth", "--images", scripts.val, "--device", "cpu")
+    flags += ("--output", tmp_path / "a.csv", "--num_workers", 0, "--grid", tmp_path / "a.png", "--grid_images", 5)
+    for count in (5, 1):
+        result = scripts.call(predict, *flags, "--top_k", count)
+        assert result.code == 0, result.err
+    assert torch.equal(*drawn)
+
+
 def test_a_resume_is_of_the_same_kind_and_bit_for_bit(scripts, lists, tmp_path):
     words = (*lists, "--epochs", 2, "--class_weights", "balanced", "--save_ckpt_steps", 1, "--best_metric", "loss")
     assert scripts.finetune(*words, "--output_dir", tmp_path / "whole").code == 0

@@ -52,11 +52,11 @@ def test_a_step_is_left_out_whole(stage, what, scripts, tmp_path, monkeypatch):
 
 
 def test_a_step_that_is_left_out_shows_no_checkpoint_to_be_good(scripts, tmp_path, monkeypatch):
-    """So the one before the newest stays."""
-    poison(monkeypatch.setattr, "gradient", range(2, 3))
-    with killed_after(3):
-        run(scripts, "finetune", "--output_dir", tmp_path, "--save_ckpt_steps", 1, "--save_ckpt_num", 1)
-    assert {path.name for path in tmp_path.glob("*.pth")} == {f"checkpoint-0-step{i}.pth" for i in (1, 2, 3)}
+    """So two that are known to be good stay beside the newest one before it."""
+    poison(monkeypatch.setattr, "gradient", range(3, 4))
+    with killed_after(4):
+        run(scripts, "finetune", "--output_dir", tmp_path, "--save_ckpt_steps", 1)
+    assert {path.name for path in tmp_path.glob("*.pth")} == {f"checkpoint-0-step{i}.pth" for i in (1, 2, 3, 4)}
 
 
 def test_without_a_fault_nothing_changes(scripts, tmp_path):

@@ -91,7 +91,8 @@ def predict(
     """Of all readable images, in their order: numbers (N,), features (N, D), top classes and probabilities (N, k).
 
     All processes call it together; the last two have no columns without a head. several: classes are independent.
-    patches: and the last stage's features at each position (N, D, h, w).
+    Then how certain the least certain class is, or else the first (N, 1), and with `patches` the last stage's features
+    at each position (N, D, h, w).
     """
     model.to(amp.device)
     maps: list[torch.Tensor] = []  # (B, h, w, D)
@@ -107,13 +108,16 @@ def predict(
                 features, logits = pooled_features(model, imgs), imgs.new_empty(len(imgs), 0)
         highest = logits.topk(min(top_k, logits.shape[1]), dim=1).indices
         shares = logits.sigmoid() if several else logits.softmax(1)
+        certain = (
+            ((shares - 0.5).abs() if several else shares).topk(min(1, logits.shape[1]), largest=not several).values
+        )
         positions = [maps.pop().permute(0, 3, 1, 2).float()] if patches else []
-        rows.append([x.cpu() for x in (features, highest, shares.gather(1, highest), *positions)])
+        rows.append([x.cpu() for x in (features, highest, shares.gather(1, highest), certain, *positions)])
         progress.samples += len(imgs)
         if progress.due(step):
             progress.line(step)
     mine = [torch.tensor(loader.read), *map(torch.cat, zip(*rows, strict=True))] if rows else []
-    return gathered(mine) or (torch.empty(0, dtype=torch.int64), *(torch.empty(0, 0) for _ in range(3)))
+    return gathered(mine) or (torch.empty(0, dtype=torch.int64), *(torch.empty(0, 0) for _ in range(4)))
 
 
 def table(paths: list[str], names: list[list[str]], shares: list[list[float]], as_json: bool) -> bytes:
@@ -130,9 +134,8 @@ def table(paths: list[str], names: list[list[str]], shares: list[list[float]], a
 
 def least_certain(dataset: Dataset, columns: tuple[torch.Tensor, ...], classes: list[str], args):
     """A picture of at most --grid_images images with their names and probabilities, the least certain first."""
-    indices, _, top, probabilities = columns[:4]
-    certain = (probabilities - 0.5).abs().amin(1) if args.multi_label else probabilities[:, 0]
-    first = certain.argsort(stable=True)[: args.grid_images].tolist()
+    indices, _, top, probabilities, certain = columns[:5]
+    first = certain[:, 0].argsort(stable=True)[: args.grid_images].tolist()
     pictures = torch.stack([dataset[i][0] for i in indices[first].tolist()])
     mean, std = (torch.tensor(x).view(-1, 1, 1) for x in datasets.picture_mean_std(args))
     captions = []
@@ -173,7 +176,7 @@ def get_args_parser() -> ArgumentParser:
 
 def write_all(args, dataset: ImageFiles, classes: list[str], columns: tuple[torch.Tensor, ...]) -> None:
     """The files that were asked for. Raises UsageError for one that cannot be written."""
-    indices, features, top, probabilities, *patches = columns
+    indices, features, top, probabilities, _, *patches = columns
     paths = [dataset.paths[i] for i in indices.tolist()]
     names = [[classes[i] for i in row] for row in top.tolist()]
     content = table(paths, names, probabilities.tolist(), args.json)
