@@ -43,10 +43,11 @@ class Block(nn.Module):
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, x: torch.Tensor, visible: VisiblePatches | None = None) -> torch.Tensor:
-        y = x if visible is None else visible.scatter(x)
-        y = self.dwconv(y.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        y = y if visible is None else visible.gather(y)
-        return self.pointwise(x, y)
+        maps = (x if visible is None else visible.scatter(x)).permute(0, 3, 1, 2)
+        y = self.dwconv(maps).permute(0, 2, 3, 1)
+        if visible is not None:
+            return self.pointwise(x, visible.gather(y))
+        return self.pointwise(maps.permute(0, 2, 3, 1), y)  # of x, used in two layouts, torch.compile makes a copy
 
     def pointwise(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """All but the depthwise convolution, whose output is y: what both layouts share."""
