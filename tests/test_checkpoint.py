@@ -299,6 +299,17 @@ def test_a_run_prunes_its_own(tmp_path):
 # ---- whose it is
 
 
+def test_whose_a_file_is_is_read_once(tmp_path, monkeypatch):
+    """Each save prunes; another file in its place is read again."""
+    read, load = [], torch.load
+    monkeypatch.setattr(torch, "load", lambda path, **how: (read.append(path.name), load(path, **how))[1])
+    for epoch in range(4):
+        checkpoint.prune(checkpoint.save_numbered(state_of(epoch) | {"run": "mine"}, tmp_path), 2, "mine")
+    assert read == [f"checkpoint-{epoch}.pth" for epoch in range(4)]
+    checkpoint.save(state_of(3) | {"run": "other"}, tmp_path / "checkpoint-3.pth")
+    assert checkpoint.run_of(tmp_path / "checkpoint-3.pth") == "other"
+
+
 def test_checkpoints_of_another_run_are_neither_taken_nor_touched(tmp_path, logs):
     for epoch, run in ((0, "mine"), (1, "mine"), (2, "other"), (3, None)):
         checkpoint.save(state_of(epoch) | ({"run": run} if run else {}), tmp_path / f"checkpoint-{epoch}.pth")
