@@ -176,6 +176,7 @@ def test_links_and_files_exist(path):
         assert (ROOT / name).is_file(), name
 
 
+@pytest.mark.slow
 def test_the_small_program_learns(capsys):
     """docs/minimal.md, shrunk: the loss falls, and nothing but models and torch is imported."""
     (program,) = blocks(ROOT / "docs/minimal.md", "python")
