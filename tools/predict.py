@@ -157,10 +157,8 @@ def get_args_parser() -> ArgumentParser:
     tables = matching(r"(?s).+\.(npy|safetensors)", "a file that ends in .npy or .safetensors")
     features_help = "write pooled features: .npy, and FILE.npy.paths.json beside it; or .safetensors with the paths"
     parser.add_argument("--embeddings", type=tables, default=None, metavar="FILE", help=features_help)
-    patches_help = (
-        "write the last stage's features at each position, too, as `patches` (images, channels, height, width)"
-    )
-    add_bool(parser, "--patch_features", False, f"{patches_help}; needs --embeddings FILE.safetensors")
+    patches_help = "write the last stage's (images, channels, height, width), too; needs --embeddings FILE.safetensors"
+    add_bool(parser, "--patch_features", False, patches_help)
     png = matching(r"(?s).+\.png", "a file that ends in .png")
     grid_help = "draw images with their names and probabilities, the least certain first"
     parser.add_argument("--grid", type=png, default=None, metavar="FILE.png", help=grid_help)

@@ -72,7 +72,6 @@ def as_trained(args: Namespace, path: str | Path, content: dict, size, **shapes)
     for name in sorted(told.keys() & (given(args) | ({"crop_pct"} if args.eval_resize else set()))):
         now, then = (effect.get(name, attrgetter(name))(x) for x in (args, was))
         if now != then:
-            asked, was_asked = name, then
-            if name == "crop_pct" and args.eval_resize:
-                asked, was_asked = "eval_resize", f"--crop_pct {then}"
-            log.warning("--%s %s: %s was trained with %s", asked, getattr(args, asked), path, was_asked)
+            resized = name == "crop_pct" and args.eval_resize
+            name, then = ("eval_resize", f"--crop_pct {then}") if resized else (name, then)
+            log.warning("--%s %s: %s was trained with %s", name, getattr(args, name), path, then)
