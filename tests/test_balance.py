@@ -263,7 +263,7 @@ def test_inside_an_epoch_an_edited_file_of_weights_is_refused_and_a_moved_one_is
     ("flags", "message"),
     [
         ("--class_weights balanced --balanced_sampling", "either makes up for unequal classes; give one"),
-        ("--class_weights balance", "--class_weights balance: No such file"),
+        ("--class_weights balance", "--class_weights balance: must be balanced, or a file"),
     ],
 )
 def test_mistakes_are_a_line(flags, message, scripts):

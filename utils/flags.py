@@ -1,5 +1,6 @@
 """The flags of both entry scripts, by groups, and which of them do nothing; utils/args.py parses and checks them."""
 
+import os
 from argparse import Namespace
 from collections.abc import Callable
 from functools import partial
@@ -227,6 +228,8 @@ def add_evaluation_arguments(parser: ArgumentParser) -> None:
 
 def check_labels(args: Namespace) -> None:
     """Refuse what has no meaning for one label an image, or for several; these are best by mAP. Raises UsageError."""
+    other = args.class_weights not in ("", "balanced") and not os.path.isfile(args.class_weights)
+    refuse(other, f"--class_weights {args.class_weights}: must be balanced, or a file, which this is not")
     both = args.class_weights and args.balanced_sampling
     refuse(both, "--class_weights and --balanced_sampling: either makes up for unequal classes; give one")
     if args.multi_label and "best_metric" not in given(args):
