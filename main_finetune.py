@@ -270,7 +270,7 @@ def evaluate_only(args, amp: Amp) -> None:
     classes = found.content.get("classes")
     dataset, _ = datasets.build_dataset(False, args, classes)
     loader = datasets.build_eval_loader(dataset, args, spread=args.dist_eval)
-    report = build_reporter(args, str(path), dataset, classes, config.num_classes)
+    report = build_reporter(args, record.masked(str(path)), dataset, classes, config.num_classes)
     for suffix, model in scored.items():
         model.to(amp.device)
         if args.compile:

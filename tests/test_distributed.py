@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -74,6 +75,17 @@ def test_trajectory_does_not_depend_on_the_spread(pretrained):
         for line, other in zip(lines, records(folder), strict=True):
             assert other["train_loss"] == pytest.approx(line["train_loss"], rel=1e-5)
             assert other["train_lr"] == line["train_lr"]
+
+
+def test_a_moved_folder_goes_on_with_more_processes(scripts, tmp_path):
+    flags = ("--epochs", 2, "--vis_freq", 0, "--batch_size")
+    assert scripts.pretrain("--output_dir", tmp_path / "one", *flags, GLOBAL_BATCH).code == 0
+    folder = shutil.copytree(tmp_path / "one", tmp_path / "moved")
+    (folder / "checkpoint-1.pth").unlink()
+    done = launch(scripts, "main_pretrain", 2, folder, *flags, GLOBAL_BATCH // 2)
+    assert f"resumed from {folder}/checkpoint-0.pth, going on with epoch 1" in done.stdout
+    for line, other in zip(*(records(path) for path in (tmp_path / "one", folder)), strict=True):
+        assert other["train_loss"] == pytest.approx(line["train_loss"], rel=1e-5)
 
 
 def test_training_moved_the_weights(pretrained, scripts, tmp_path):

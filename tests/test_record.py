@@ -5,6 +5,7 @@ import math
 import os
 import re
 import resource
+import shlex
 import shutil
 import subprocess
 import sys
@@ -83,7 +84,10 @@ def test_a_resume_appends(scripts, tmp_path):
     assert len({start["run"] for start in starts(tmp_path)}) == 2
 
 
-@pytest.mark.parametrize("text", ["", '{"starts": [', "[]", "{}", '{"starts": 3}', '{"starts": ["a"]}', "\x00"])
+@pytest.mark.parametrize("text", [
+    "", '{"starts": [', "[]", "{}", '{"starts": 3}', '{"starts": ["a"]}', "\x00", "[" * 100_000,
+    '{"starts": [{"args": 3}]}', '{"starts": [{"resumed_from": 3}]}',
+])  # fmt: skip
 def test_a_damaged_record_is_put_aside(tmp_path, text, caplog, monkeypatch):
     monkeypatch.setattr(record.log, "propagate", True)
     (tmp_path / "run.json").write_text(text)
@@ -115,14 +119,23 @@ def test_arguments_are_recorded_plain():
     assert json.loads(json.dumps(record.plain(flags))) == expected
 
 
-def test_tokens_in_addresses_are_not_recorded(tmp_path, monkeypatch):
-    flags = {"finetune": "https://me:token@host/x.pth", "data_path": "a@b", "depth": 8}
-    monkeypatch.setattr(sys, "orig_argv", ["python", "x.py", "--finetune", flags["finetune"]])
+@pytest.mark.parametrize(("given", "kept"), [
+    ("https://me:s3cret@host/x.pth", "https://***@host/x.pth"),
+    ("https://host/x.pth?sig=s3cret&X-Amz-Signature=s3cret", "https://host/x.pth?***"),
+    ("export HF_TOKEN=s3cret; module load cuda", "export HF_TOKEN=***; module load cuda"),
+    ("export WANDB_API_KEY=\"s3cret\" A='1'", "export WANDB_API_KEY=\"***\" A='1'"),
+])  # fmt: skip
+def test_secrets_are_not_recorded(given, kept, tmp_path, monkeypatch):
+    """Neither of flags, --setup of a job among them, nor of the environment."""
+    flags = {"finetune": given, "data_path": "a@b?c", "model_key": "model|module", "depth": 8}
+    monkeypatch.setattr(sys, "orig_argv", ["python", "x.py", "--finetune", given])
+    monkeypatch.setenv("HF_TOKEN", "s3cret")
     record.add_start(str(tmp_path), flags, torch.device("cpu"))
-    text = (tmp_path / "run.json").read_text()
-    assert ("token" in text, text.count("https://***@host/x.pth")) == (False, 2)
-    assert record.read(str(tmp_path))[-1]["args"]["data_path"] == "a@b"
-    assert record.same_command(record.read(str(tmp_path))[-1], flags)
+    assert "s3cret" not in (tmp_path / "run.json").read_text()
+    (start,) = record.read(str(tmp_path))
+    assert start["args"] == flags | {"finetune": kept}
+    assert shlex.split(start["command"])[-1] == kept
+    assert record.same_command(start, flags)
 
 
 def test_a_picture_on_a_full_disk_does_not_end_a_run(monkeypatch, tmp_path, caplog):
@@ -301,17 +314,21 @@ def test_wandb_that_refuses(scripts, wandb, tmp_path):
 
 @pytest.mark.slow
 def test_curves_of_a_run_that_was_stopped_are_whole(scripts, tmp_path, monkeypatch):
-    """Stopped inside epoch 1, by a save every 2 steps and then a kill: no point is missing, and none there twice."""
+    """Killed ten times, a step after a save, and moved each time: no point is missing, and none there twice."""
     monkeypatch.setattr(metrics.Progress, "due", lambda self, step: True)
     monkeypatch.setattr(metrics.time, "perf_counter", lambda: 0.0)
-    flags = (*BARE, "--save_ckpt_steps", 2)
+    flags = (*BARE, "--save_ckpt_steps", 2, "--epochs", 6)
     assert scripts.pretrain("--output_dir", tmp_path / "whole", *flags).code == 0
-    with killed_after(STEPS + 3):
-        scripts.pretrain("--output_dir", tmp_path / "stopped", *flags)
-    stopped = curves(tmp_path / "stopped")["train/loss"]  # an exception is on its way, nothing has been closed
-    assert [step for step, _ in stopped] == [200, 400, 600, 800, 1000, 1200, 1400, 1600]
-    assert "checkpoint-1-step2" in scripts.pretrain("--output_dir", tmp_path / "stopped", *flags).out
-    assert curves(tmp_path / "stopped") == curves(tmp_path / "whole")
+    folder = tmp_path / "0"
+    for i in range(1, 11):
+        with killed_after(3):
+            scripts.pretrain("--output_dir", folder, *flags)
+        folder = folder.rename(tmp_path / f"{i}")
+    stopped = [step for step, _ in curves(folder)["train/loss"]]
+    assert stopped == list(range(200, 5200, 200))
+    assert f"resumed from {folder}/checkpoint-4.pth" in scripts.pretrain("--output_dir", folder, *flags).out
+    assert curves(folder) == curves(tmp_path / "whole")
+    assert records(folder) == records(tmp_path / "whole")
 
 
 def test_a_full_disk_ends_the_curves_and_not_the_run(tmp_path, monkeypatch):

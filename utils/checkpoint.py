@@ -9,7 +9,7 @@ import re
 import time
 import zipfile
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path, PosixPath
 from pickle import UnpicklingError
 from typing import BinaryIO
@@ -59,6 +59,16 @@ def save(state: dict, path: str | os.PathLike) -> None:
     replace(path, lambda file: torch.save(state, file))
 
 
+def _storages(value: object) -> Iterator[torch.UntypedStorage]:
+    """Those of the plain tensors in a checkpoint."""
+    if isinstance(value, torch.Tensor):
+        if value.layout == torch.strided and not (value.is_meta or value.is_nested):
+            yield value.untyped_storage()
+    elif isinstance(value, (dict, list, tuple)):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _storages(inner)
+
+
 def read(path: str | os.PathLike) -> dict:
     """Read a .pth, .pt, .bin or .safetensors file onto the CPU; no code in it is ever run.
 
@@ -74,11 +84,17 @@ def read(path: str | os.PathLike) -> dict:
         zipped = zipfile.is_zipfile(path)
         if zipped:
             with zipfile.ZipFile(path) as archive:
+                if any(entry.compress_type for entry in archive.infolist()):  # a few bytes could become any number
+                    raise ValueError("compressed, as torch writes none")
                 if damaged := archive.testzip():  # torch.load itself does not compare checksums
                     raise ValueError(f"the checksum of {damaged} does not match")
+                held = sum(entry.file_size for entry in archive.infolist() if "/data/" in entry.filename)
         with torch.serialization.safe_globals(PLAIN_CLASSES):
             # mapped, tensors are read as they are loaded into a model: host memory holds them once, not twice
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        # nor whether a tensor ends where what it was saved with does
+        if zipped and sum({x.data_ptr(): x.nbytes() for x in _storages(state)}.values()) > held:
+            raise ValueError("its tensors are larger than what it holds of them")
     except Exception as error:  # a damaged archive or pickle may raise anything
         what = "cannot be read, truncated or damaged"
         if isinstance(error, UnpicklingError):

@@ -30,16 +30,24 @@ PLACES = {
     *("output_dir", "log_dir", "job_dir", "auto_resume", "num_workers", "pin_mem", "local_rank", "world_size"),
     *("dist_url", "dist_timeout", "device", "max_bad_images", "kernels", "predictions"),
 }
+SECRETS = (  # what comes before and after them stays
+    r"""(://)[^/\s"'@]+(@)""",
+    r"""(://[^\s"'\\?]+\?)[^\s"'\\]+()""",
+    r"""(?i)(\w*(?:token|secret|password|api_?key)\w*=(?:\\?["'])?)[^\s"'\\;&]+()""",
+)
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def plain(flags: dict) -> dict:
-    """Arguments as JSON and checkpoints hold them, without the names and tokens of addresses (://USER:TOKEN@)."""
+    """Arguments as JSON and checkpoints hold them, without secrets."""
     return json.loads(masked(json.dumps(flags, default=str)))
 
 
 def masked(text: str) -> str:
-    return re.sub(r"""(?<=://)[^/\s"'@]+@""", "***@", text)
+    """Without what is secret in addresses, ://USER:TOKEN@ and all behind ?, and in settings such as HF_TOKEN=..."""
+    for secret in SECRETS:
+        text = re.sub(secret, r"\1***\2", text)
+    return text
 
 
 def launch() -> str:
@@ -84,10 +92,10 @@ def read(output_dir: str) -> list[dict]:
     path = Path(output_dir) / "run.json"
     if not output_dir or not path.exists():
         return []
-    with contextlib.suppress(ValueError, KeyError, TypeError):
+    with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError):
         starts = json.loads(path.read_text())["starts"]
-        if isinstance(starts, list) and all(isinstance(start, dict) for start in starts):
-            return starts
+        if all(isinstance(x.get("args", {}), dict) and isinstance(x.get("resumed_from"), str | None) for x in starts):
+            return list(starts)
     if is_main_process():
         log.warning("%s: not the record of a run, moved to %s", path, checkpoint.set_aside(path, "damaged"))
     return []
