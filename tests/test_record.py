@@ -138,6 +138,13 @@ def test_secrets_are_not_recorded(given, kept, tmp_path, monkeypatch):
     assert record.same_command(start, flags)
 
 
+def test_a_flag_that_came_with_an_update_makes_no_other_command():
+    start = {"args": {"lr": 1, "depth": 8, "output_dir": "a", "removed": 1}}
+    assert record.same_command(start, {"lr": 1, "depth": None, "output_dir": "b", "newer": 1})
+    assert not record.same_command(start, {"lr": 2, "depth": None, "output_dir": "a"})
+    assert not record.same_command({}, {"lr": 1})
+
+
 def test_a_picture_on_a_full_disk_does_not_end_a_run(monkeypatch, tmp_path, caplog):
     monkeypatch.setattr(errors.log, "propagate", True)
     shown = types.SimpleNamespace(log=RunLog(), output_dir=str(tmp_path / "gone"))

@@ -62,11 +62,14 @@ def restarted(last: dict) -> bool:
 
 
 def same_command(last: dict, flags: dict) -> bool:
-    """Whether an entry of run.json was started with these arguments, but for those that say where and on what."""
-    then, now = ({k: v for k, v in x.items() if k not in PLACES} for x in (last.get("args", {}), plain(flags)))
+    """Whether an entry of run.json was started with these arguments, but for those that say where and on what.
+
+    Flags that only one of them knows, since the program was updated in between, do not count.
+    """
+    then, now = last.get("args", {}), plain(flags)
     if now.get("depth") is None:  # which the data told
         now["depth"] = then.get("depth")
-    return then == now
+    return bool(then) and all(then[name] == now[name] for name in (then.keys() & now.keys()) - PLACES)
 
 
 def add_start(output_dir: str, flags: dict, device: torch.device, **more) -> None:
