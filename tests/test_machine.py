@@ -71,6 +71,16 @@ def test_a_reader_that_goes_away_does_not_end_a_run(unbuffered, scripts, tmp_pat
     assert len(records(tmp_path)) == 3
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_console_on_a_full_disk_does_not_end_a_run(unbuffered, scripts, tmp_path):
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": unbuffered}
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command(scripts, tmp_path), env=environment, stdout=full, stderr=subprocess.PIPE)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert len(records(tmp_path)) == 3
+
+
 def test_a_console_on_a_full_disk_loses_lines_alone(monkeypatch, capsys):
     console = logging.getLogger("fcmae")
     monkeypatch.setattr(sys, "stdout", open("/dev/full", "w"))  # noqa: SIM115

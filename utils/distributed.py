@@ -312,6 +312,10 @@ def process_group(args) -> Iterator[torch.device]:
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+        try:
+            print(end="", flush=True)
+        except OSError:  # of a full disk: lines are lost, not the run
+            drop_stdout()
 
 
 def data_parallel(model: nn.Module, compiled: bool) -> nn.Module:
