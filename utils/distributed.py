@@ -313,7 +313,8 @@ def process_group(args) -> Iterator[torch.device]:
         if dist.is_initialized():
             dist.destroy_process_group()
         try:
-            print(end="", flush=True)
+            sys.stdout.write("")  # and what could not be written before
+            sys.stdout.flush()
         except OSError:  # of a full disk: lines are lost, not the run
             drop_stdout()
 
