@@ -147,7 +147,7 @@ def test_recipes_of_the_table_exist():
     for sizes, more in rows:
         for pattern in ("pretrain_SIZE", "finetune_SIZE", *re.findall(r"`(\w+)`", more)):
             named |= {pattern.replace("SIZE", size) for size in sizes.split(", ")}
-    others = set(["adapt", "linear_probe", "demo_pretrain", "demo_finetune", "pretrain_small", "finetune_small"])
+    others = {"adapt", "linear_probe", "demo_pretrain", "demo_finetune", "pretrain_small", "finetune_small"}
     assert named == {path.stem for path in (ROOT / "recipes").glob("*.args")} - others
 
 
