@@ -89,7 +89,8 @@ def train_one_epoch(
         grad_norm = amp.step(optimizer, with_norm=tracker.due(step), leave_out=tracker.leave_out)
         if run.ema and not tracker.left_out:
             run.ema.update(getattr(model, "module", model).classifier)
-        run.step_done(tracker, step, lr, grad_norm)
+        tracker.shown = lr, grad_norm
+        run.step_done(tracker, step)
     share_buffers(model)
     return tracker.stats() | {"lr": lr}
 

@@ -40,5 +40,6 @@ def train_one_epoch(
             if not batch.last:
                 run.step_done(tracker, step, part=True)
         grad_norm = amp.step(optimizer, with_norm=tracker.due(step), leave_out=tracker.leave_out)
-        run.step_done(tracker, step, lr, grad_norm)
+        tracker.shown = lr, grad_norm
+        run.step_done(tracker, step)
     return tracker.stats() | {"lr": lr}

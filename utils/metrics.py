@@ -130,7 +130,8 @@ class EpochTracker(Progress):
 
     for step, batches in tracker(loader.steps(epoch, tracker.start_step)):
         ...; tracker.update(step, samples, loss=loss)
-        tracker.report(step, lr, grad_norm)
+        tracker.shown = lr, grad_norm
+        run.step_done(tracker, step)
 
     state: what `state` gave inside the same epoch, to go on from there.
     buffers: of the model, where steps that are not finite are left out; None: such a loss ends the run.
@@ -138,7 +139,10 @@ class EpochTracker(Progress):
     Attributes:
         leave_out: what `Amp.step` asks whether to leave the step out, or None.
         left_out: whether the last step was.
+        shown: learning rate and gradient norm of the last step, which `report` takes.
     """
+
+    shown: tuple = ()
 
     def __init__(
         self, names: tuple[str, ...], epoch: int, steps: int, device: torch.device, run_log: "RunLog",

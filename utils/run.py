@@ -238,11 +238,10 @@ class Run:
         buffers = list(self.model.buffers()) if self.flags["on_nonfinite"] == "skip" else None
         return EpochTracker(names, epoch, steps, self.amp.device, self.log, progress, buffers)
 
-    def step_done(self, tracker: EpochTracker, step: int, *shown, part: bool = False) -> None:
+    def step_done(self, tracker: EpochTracker, step: int, part: bool = False) -> None:
         """Report, save if it is time or a signal came, and leave if one came. All processes call it after every batch.
 
-        shown: what `tracker.report` takes besides. part: of the step, which is done again then. Batch norm has no way
-        back: a model with buffers finishes it.
+        part: of the step, which is done again then. Batch norm has no way back: a model with buffers finishes it.
         """
         if part and (any(True for _ in self.model.buffers()) or not self.interrupts.should_stop()):
             return
@@ -253,7 +252,7 @@ class Run:
             if part:
                 tracker.averages.back()
             else:
-                tracker.report(step, *shown)
+                tracker.report(step, *tracker.shown)
             if due:
                 tracker.check()
             # where a line is due, the loss was checked for it
