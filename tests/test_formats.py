@@ -268,6 +268,10 @@ def test_jpeg_2000_keeps_its_bits(bits, channels, monkeypatch):
     array = RNG.integers(0, 2**bits, (20, 30, channels), "uint8" if bits == 8 else "uint16")
     content = imagecodecs.jpeg2k_encode(array, level=0, bitspersample=bits, codecformat="jp2", reversible=True)
     assert torch.equal(load(content, channels, "x.jp2"), true((array << (-bits % 8)).transpose(2, 0, 1)))
+    if bits == 12:
+        signed = RNG.integers(-2048, 2048, array.shape, "int16")
+        content = imagecodecs.jpeg2k_encode(signed, level=0, bitspersample=bits, codecformat="jp2", reversible=True)
+        assert torch.equal(load(content, channels, "x.jp2"), true(signed.transpose(2, 0, 1)))
     monkeypatch.setitem(sys.modules, "imagecodecs", None)
     if bits > 8:
         with pytest.raises(BadImage, match=r"x\.jp2: a JPEG 2000 in colour beyond 8 bits: pip install imagecodecs"):

@@ -147,7 +147,9 @@ def _read_deep(content: bytes, image: Image.Image) -> Stored:
             from imagecodecs import jpeg2k_decode
         except ImportError as error:
             raise ValueError("a JPEG 2000 in colour beyond 8 bits: pip install imagecodecs") from error
-        pixels = jpeg2k_decode(content).transpose(2, 0, 1) << 16 - _jp2_bits(content)  # as Pillow has its grey
+        pixels = jpeg2k_decode(content).transpose(2, 0, 1)
+        if pixels.dtype == np.uint16:
+            pixels = pixels << 16 - _jp2_bits(content)  # as Pillow has its grey
         return Stored(pixels, "JPEG2000", alpha=image.mode in ("LA", "RGBA"))
     if image.format == "PPM":
         (codec, _, start, options), (width, height) = image.tile[0], image.size
