@@ -4,7 +4,9 @@
 """
 
 import ctypes
+import gc
 import os
+import statistics
 import sys
 from pathlib import Path
 
@@ -16,7 +18,7 @@ from utils.metrics import RunLog
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")]
 
-STEPS, EPOCHS = map(int, os.environ.get("LONG_RUN", "40 6").split())
+STEPS, EPOCHS = map(int, os.environ.get("LONG_RUN", "40 8").split())
 FLAGS = {
     "pretrain": "--batch_size 1 --vis_freq 2 --knn_freq 2 --knn_images 40 --decoder_embed_dim 8",
     "finetune": "--batch_size 2 --input_size 8 --mixup 0.8 --model_ema true --model_ema_eval true --clip_grad 1",
@@ -25,6 +27,7 @@ FLAGS = {
 
 def figures() -> dict[str, int]:
     """Of this process; what it shares with its loader's workers are mapped files without a name in /dev/shm."""
+    gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # what is free goes back, so that it hides no growth
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return {
@@ -52,6 +55,8 @@ def test_nothing_grows(stage, scripts, tmp_path, monkeypatch):
     assert len(records(tmp_path / "run")) == len(seen) == EPOCHS
     for epoch, row in enumerate(seen):
         print(stage, epoch, row)
-    first, last = seen[1], seen[-2]  # the last one draws its report, too
-    assert last.pop("RSS (kB)") - first.pop("RSS (kB)") < 4096
-    assert last == first
+    seen = seen[1:-1]  # the last one draws its report, too
+    memory = [row.pop("RSS (kB)") for row in seen]
+    # what grows does so in most pairs of epochs (a picture is drawn in every other one), what is made once in two pairs
+    assert statistics.median_low(later - earlier for earlier, later in zip(memory, memory[2:], strict=False)) < 2048
+    assert seen[-1] == seen[0]

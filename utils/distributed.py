@@ -115,9 +115,7 @@ class _Console(logging.StreamHandler):
         elif isinstance(error, BrokenPipeError):
             drop_stdout()
             log.removeHandler(self)
-            log.warning(
-                "stdout is closed: no more lines there, warnings come here"
-            )  # to stderr, where nothing handles it
+            log.warning("stdout is closed: no more lines there, warnings come here")  # unhandled, they go to stderr
 
 
 def setup_logging(rank: int = 0) -> None:
