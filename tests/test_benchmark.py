@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms.functional import pil_to_tensor
 
 import models.convnextv2
-from tools import benchmark, gpu
+from tools import baselines, benchmark, gpu
 from utils.data.files import ImageTree
 from utils.data.images import load_image
 from utils.data.shapes import draw
@@ -54,7 +54,7 @@ def rows(text: str) -> dict[str, list[float]]:
     return {form: [float(x) for x in numbers] for form, *numbers in found}
 
 
-@pytest.mark.parametrize("what", ["encoder", "finetune", "step", "depthwise", "loader"])
+@pytest.mark.parametrize("what", ["encoder", "finetune", "evaluate", "step", "depthwise", "loader"])
 def test_prints_a_table_of_the_forms(call, folder, what):
     found = rows(call("--what", what, "--data_path", folder, *SMALL))
     assert list(found) == list(benchmark.FORMS[what])
@@ -235,13 +235,13 @@ def test_the_visible_form_does_a_share_of_the_dense_forms_work():
 def test_the_loaders_crops_are_pillows(folder):
     """Of the same boxes, to a fraction of a level of 255 on average."""
     images = ImageTree(str(folder), "--data_path")
-    images.transform = pretrain_transform((64, 64), 3, benchmark.MIN_CROP)
+    images.transform = pretrain_transform((64, 64), 3, baselines.MIN_CROP)
     for i, path in enumerate(images.paths):
         image = load_image(path)
         torch.manual_seed(i)
         own, _ = images[i]
         torch.manual_seed(i)
-        top, left, height, width, mirrored = sample_box(image.height, image.width, benchmark.MIN_CROP)
+        top, left, height, width, mirrored = sample_box(image.height, image.width, baselines.MIN_CROP)
         usual = image.resize((64, 64), Image.Resampling.BICUBIC, (left, top, left + width, top + height))
         own = own.flip(-1) if mirrored else own
         assert own.dtype == torch.uint8

@@ -1,4 +1,4 @@
-"""What the benchmark measures against, and tests compare with: none of it is used for training."""
+"""What the benchmark measures against, and tests compare with; and a pass by the loader, beside such a one."""
 
 from collections.abc import Callable
 from functools import partial
@@ -10,10 +10,12 @@ from torch import nn
 from torch.utils.data import DataLoader
 from torchvision import transforms
 
+from models import fcmae
 from models.convnextv2 import Encoder
 from utils.data.files import ImageTree
 from utils.data.images import load_image
-from utils.data.transforms import BICUBIC, mean_std
+from utils.data.sampling import StepLoader, StepSampler, TrainSamples, collate
+from utils.data.transforms import BICUBIC, Normalise, mean_std, pretrain_transform
 
 MIN_CROP = 0.2  # of pre-training
 
@@ -69,6 +71,23 @@ class MaskedAutoencoderViT(nn.Module):
         loss = (pred - (target - mean) / (var + 1e-6).sqrt()).square().mean(dim=-1)
         removed = (back >= keep).float()
         return (loss * removed).sum() / removed.sum()
+
+
+def sample_mask(args, *shape: int) -> torch.Tensor:
+    """(*shape, L) on the CPU, as the loader gives it."""
+    return fcmae.random_mask(torch.rand(*shape, fcmae.num_patches(args.input_size, 32)), args.mask_ratio)
+
+
+def own_pass(args, device, compiled, normalise: bool) -> Callable[[], int]:
+    """A pass over a folder by this project's loader, which normalises on the training device, or here on the CPU."""
+    dataset = ImageTree(args.data_path, "--data_path")
+    dataset.transform = pretrain_transform(args.input_size, 3, MIN_CROP)
+    sampler = StepSampler(len(dataset), min(args.batch_size, len(dataset)))
+    samples = TrainSamples(dataset, 0, partial(sample_mask, args))
+    loader = DataLoader(samples, batch_sampler=sampler, num_workers=args.num_workers, collate_fn=collate)
+    loader = StepLoader(loader, sampler)
+    transform = Normalise(*mean_std(3)) if normalise else nn.Identity()
+    return lambda: sum(len(transform(batch.data[0])) for step in loader.steps(0) for batch in step)
 
 
 def pillow_pass(args, device, compiled) -> Callable[[], int]:

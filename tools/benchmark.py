@@ -3,6 +3,7 @@
 python tools/benchmark.py                                    encoder: visible patches against the masked dense form
 python tools/benchmark.py --what pretrain --compile both     a whole FCMAE step against an MAE ViT-B/16 step
 python tools/benchmark.py --what finetune --dtype bfloat16   a fine-tuning step against timm's model
+python tools/benchmark.py --what evaluate --compile both     evaluation against timm's model
 python tools/benchmark.py --what depthwise --vary stage 0 3  Triton's depthwise convolution, and cuDNN's, or without it
 python tools/benchmark.py --what largest                     the largest batch that a GPU holds, beside an estimate
 python tools/benchmark.py --what loader --data_path FOLDER   the pre-training loader against Pillow's pipeline
@@ -30,7 +31,6 @@ import timm
 import torch
 from timm.utils import ModelEmaV3
 from torch import nn
-from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -38,12 +38,9 @@ from models import convnextv2, fcmae, fused, kernels
 from models.operators import depthwise
 from models.visible import VisiblePatches
 from tools import gpu
-from tools.baselines import MIN_CROP, MaskedAutoencoderViT, masked_dense_features, pillow_pass
+from tools.baselines import MaskedAutoencoderViT, masked_dense_features, own_pass, pillow_pass, sample_mask
 from utils.amp import Amp
 from utils.args import ArgumentParser, Arguments, add_bool, add_size, device, fraction, positive, whole
-from utils.data.files import ImageTree
-from utils.data.sampling import StepLoader, StepSampler, TrainSamples, collate
-from utils.data.transforms import Normalise, mean_std, pretrain_transform
 from utils.distributed import pick_device
 from utils.errors import UsageError, refuse, run_cli
 from utils.flags import DEVICE_HELP
@@ -55,11 +52,6 @@ Step = Callable[[], int]  # does the work and returns of how many images
 def images(args, device: torch.device) -> torch.Tensor:
     torch.manual_seed(0)
     return torch.randn(args.batch_size, 3, *args.input_size, device=device)
-
-
-def sample_mask(args, *shape: int) -> torch.Tensor:
-    """(*shape, L) on the CPU, as the loader gives it."""
-    return fcmae.random_mask(torch.rand(*shape, fcmae.num_patches(args.input_size, 32)), args.mask_ratio)
 
 
 def build(args, device, compiled, room, **kwargs) -> nn.Module:
@@ -78,11 +70,15 @@ def build_fcmae(args, device, compiled) -> tuple[fcmae.FCMAE, torch.Tensor, torc
     return model, images(args, device), sample_mask(args, args.batch_size).to(device)
 
 
+def amp_of(args, device) -> Amp:
+    return Amp(device, args.dtype != "float32", getattr(torch, args.dtype))
+
+
 def step_of(args, device, model: nn.Module, loss_of: Callable[[], torch.Tensor], ema: ModelEmaV3 | None = None) -> Step:
     """Forward, backward and, of whole models, AdamW; where given, the moving average."""
     groups = param_groups(model.named_parameters(), 0.05)
     optimizer = torch.optim.AdamW(groups, lr=1e-4, betas=(0.9, 0.95), fused=True)
-    amp = Amp(device, args.dtype != "float32", getattr(torch, args.dtype))
+    amp = amp_of(args, device)
 
     def step() -> int:
         with amp.autocast():
@@ -117,12 +113,15 @@ def mae_step(args, device, compiled) -> Step:
     return step_of(args, device, model, lambda: model(imgs))
 
 
-def classifier_step(args, device, compiled, timms: bool) -> Step:
-    """Fine-tuning with a moving average of the weights, 1000 classes."""
+def classifier_step(args, device, compiled, timms: bool, trains: bool = True) -> Step:
+    """Fine-tuning with a moving average of the weights, or evaluation; 1000 classes."""
     imgs, labels = images(args, device), torch.arange(args.batch_size, device=device) % 1000
     model = timm.create_model(args.model).to(device) if timms else build(args, device, False, convnextv2)
     if timms:
         model, imgs = (x.to(memory_format=torch.channels_last) for x in (model, imgs))
+    if not trains:
+        model.eval().compile(disable=not compiled)
+        return torch.inference_mode()(amp_of(args, device).autocast()(lambda: len(model(imgs))))
     ema, criterion = ModelEmaV3(model, decay=0.9999), nn.CrossEntropyLoss(label_smoothing=0.1)
     model.compile(disable=not compiled)
     return step_of(args, device, model, lambda: criterion(model(imgs).float(), labels), ema)
@@ -145,22 +144,11 @@ def depthwise_step(args, device, compiled, backend: str, cudnn: bool = True) -> 
     return with_flags
 
 
-def own_pass(args, device, compiled, normalise: bool) -> Step:
-    """A pass over a folder by this project's loader, which normalises on the training device, or here on the CPU."""
-    dataset = ImageTree(args.data_path, "--data_path")
-    dataset.transform = pretrain_transform(args.input_size, 3, MIN_CROP)
-    sampler = StepSampler(len(dataset), min(args.batch_size, len(dataset)))
-    samples = TrainSamples(dataset, 0, partial(sample_mask, args))
-    loader = DataLoader(samples, batch_sampler=sampler, num_workers=args.num_workers, collate_fn=collate)
-    loader = StepLoader(loader, sampler)
-    transform = Normalise(*mean_std(3)) if normalise else nn.Identity()
-    return lambda: sum(len(transform(batch.data[0])) for step in loader.steps(0) for batch in step)
-
-
 FORMS = {  # the last is what the others are measured against
     "encoder": {"visible": partial(encoder_step, dense=False), "masked dense": partial(encoder_step, dense=True)},
     "pretrain": {"FCMAE": fcmae_step, "MAE ViT-B/16": mae_step},
     "finetune": {"here": partial(classifier_step, timms=False), "timm": partial(classifier_step, timms=True)},
+    "evaluate": {name: partial(classifier_step, timms=name == "timm", trains=False) for name in ("here", "timm")},
     "step": {"FCMAE": fcmae_step},
     "depthwise": {
         "Triton": partial(depthwise_step, backend="kernel"),
