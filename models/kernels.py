@@ -34,7 +34,7 @@ def available(device: torch.device, dtype: torch.dtype) -> bool:
     """
     if triton is None or not hasattr(tl, "tuple") or dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return False
-    if not isinstance(_place, triton.JITFunction):  # the interpreter
+    if _INTERPRETED:
         return device.type == "cpu"
     least = (8, 0) if dtype == torch.bfloat16 else (7, 0)
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= least
@@ -100,7 +100,7 @@ def weight_grad(
             C=c, K=k, R=rows, MAP=patch_index is None, BM=lanes_per_step, BLOCK_C=block_c, num_warps=_WARPS,
         )  # fmt: skip
     total = partial.sum(dim=0)
-    return total[:-1].t().reshape(c, 1, k, k).contiguous(), total[-1]
+    return total[:-1].t().reshape(c, 1, k, k).clone(memory_format=torch.contiguous_format), total[-1]
 
 
 _WARPS = 4
@@ -172,6 +172,10 @@ def _load(x_ptr, position, exists, channel, C: tl.constexpr):
 @_jit
 def _replace(values, i: tl.constexpr, value):
     return values[:i] + (value,) + values[i + 1 :]
+
+
+# asked once, as torch.compile cannot trace what is asked about a kernel
+_INTERPRETED = triton is not None and not isinstance(_replace, triton.JITFunction)
 
 
 @_jit

@@ -1,6 +1,7 @@
 """torch.compile: model and loss of both training steps are one graph, compiled at most twice, with the same results."""
 
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch._inductor import config
 from torch._inductor.graph import GraphLowering
 
 from engine_finetune import WithLoss
-from models import fused
+from models import fused, kernels
 from models.convnextv2 import ConvNeXtV2
 from models.fcmae import FCMAE, random_mask
 
@@ -71,6 +72,14 @@ def test_a_training_step_is_one_graph(stage, fast, checkpointing):
     names = {str(node.target) for part in parts for node in part.graph.nodes}
     assert any("fcmae.depthwise" in name for name in names) == fast  # on the CPU they stay
     assert any("fcmae.grn_mlp" in name for name in names) == fast
+
+
+@pytest.mark.skipif(not hasattr(kernels.tl, "tuple"), reason="needs Triton 3.3")
+def test_whether_kernels_can_run_is_asked_in_the_graph(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: SimpleNamespace(major=9, minor=0))
+    monkeypatch.setattr("torch.utils._triton.has_triton", lambda: True)  # as where there is a GPU
+    ask = lambda x: x + kernels.available(torch.device("cuda", 0), torch.bfloat16)  # noqa: E731
+    assert torch.compile(ask, backend="eager", fullgraph=True)(torch.zeros(1)) == 1
 
 
 def test_a_given_mask_is_checked_unless_its_ratio_is_told():
