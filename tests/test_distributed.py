@@ -276,6 +276,18 @@ def test_what_cannot_be_a_group_is_told_at_once(values, flags, line, variables):
     assert str(told.value).startswith(line)
 
 
+def test_a_batch_that_a_gpu_does_not_hold_is_one_line(variables):
+    variables({})
+    args = main_pretrain.get_args_parser().parse_args(["--device", "cpu", "--batch_size", "512"])
+    with pytest.raises(UsageError) as told, distributed.process_group(args):
+        raise torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 80 GiB"
+        )
+    assert str(told.value).startswith(
+        "--batch_size 512: more than the GPU holds (CUDA out of memory. Tried to allocate 2.00 GiB); give a smaller one"
+    )
+
+
 @pytest.mark.parametrize(("values", "warns"), [(BATCH, True), ({}, False), (BATCH | {"SLURM_NTASKS": 1}, False)])
 def test_a_batch_script_without_srun_is_told(values, warns, variables, capsys):
     variables(values)

@@ -302,6 +302,10 @@ def process_group(args) -> Iterator[torch.device]:
             dist.init_process_group(**options, store=store, rank=rank, world_size=world_size, timeout=limit)
             log.setLevel(logging.WARNING if rank else logging.INFO)
         yield device
+    except torch.OutOfMemoryError as error:
+        found = f"--batch_size {args.batch_size}: more than the GPU holds ({str(error).split('. GPU')[0]})"
+        trained = "training does the same with a larger --update_freq, and takes less with --grad_checkpointing true"
+        raise UsageError(f"{found}; give a smaller one; {trained}") from error
     except RuntimeError as error:
         if isinstance(error, dist.DistError) or (dist.is_initialized() and LOST.search(str(error))):
             reason = str(error).strip().splitlines()[-1]
