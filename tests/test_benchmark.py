@@ -3,6 +3,7 @@
 import contextlib
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -135,11 +136,11 @@ def test_what_cannot_be_written_or_varied_is_refused_before_anything_is_measured
 
 @pytest.fixture
 def gpu_parts(monkeypatch, tmp_path):
-    """A run of the GPU's parts that do nothing for 30 seconds: the flags of each, and the report before it."""
+    """A run of the GPU's parts that do nothing for 30 seconds: flags, seconds it may take, and the report before."""
     path, ran, clock = tmp_path / "report.json", [], [0.0]
 
     def run_part(flags, left):
-        ran.append((flags, json.loads(path.read_text()) if path.exists() else {"parts": []}))
+        ran.append((flags, left, json.loads(path.read_text()) if path.exists() else {"parts": []}))
         clock[0] += 30
         record = {"what": "step", "model": "convnextv2_base", "batch_size": 4, "form": "a", "images": 4, "seconds": [1]}
         return "done", f"table {len(ran)}", [record]
@@ -158,7 +159,7 @@ def gpu_parts(monkeypatch, tmp_path):
 def test_the_gpus_parts_are_flags_that_the_benchmark_takes(gpu_parts, device):
     ran, *_ = gpu_parts(60, device)
     sizes, compared = set(), set()
-    for flags, _ in ran:
+    for flags, *_ in ran:
         args = benchmark.parse(flags.split())
         assert args.device == device
         name, *values = args.vary or ("model", args.model)
@@ -169,14 +170,17 @@ def test_the_gpus_parts_are_flags_that_the_benchmark_takes(gpu_parts, device):
         assert {args.input_size for args in each} == {(64, 64) if device == "cpu" else (224, 224)}
     assert compared == {"pretrain", "encoder", "depthwise", "step", "finetune", "largest"}
     assert sizes == (set(models.convnextv2.SIZES) if device == "cuda" else {"convnextv2_atto"})
-    assert benchmark.parse(ran[0][0].split()).what == "pretrain"
+    assert benchmark.parse(ran[0][0].split()).compile == "no"  # figures, should the compiler fail or never end
 
 
 def test_the_gpus_report_grows_and_leaves_out_what_does_not_fit(gpu_parts, monkeypatch):
-    monkeypatch.setattr(gpu, "PARTS", (("--what encoder", 60), ("--what step", 61), ("--what finetune", 20)))
+    monkeypatch.setattr(gpu, "PARTS", (("--what encoder", 60), ("--what step", 61), ("--what finetune", 15)))
     ran, report, tables = gpu_parts(1.5, "cuda")
-    assert [benchmark.parse(flags.split()).what for flags, _ in ran] == ["encoder", "finetune"]
-    assert [len(before["parts"]) for _, before in ran] == [0, 2]
+    assert [(benchmark.parse(flags.split()).what, left) for flags, left, _ in ran] == [
+        ("encoder", 90),
+        ("finetune", 45),
+    ]
+    assert [len(before["parts"]) for *_, before in ran] == [0, 2]
     assert [part["status"] for part in report["parts"]] == ["done", "left out: no time", "done"]
     assert re.findall("table .", tables) == ["table 1", "table 2"]
 
@@ -189,6 +193,34 @@ def test_shares_of_the_peak(monkeypatch):
     table = gpu.shares([record | {"seconds": [flop / 99e12] * 3}] * 2 + [record | {"form": "MAE ViT-B/16"}])
     assert table.splitlines()[3:] == ["| convnextv2_atto, FCMAE, compiled | 4 | 99.0 | 10.0% |"] * 2
     assert len(counted) == 1  # it takes seconds
+
+
+def test_what_fails_tells_its_error_though_advice_follows(monkeypatch):
+    failed = SimpleNamespace(returncode=1, stdout=b"", stderr=b"OutOfMemoryError \xff" + 1000 * b".")
+    monkeypatch.setattr(gpu.subprocess, "run", lambda *_, **__: failed)
+    assert "OutOfMemoryError" in gpu.run_part("", 1)[0]
+
+
+def test_a_layers_kernels_are_timed_once_all_are_launched(monkeypatch):
+    done = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            done.append(self)
+
+        def elapsed_time(self, end):
+            return 1000 * (done.index(end) - done.index(self))
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    for name in ("_sleep", "synchronize"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, name=name: done.append(name))
+    assert gpu.timed(lambda: done.append("step"), asleep=True) == (2, None)
+    assert [done[i] for i in (0, 2, 4)] == ["_sleep", "step", "synchronize"]
+    assert gpu.timed(lambda: 8, asleep=False)[1] == 8
+    assert done.count("_sleep") == 1
 
 
 @pytest.mark.slow

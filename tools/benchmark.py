@@ -57,7 +57,8 @@ def images(args, device: torch.device) -> torch.Tensor:
 def build(args, device, compiled, room, **kwargs) -> nn.Module:
     """The model of --model in a room, `convnextv2` or `fcmae`."""
     torch.manual_seed(0)
-    model = getattr(room, args.model)(**kwargs).to(device)
+    with device:  # a fraction of the time that the CPU takes
+        model = getattr(room, args.model)(**kwargs)
     model.set_grad_checkpointing(args.grad_checkpointing)
     if args.fused:
         fused.enable(model, args.kernels == "triton")
@@ -74,8 +75,8 @@ def amp_of(args, device) -> Amp:
     return Amp(device, args.dtype != "float32", getattr(torch, args.dtype))
 
 
-def step_of(args, device, model: nn.Module, loss_of: Callable[[], torch.Tensor], ema: ModelEmaV3 | None = None) -> Step:
-    """Forward, backward and, of whole models, AdamW; where given, the moving average."""
+def step_of(args, device, model: nn.Module, loss_of: Callable[[], torch.Tensor], ema=None, grad=None) -> Step:
+    """Forward, backward, by the output's `grad` where it is no loss, and, of whole models, AdamW and moving average."""
     groups = param_groups(model.named_parameters(), 0.05)
     optimizer = torch.optim.AdamW(groups, lr=1e-4, betas=(0.9, 0.95), fused=True)
     amp = amp_of(args, device)
@@ -83,7 +84,7 @@ def step_of(args, device, model: nn.Module, loss_of: Callable[[], torch.Tensor],
     def step() -> int:
         with amp.autocast():
             loss = loss_of()
-        loss.backward()
+        loss.backward(grad)
         if args.what not in ("encoder", "depthwise"):
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -134,14 +135,10 @@ def depthwise_step(args, device, compiled, backend: str, cudnn: bool = True) -> 
         print("Triton cannot run here: its row is the library's\n")
     conv, visible = model.encoder.stages[args.stage][0].dwconv, VisiblePatches(mask, model.grid_size(imgs))
     x = imgs.new_empty(args.batch_size, visible.num_visible, 4 ** (3 - args.stage), conv.in_channels).normal_()
-    conv.x, form = nn.Parameter(x.to(getattr(torch, args.dtype))), torch.compile(depthwise, disable=not compiled)
-    step = step_of(args, device, conv, lambda: form(conv.x, conv, visible, backend).sum())
-
-    def with_flags() -> int:
-        with torch.backends.cudnn.flags(enabled=cudnn):
-            return step()
-
-    return with_flags
+    grad, form = torch.randn_like(x, dtype=getattr(torch, args.dtype)), torch.compile(depthwise, disable=not compiled)
+    conv.x = nn.Parameter(x.to(grad.dtype))
+    step = step_of(args, device, conv, lambda: form(conv.x, conv, visible, backend), grad=grad)
+    return torch.backends.cudnn.flags(enabled=cudnn)(step)
 
 
 FORMS = {  # the last is what the others are measured against
@@ -169,14 +166,19 @@ def variants(args) -> dict[str, tuple[Callable, bool]]:
     return {name + ", compiled" * compiled: (form, compiled) for name, form in forms for compiled in ways}
 
 
-def clock(args, device: torch.device) -> float:
-    """Seconds; for the loader those of the processor, in this process and in its workers that have ended."""
-    if args.what == "loader":
-        usages = map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-        return sum(usage.ru_utime + usage.ru_stime for usage in usages)
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
+def processor_time() -> float:
+    """Seconds, in this process and in its workers that have ended."""
+    usages = map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+
+
+def timed(args, device: torch.device, step: Step) -> tuple[float, int]:
+    """Seconds and images of a step."""
+    if device.type == "cuda" and args.what != "loader":
+        return gpu.timed(step, asleep=args.what == "depthwise")
+    clock = processor_time if args.what == "loader" else time.perf_counter
+    begun, count = clock(), step()
+    return clock() - begun, count
 
 
 def peak_memory(step: Step, device: torch.device) -> float:
@@ -204,15 +206,13 @@ def memory_of(form: str, flags: list[str]) -> float:
 
 def measure(args, device: torch.device, flags: list[str]) -> list[dict]:
     """A record per row, after two rounds to warm up; every round runs all rows."""
-    names = "what", "model", "batch_size", "input_size", "mask_ratio", "kernels", "stage"
-    settings = {name: getattr(args, name) for name in names}
+    names = "what model batch_size input_size mask_ratio kernels stage"
+    settings = {name: getattr(args, name) for name in names.split()}
     records = [{"form": form, **settings, "seconds": []} for form in variants(args)]
     steps = [form(args, device, compiled) for form, compiled in variants(args).values()]
     for round_ in range(-2, args.repeats):
         for record, step in zip(records, steps, strict=True):
-            begun = clock(args, device)
-            record["images"] = step()
-            seconds = clock(args, device) - begun
+            seconds, record["images"] = timed(args, device, step)
             record["seconds"] += [seconds] if round_ >= 0 else []
     for record, step in zip(records, steps, strict=True) if args.memory else ():
         on_cuda = device.type == "cuda"  # whose allocator counts; resident memory needs a process that did nothing else

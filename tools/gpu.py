@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
@@ -16,22 +17,22 @@ from tools import roofline
 from utils.errors import UsageError
 
 SMALL, LARGE, HUGE = "atto femto pico nano tiny base", "--batch_size 128 --model large", "--batch_size 64 --model huge"
-PARTS = (  # flags, and the seconds below which it is not begun: a guess for an H100, most of it compilation
-    ("--what pretrain --model base --compile yes", 60),
-    ("--what encoder --model base --compile both", 60),
-    ("--what depthwise --model base --vary stage 0 1 2 3", 15),
+PARTS = (  # flags, and seconds, a guess: with less it is not begun, after three times that it is ended
     (f"--what step --vary model {SMALL}", 30),
-    ("--what finetune --model base --compile yes", 60),
-    (f"--what step {LARGE}", 15),
-    (f"--what step {HUGE}", 15),
-    (f"--what step {LARGE} --compile yes", 45),
+    ("--what depthwise --model base --vary stage 0 1 2 3", 20),
+    ("--what pretrain --model base --compile yes", 100),
+    ("--what encoder --model base --compile both", 100),
     ("--what step --model base --vary kernels library triton", 20),
-    ("--what step --model base --batch_size 64 --compile both", 45),
+    ("--what finetune --model base --compile yes", 100),
+    (f"--what step {LARGE}", 20),
+    (f"--what step {HUGE}", 20),
+    (f"--what step {LARGE} --compile yes", 80),
+    ("--what step --model base --batch_size 64 --compile both", 60),
     ("--what pretrain --model base", 20),
     ("--what finetune --model base", 20),
-    (f"--what step --compile yes --vary model {SMALL}", 45),
-    (f"--what step {HUGE} --compile yes", 45),
-    (f"--what largest --batch_size 64 --vary model base large huge {SMALL.replace(' base', '')}", 20),
+    (f"--what step --compile yes --vary model {SMALL}", 80),
+    (f"--what step {HUGE} --compile yes", 80),
+    (f"--what largest --batch_size 64 --vary model base large huge {SMALL.replace(' base', '')}", 40),
 )
 TINY = "--batch_size 2 --input_size 64 --repeats 1 --threads 1 --memory false --compile no"  # on the CPU: a rehearsal
 
@@ -54,8 +55,8 @@ def run(minutes: float, output: str, device: str, name: str) -> None:
         raise UsageError(f"--output {output}: must be a .json file in a folder that is there")
     for flags, seconds in commands(device == "cpu").items():
         left = until - time.monotonic()
-        command = f"{flags} --device {device}"
-        status, table, found = run_part(command, left) if left > seconds else ("left out: no time", "", [])
+        part = f"{flags} --device {device}", min(left, 3 * seconds)
+        status, table, found = run_part(*part) if left > seconds else ("left out: no time", "", [])
         print(f"{flags}: {status}\n{table}", flush=True)
         parts.append({"flags": flags, "status": status, "table": table, "records": found})
         records += found
@@ -64,6 +65,18 @@ def run(minutes: float, output: str, device: str, name: str) -> None:
         draw(records, path.with_suffix(".png"))
     with path.with_suffix(".md").open("a") as file:
         file.write(shares(records))
+
+
+def timed(step: Callable[[], int], asleep: bool) -> tuple[float, int]:
+    """Seconds and result of a step; asleep: of its kernels alone, which wait on the GPU until all are launched."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    if asleep:
+        torch.cuda._sleep(10**7)  # cycles, some 5 ms
+    begin.record()
+    count = step()
+    end.record()
+    torch.cuda.synchronize()
+    return begin.elapsed_time(end) / 1000, count
 
 
 def shares(records: list[dict]) -> str:
@@ -83,7 +96,7 @@ def run_part(flags: str, seconds: float) -> tuple[str, str, list[dict]]:
         command = [sys.executable, str(Path(__file__).with_name("benchmark.py")), *flags.split(), "--json", file.name]
         try:
             done = subprocess.run(command, capture_output=True, timeout=seconds, check=False)
-            status = f"failed: {done.stderr.decode().strip()[-300:]}" if done.returncode else "done"
+            status = f"failed: {done.stderr.decode(errors='replace').strip()[-3000:]}" if done.returncode else "done"
         except subprocess.TimeoutExpired as error:
             done, status = error, "out of time"
         return status, (done.stdout or b"").decode(), [json.loads(line) for line in file if line.endswith("}\n")]
