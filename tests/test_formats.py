@@ -131,6 +131,62 @@ def test_colours_of_print_and_palettes():
         load(content, 3)
 
 
+def test_palettes():
+    """Colours of 8 bits, which are black to Pillow; alpha; no data, which is an index."""
+    palette, index = RNG.integers(0, 256, (3, 256)).astype(np.uint16), noise((20, 30), "uint8")
+    expected = torch.from_numpy(palette[:, index].astype(np.uint8))
+    content = tiff(index, photometric="palette", colormap=palette)
+    assert torch.equal(load(content, 3), expected)
+    content = tiff(index, photometric="palette", colormap=palette * 257)
+    assert torch.equal(load(content, 3), expected)
+    found = load(content, 3, nodata=7)
+    assert np.array_equal(found.isnan().all(dim=0), index == 7)
+    assert torch.equal((found * 255).round()[:, index != 7], expected[:, index != 7].float())
+    file = io.BytesIO()
+    clear = picture().convert("P").convert("PA")
+    clear.save(file, "TIFF")
+    for channels, mode in ((1, "L"), (3, "RGB"), (4, "RGBA")):
+        found = load(file.getvalue(), channels)
+        assert (found.int() - pixels(clear.convert("RGBA").convert(mode)).int()).abs().max() <= (mode == "L")
+
+
+def test_print_colours_with_alpha():
+    """The alpha is dropped, not a colour in its place; among RGBA, CMYK is reported."""
+    image = picture().convert("CMYK")
+    stored = np.concatenate([np.asarray(image), noise((40, 60, 1), "uint8")], axis=2)
+    content = tiff(stored, photometric="separated", extrasamples=["unassalpha"])
+    for channels, mode in ((1, "L"), (3, "RGB")):
+        expected = pixels(image.convert("RGB").convert(mode))
+        assert (load(content, channels).int() - expected.int()).abs().max() <= 2
+    assert torch.equal(load(content, 4), pixels(image))
+    file = io.BytesIO()
+    image.save(file, "JPEG")
+    for name, stored in {"x.tif": content, "x.jpg": file.getvalue()}.items():
+        with pytest.raises(BadImage, match="holds CMYK, where most files have alpha"):
+            load(stored, 4, name, depth=8, alpha=True)
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "float32"])
+@pytest.mark.parametrize("layout", ["strips", "tiles"])
+def test_stretches_that_are_left_out(dtype, layout):
+    """GDAL leaves out what holds no data: no offset, no bytes. They are 0, or what GDAL_NODATA says."""
+    array, tile = noise((32, 16), dtype) // 2 * 2, {"tile": (16, 16)} if layout == "tiles" else {"rowsperstrip": 16}
+    for tags, empty in (([], 0), ([(42113, "s", 0, "5", True)], np.nan)):
+        content = bytearray(tiff(array, extratags=tags, **tile))
+        page = tifffile.TiffFile(io.BytesIO(content)).pages.first
+        for code in (324, 325) if layout == "tiles" else (273, 279):
+            tag = page.tags[code]
+            struct.pack_into("<H" if tag.dtype == 3 else "<I", content, tag.valueoffset + tag.valuebytecount // 2, 0)
+        expected = true(array)[None].float() / (255 if dtype == "uint8" and tags else 1)
+        expected[:, 16:] = empty
+        torch.testing.assert_close(load(bytes(content)).float(), expected, equal_nan=True)
+
+
+def test_volumes_have_their_first_slice():
+    volume = noise((4, 20, 30), "uint16")
+    assert torch.equal(load(tiff(volume, volumetric=True)), true(volume[:1]))
+
+
 def test_orientation_of_a_tiff_is_applied_as_pillow_does():
     array = noise((20, 30), "uint8")
     for orientation in range(1, 9):
@@ -153,8 +209,14 @@ def test_a_thumbnail_before_the_image_is_passed_over(tmp_path):
     with tifffile.TiffWriter(tmp_path / "x.tif") as writer:
         writer.write(image[::5, ::5], photometric="rgb", subfiletype=1)
         writer.write(image, photometric="rgb")
-    found = decode((tmp_path / "x.tif").read_bytes(), "x.tif", Reading(3))
-    assert np.array_equal(found.permute(1, 2, 0), image)
+    content = (tmp_path / "x.tif").read_bytes()
+    assert np.array_equal(load(content, 3).permute(1, 2, 0), image)
+    old = content.replace(struct.pack("<HHI", 254, 4, 1), struct.pack("<HHI", 255, 3, 1))  # a thumbnail is kind 2
+    old = old.replace(struct.pack("<HHII", 255, 3, 1, 1), struct.pack("<HHII", 255, 3, 1, 2))
+    assert old != content
+    assert np.array_equal(load(old, 3).permute(1, 2, 0), image)
+    alone = tiff(image, photometric="rgb", subfiletype=1)
+    assert np.array_equal(load(alone, 3).permute(1, 2, 0), image)
 
 
 def test_pages():
@@ -191,6 +253,19 @@ def test_pages():
     assert torch.equal(load(content, 3), torch.from_numpy(index[:1]).expand(3, 20, 30))
 
 
+def tags_last(content):
+    """A little-endian TIFF whose tags follow its pixels, as Pillow and libtiff write them."""
+    page, content = tifffile.TiffFile(io.BytesIO(content)).pages.first, bytearray(content)
+    place = len(content)
+    struct.pack_into("<I", content, 4, place)
+    content += content[page.offset : page.offset + 2 + 12 * len(page.tags)] + bytes(4)
+    for i, tag in enumerate(page.tags):
+        if tag.valuebytecount > 4:
+            struct.pack_into("<I", content, place + 10 + 12 * i, len(content))
+            content += content[tag.valueoffset : tag.valueoffset + tag.valuebytecount]
+    return bytes(content)
+
+
 def test_damaged_tiffs(capfd):
     for dtype in ("uint8", "uint16"):
         for compression in (None, "lzw", "deflate", "jpeg"):
@@ -200,6 +275,14 @@ def test_damaged_tiffs(capfd):
             for end in (len(content) * 9 // 10, len(content) // 2, 12, 6):
                 with pytest.raises(BadImage, match=r"x\.tif: \S"):
                     load(content[:end], 3)
+    for dtype, options in (("uint16", {}), ("int16", {}), ("float32", {}), ("uint8", {"compression": "lzw"})):
+        for channels in (1, 3):
+            array = noise((60, 50, 3)[: 2 + (channels == 3)], dtype)
+            content = tags_last(tiff(array, photometric="rgb" * (channels == 3) or 1, rowsperstrip=8, **options))
+            assert torch.equal(load(content, channels), true(array.reshape(60, 50, -1).transpose(2, 0, 1)))
+            for end in range(len(content) - 60, len(content), 5):  # in what tells offsets, bits or kinds
+                with pytest.raises(BadImage, match="is cut short"):
+                    load(content[:end], channels)
     content = tiff(noise((40, 48, 3), "uint8"), photometric="rgb", compression="lzw")
     with pytest.raises(BadImage, match=r"x\.tif: .*code not yet in table"):  # libtiff's words
         load(content[: len(content) // 2] + bytes(len(content)), 3)
@@ -268,13 +351,15 @@ def test_jpeg_2000_keeps_its_bits(bits, channels, monkeypatch):
     array = RNG.integers(0, 2**bits, (20, 30, channels), "uint8" if bits == 8 else "uint16")
     content = imagecodecs.jpeg2k_encode(array, level=0, bitspersample=bits, codecformat="jp2", reversible=True)
     assert torch.equal(load(content, channels, "x.jp2"), true((array << (-bits % 8)).transpose(2, 0, 1)))
-    if bits == 12:
-        signed = RNG.integers(-2048, 2048, array.shape, "int16")
+    for planes in (1, channels):
+        signed = (array[..., :planes].squeeze().astype(int) - 2 ** (bits - 1)).astype("int8" if bits == 8 else "int16")
         content = imagecodecs.jpeg2k_encode(signed, level=0, bitspersample=bits, codecformat="jp2", reversible=True)
-        assert torch.equal(load(content, channels, "x.jp2"), true(signed.transpose(2, 0, 1)))
+        expected = true(signed.reshape(20, 30, planes).transpose(2, 0, 1))
+        assert torch.equal(load(content, planes, "x.jp2"), expected)
+    content = imagecodecs.jpeg2k_encode(array, level=0, bitspersample=bits, codecformat="jp2", reversible=True)
     monkeypatch.setitem(sys.modules, "imagecodecs", None)
     if bits > 8:
-        with pytest.raises(BadImage, match=r"x\.jp2: a JPEG 2000 in colour beyond 8 bits: pip install imagecodecs"):
+        with pytest.raises(BadImage, match=r"x\.jp2: is a JPEG 2000 beyond Pillow: pip install imagecodecs"):
             load(content, channels, "x.jp2")
 
 
@@ -405,10 +490,12 @@ def test_alpha_of_a_data_set():
     clear = {f"{i}.png": png_of("RGBA") for i in range(3)}
     reading = survey(Files(clear | {"a.png": png_of("RGB")}), Reading(4), "X").reading
     assert reading.alpha
-    for mode in ("RGB", "L", "RGBA"):
+    for mode in ("RGB", "L", "RGBA", "LA"):
         content = png_of(mode)
         expected = pixels(Image.open(io.BytesIO(content)).convert("RGBA"))
         assert torch.equal(decode(content, "a.png", reading), expected)
+    found = survey(Files(clear | {f"{i}.jpg": png_of("RGB") for i in range(5)}), Reading(4), "X")
+    assert (found.reading, found.bad) == (reading, [])  # more are without, but none is of another kind
     bands = {f"{i}.tif": tiff(noise((20, 30, 4), "uint8"), extrasamples=["unspecified"] * 3) for i in range(3)}
     reading = survey(Files(bands), Reading(4), "X").reading
     with pytest.raises(BadImage, match="has 3 channels"):

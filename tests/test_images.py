@@ -178,6 +178,17 @@ def test_jpegs_with_wrong_bytes_never_end_the_process(tmp_path, decoder):
     assert readable > 50
 
 
+def test_a_png_ends_in_zeros(tmp_path):
+    """As of a copy that was broken off: what zeros mean to its code is no image."""
+    for size in (60, 200, 600):
+        whole = encoded(picture(size, size), "PNG")
+        for share in (0.3, 0.6, 0.9):
+            content = whole[: int(share * len(whole))].ljust(len(whole), b"\0")
+            with pytest.raises(BadImage):
+                load_tensor(write(tmp_path / "x.png", content))
+        assert torch.equal(load_tensor(write(tmp_path / "x.png", whole[:-12])), pixels(picture(size, size)))  # no IEND
+
+
 @pytest.mark.parametrize("name", ["x.npy", "x.npz"])
 def test_damaged_arrays(tmp_path, name):
     path = tmp_path / name

@@ -6,6 +6,7 @@ import os
 import struct
 import tempfile
 import warnings
+import zlib
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import lru_cache
@@ -28,7 +29,7 @@ IMAGE_EXTENSIONS = tuple(f".{name}" for name in _NAMES.split() if f".{name}" in 
 JPEG, PNG, TIFFS = b"\xff\xd8", b"\x89PNG", (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # how their files begin
 START_OF_FRAME = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # markers of a JPEG
 GREY, RGB, PALETTE, MASK, CMYK = (0, 1), 2, 3, 4, 5  # photometric interpretations of a TIFF
-GDAL_NODATA = 42113  # a tag of a TIFF
+GDAL_NODATA, IMAGE_DEPTH = 42113, 32997  # tags of a TIFF
 WITHOUT_EXTRA = "is a TIFF beyond Pillow: pip install tifffile imagecodecs"
 JP2_SIZE = b"\xff\x4f\xff\x51"  # the markers that a JPEG 2000 codestream begins with
 
@@ -61,9 +62,10 @@ def read_stored(content: bytes, path: str, in_chans: int, nodata: float | None, 
             stored = Stored(_read_array(content, in_chans, max_pixels), suffix[1:])
         else:
             with Image.open(io.BytesIO(content)) as image:
-                if is_tiff and not _plain_tiff(image):
+                if is_tiff and not _plain_tiff(image, nodata):
                     return _read_tiff(content, in_chans, nodata, max_pixels)
                 check_size(image.width, image.height, max_pixels)
+                _check_png(content)
                 deep = deep_colour(content, image)
                 stored = _read_deep(content, image) if deep else pillow_pixels(image, in_chans)
     except Exception:
@@ -77,6 +79,16 @@ def check_size(width: int, height: int, most: int) -> None:
     """Raises ValueError for too many pixels."""
     if width * height > most:
         raise ValueError(f"has {height:,} x {width:,} pixels, above --max_pixels {most}")
+
+
+def _check_png(content: bytes) -> None:
+    """Raises ValueError for wrong bytes in a PNG's pixels: Pillow reads whatever comes of them."""
+    place = 8 if content.startswith(PNG) else len(content)
+    while (end := place + 12 + int.from_bytes(content[place : place + 4], "big")) <= len(content):
+        chunk = memoryview(content)[place + 4 : end - 4]
+        if chunk[:4] == b"IDAT" and zlib.crc32(chunk) != int.from_bytes(content[end - 4 : end], "big"):
+            raise ValueError("is damaged: a wrong checksum")
+        place = end
 
 
 def without_data(pixels: np.ndarray, nodata: float | None) -> np.ndarray | None:
@@ -123,15 +135,17 @@ def pillow_pixels(image: Image.Image, in_chans: int) -> Stored:
     elif "transparency" in image.info or mode == "PA":
         mode = "LA" if mode == "L" else "RGBA"
     else:
-        mode = {"1": "L", "P": "RGB"}.get(mode, mode)
+        mode = {"1": "L", "P": "RGB", "YCbCr": "RGB"}.get(mode, mode)
     array = np.array(image if mode == image.mode else image.convert(mode))
+    kind += " CMYK" * (mode == "CMYK")
     return Stored(array[None] if array.ndim == 2 else array.transpose(2, 0, 1), kind, mode in ("LA", "RGBA"))
 
 
 def deep_colour(content: bytes, image: Image.Image) -> bool:
-    """Whether a file is a PNG, PPM or JPEG 2000 in colour beyond 8 bits, of which Pillow keeps 8."""
+    """Whether a file is a PNG, PPM or JPEG 2000 in colour beyond 8 bits, of which Pillow keeps 8; or signed."""
     if image.format == "JPEG2000":
-        return image.mode != "I;16" and _jp2_bits(content) > 8
+        signed = content[content.find(JP2_SIZE) + 42] > 127  # to which Pillow adds half of their range
+        return signed or (image.mode != "I;16" and _jp2_bits(content) > 8)
     if image.format == "PPM":
         return image.mode == "RGB" and image.tile[0][3][-1] in range(256, 65536)  # a mode, or the largest value
     return content.startswith(PNG) and content[24] == 16 and image.mode[0] != "I"
@@ -146,8 +160,8 @@ def _read_deep(content: bytes, image: Image.Image) -> Stored:
         try:
             from imagecodecs import jpeg2k_decode
         except ImportError as error:
-            raise ValueError("a JPEG 2000 in colour beyond 8 bits: pip install imagecodecs") from error
-        pixels = jpeg2k_decode(content).transpose(2, 0, 1)
+            raise ValueError("is a JPEG 2000 beyond Pillow: pip install imagecodecs") from error
+        pixels = np.atleast_3d(jpeg2k_decode(content)).transpose(2, 0, 1)
         if pixels.dtype == np.uint16:
             pixels = pixels << 16 - _jp2_bits(content)  # as Pillow has its grey
         return Stored(pixels, "JPEG2000", alpha=image.mode in ("LA", "RGBA"))
@@ -165,13 +179,17 @@ def _read_deep(content: bytes, image: Image.Image) -> Stored:
     return Stored(FAST_DECODERS[PNG](content, "UNCHANGED").numpy(), "PNG", alpha=content[25] in (4, 6))
 
 
-def _plain_tiff(image: Image.Image) -> bool:
+def _plain_tiff(image: Image.Image, nodata: float | None) -> bool:
     """Whether a TIFF is grey, a palette or colour of 8 bits, or grey of 16, in one page: Pillow reads it faster."""
     tag, channels, bits = image.tag_v2.get, len(image.getbands()), max(image.tag_v2.get(258, (1,)))
     eight_bit = bits <= 8 and image.mode in ("1", "L", "P", "RGB", "CMYK", "YCbCr")
     plain = eight_bit or (image.mode, bits, tag(262)) == ("I;16", 16, 1)
-    plain &= (tag(277, channels), set(tag(339, (1,))), tag(254, 0) & 5) == (channels, {1}, 0)
-    return plain and GDAL_NODATA not in image.tag_v2 and (channels > 1 or image.n_frames == 1)
+    plain &= (tag(277, channels), set(tag(339, (1,))), tag(254, 0) & 5, tag(255, 1)) == (channels, {1}, 0, 1)
+    if image.mode == "P":  # no data is an index; colours of 8 bits are black to Pillow
+        plain &= nodata is None and max(tag(320)) > 255
+    plain &= 0 not in tag(324 if 322 in image.tag_v2 else 273)  # tiles or strips left out: Pillow reads the header
+    plain &= image.tag_v2.next != image.tag_v2._offset  # all tags were read
+    return plain and not {GDAL_NODATA, IMAGE_DEPTH} & {*image.tag_v2} and (channels > 1 or image.n_frames == 1)
 
 
 def _read_tiff(content: bytes, in_chans: int, nodata: float | None, max_pixels: int) -> Stored:
@@ -182,9 +200,9 @@ def _read_tiff(content: bytes, in_chans: int, nodata: float | None, max_pixels: 
         raise ValueError(WITHOUT_EXTRA) from error
     with tifffile.TiffFile(io.BytesIO(content)) as tiff:
         images = (page for page in tiff.pages if not (page.subfiletype & 5 or page.photometric == MASK))  # 1: overview
-        pages = list(islice(images, max(100, in_chans + 1)))
+        pages = list(islice(images, max(100, in_chans + 1))) or list(islice(tiff.pages, 1))
         if not pages:
-            raise ValueError("has no page that is an image, but overviews or masks")
+            raise ValueError("has no page")
         first = pages[0]
         alike = len({(page.shape, page.dtype, page.photometric) for page in pages}) == 1 == first.samplesperpixel
         count = len(pages) if alike and first.photometric in GREY and first.bitspersample > 1 else 1  # a fax is none
@@ -197,10 +215,12 @@ def _read_tiff(content: bytes, in_chans: int, nodata: float | None, max_pixels: 
             if page.samplesperpixel > max(in_chans, 5):  # the memory of which nothing limits
                 raise ValueError(f"has {page.samplesperpixel} channels, not --in_chans {in_chans}")
             ends = map(add, page.dataoffsets, page.databytecounts)
-            if page.compression in (6, 7) and max(ends, default=0) > len(content):
-                raise ValueError("is cut short")  # a JPEG in it would be grey there
+            (tags,) = struct.unpack_from(tiff.tiff.tagnoformat, content, page.offset)
+            if len(page.tags) < tags or (page.compression > 1 and max(ends, default=0) > len(content)):
+                raise ValueError("is cut short")  # what is missing would be read as something else
         pixels, holes = map(np.concatenate, zip(*(_read_page(page, in_chans, nodata) for page in chosen), strict=True))
-    return Stored(pixels, "TIFF", first.extrasamples in ((1,), (2,)), holes if holes.any() else None, count)
+    kind = "TIFF CMYK" if first.photometric == CMYK and len(pixels) > 3 else "TIFF"
+    return Stored(pixels, kind, first.extrasamples in ((1,), (2,)), holes if holes.any() else None, count)
 
 
 def _read_page(page, in_chans: int, nodata: float | None) -> tuple[np.ndarray, np.ndarray]:
@@ -217,8 +237,8 @@ def _read_page(page, in_chans: int, nodata: float | None) -> tuple[np.ndarray, n
     holes = without_data(pixels, nodata)
     holes = np.zeros(pixels.shape, bool) if holes is None else holes
     if kind == PALETTE:
-        colours = page.colormap[:, pixels[0]]
-        return (colours >> (8 if page.colormap.max() > 255 else 0)).astype(np.uint8), holes[:1].repeat(3, axis=0)
+        colours = page.colormap[:, pixels[0]] >> (8 if page.colormap.max() > 255 else 0)
+        return np.concatenate([colours.astype(np.uint8), pixels[1:]]), holes[:1].repeat(2 + len(pixels), axis=0)
     if kind not in (*GREY, RGB, CMYK) and (kind, page.compression) != (6, 7):  # JPEG's YCbCr comes as RGB
         raise ValueError(f"holds colours of the kind {kind!r}, which are not read")
     bits = page.bitspersample if isinstance(page.bitspersample, int) else 8
@@ -233,8 +253,9 @@ def _read_page(page, in_chans: int, nodata: float | None) -> tuple[np.ndarray, n
         pixels = np.concatenate([colours.round() if unsigned else colours, alpha[None]]).astype(pixels.dtype)
     if kind == CMYK and unsigned and in_chans in (1, 3):
         light, white = 1 - pixels[:3] / most, 1 - pixels[3] / most
-        pixels, holes = (light * white * most).round().astype(pixels.dtype), holes[:3]
-    if kind == RGB and extra in ((), (0,)) and in_chans in (1, 3) and len(pixels) == 4:  # which may well be alpha
+        colours = (light * white * most).round().astype(pixels.dtype)
+        pixels, holes = np.concatenate([colours, pixels[4:]]), np.delete(holes, 3, axis=0)
+    if kind in (RGB, CMYK) and extra in ((), (0,)) and in_chans in (1, 3) and len(pixels) == 4:  # maybe an alpha
         pixels, holes = pixels[:3], holes[:3]
     return pixels, holes
 

@@ -145,12 +145,15 @@ def survey(dataset, reading: Reading, source: str) -> Survey:
         log.warning("%s: %d of a sample of %d files: %s", source, extra, count, formats.WITHOUT_EXTRA)
     if len(bad) > 2 * len(sizes):
         raise Unreadable(f"{source}: of a sample of {count} files {len(bad)} are unreadable: {bad[0]}")
+    alpha = reading.alpha or 2 * alphas > len(sizes)
+    if alpha and bad and not reading.alpha:  # which may be files without
+        return survey(dataset, replace(reading, alpha=True), source)
     (most, times), *_ = pages.most_common(1)
     if most not in (1, reading.in_chans) and 2 * times > count:
         log.warning("%s: files of %d pages, of which the first is read; --in_chans %d takes all", source, most, most)
     scale = max(scales, key=lambda scale: (scales[scale], scale))
     depth = {0: 32, 255: 16 if without else 8}.get(scale, 16)  # bytes cannot hold that there is no data
-    reading = replace(reading, depth=depth, alpha=2 * alphas > count)
+    reading = replace(reading, depth=depth, alpha=alpha)
     return Survey(reading, scale == 255, kinds, sizes, without / pixels, bad)
 
 
@@ -181,7 +184,13 @@ def _to_tensor(stored: Stored, reading: Reading) -> torch.Tensor:
             pixels[holes] = np.nan
         if np.isinf(pixels).any():
             raise ValueError("holds infinite values, or such as float32 cannot hold")
-    pixels = _fit_channels(pixels, reading.in_chans, stored.alpha, scale if reading.alpha else None)
+    if reading.alpha and stored.kind.endswith("CMYK"):
+        raise ValueError("holds CMYK, where most files have alpha")
+    if reading.alpha and (stored.alpha or len(pixels) != reading.in_chans):
+        colours, last = (pixels[:-1], pixels[-1:]) if stored.alpha else (pixels, np.full_like(pixels[:1], scale))
+        pixels = np.concatenate([_fit_channels(colours, reading.in_chans - 1, False), last])
+    else:
+        pixels = _fit_channels(pixels, reading.in_chans, stored.alpha)
     if depth == 8 and pixels.dtype != np.uint8:
         pixels = pixels * np.float32(255 / scale)
         if holes is not None:
@@ -194,14 +203,11 @@ def _to_tensor(stored: Stored, reading: Reading) -> torch.Tensor:
     return torch.from_numpy(pixels.astype(np.float32)).div_(scale)
 
 
-def _fit_channels(pixels: np.ndarray, in_chans: int, alpha: bool, opaque: int | None) -> np.ndarray:
-    """(C, H, W) -> (in_chans, H, W); opaque: what takes the place of an alpha that is missing; None: nothing does."""
+def _fit_channels(pixels: np.ndarray, in_chans: int, alpha: bool) -> np.ndarray:
+    """(C, H, W) -> (in_chans, H, W), without an alpha where that is no channel."""
     found = len(pixels)
     if found == in_chans:
         return pixels
-    if opaque and not alpha:
-        pixels = _fit_channels(pixels, in_chans - 1, False, None)
-        return np.concatenate([pixels, np.full_like(pixels[:1], opaque)])
     if alpha:
         pixels = pixels[:-1]
     if len(pixels) == 1 and in_chans == 3:
