@@ -135,6 +135,9 @@ def test_encodings_of_lists(images, encoding):
         ('"c/with blank, so/4.png" cat\n', ["cat"]),
         ('"c/with blank, so/4.png"\t"a ""cat"""\n', ['a "cat"']),
         ("\nfile,label\n a/0.png , cat \n", ["cat"]),
+        ("path,label,,\na/0.png,cat,,\n,,,\n,,,\n", ["cat"]),  # as spreadsheets write them
+        ("a/0.png,cat,\n,\n5.png,dog,\n", ["cat", "dog"]),
+        ('id, path, label\n1, "a/0.png", "cat"\n', ["cat"]),
     ],
 )
 def test_csv_rules(images, text, labels):
@@ -283,6 +286,12 @@ def test_class_folders(folders):
     assert Counter(val.targets) == {0: 4, 2: 4}  # cat stays 2 although bee is not there
     pairs = zip(val.paths, val.targets, strict=True)
     assert {path.split("/")[-2] for path, label in pairs if label == 2} == {"cat"}
+
+
+def test_images_outside_of_class_folders_are_told(folders, logs):
+    save(picture(), folders / "train/stray.png")
+    assert len(ClassFolders(str(folders / "train"), "--data_path")) == 12
+    assert f"--data_path {folders}/train: 1 files left out: .png 1" in logs.text
 
 
 def test_class_folder_errors(folders, tmp_path):

@@ -84,6 +84,14 @@ def test_tars_are_as_the_tree_on_disk(tars, source):
         open_tar(f"{tars}/{source}", "--x", 3, given[1:])
 
 
+def test_images_outside_of_class_folders_are_told(tmp_path, logs):
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        for name in ("cat/0.jpg", "dog/0.jpg", "stray.jpg"):
+            add(tar, name, jpeg(0))
+    assert len(open_tar(str(tmp_path / "x.tar"), "--data_path", 3)) == 2
+    assert "x.tar: 1 files left out: .jpg 1" in logs.text
+
+
 def test_a_tar_of_one_folder_that_holds_all(tmp_path):
     """As `tar cf train.tar train` makes it."""
     with tarfile.open(tmp_path / "x.tar", "w") as tar:

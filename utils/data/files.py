@@ -24,6 +24,7 @@ MANY_CLASSES = 1000  # beyond which a list of fewer images holds ids, not number
 LOOKED_FOR = 100_000  # files of a list, before training; a network file system takes a minute for so many
 LISTS = (".csv", ".tsv", ".txt")  # what --data_path takes for a list
 DEPTHS = {8: "bytes", 16: "shares of what 8 or 16 bits can hold", 32: "numbers as they are"}
+EMPTY = ",;\t\f\v "  # spreadsheets fill up lines with commas
 LINE = "a line is the path of an image, then, after a tab, a comma, a semicolon or a space, its label"
 LINE += "; or a header names the columns, path and label among them"
 PATHS = ("path", "file", "filename", "filepath", "image", "imagepath", "imagename", "img", "imgpath")
@@ -82,9 +83,8 @@ class ClassFolders(ImageFiles):
         folders, left_out = _image_names(root, flag, in_chans)
         order = sorted((folder.split(os.sep)[0], folder) for folder in folders if folder)
         found = sorted({name for name, _ in order})
-        if not found:
-            where = f"labelled images go to {root}/CLASS/IMAGE"
-            raise UsageError(f"{flag} {root}: holds no class folders; {where}")
+        refuse(not found, f"{flag} {root}: holds no class folders; labelled images go to {root}/CLASS/IMAGE")
+        left_out.update(map(extension, folders[""]))  # of no class
         paths = [os.path.join(root, folder, file) for _, folder in order for file in folders[folder]]
         names = [name for name, folder in order for _ in folders[folder]]
         self.classes, targets = number_classes(names, classes or found, f"{flag} {root}: class folder")
@@ -199,7 +199,7 @@ class ImageList(ImageFiles):
         source, paths, labels, where = f"{flag} {file}", [], [], []
         split, header = split_line, False
         for number, line in enumerate(text_lines(file, source), 1):
-            if not line.strip():
+            if not line.strip(EMPTY):
                 continue
             path, label = split(line)
             if path.lower().endswith(EXTENSIONS):
@@ -273,7 +273,7 @@ def split_line(line: str) -> tuple[str, str]:
 
     A path may hold blanks and commas, quoted or not.
     """
-    line = line.strip()
+    line = line.strip().rstrip(EMPTY)
     if line.lower().endswith(EXTENSIONS):
         return line, ""
     for delimiter in "\t,; ":
@@ -281,7 +281,7 @@ def split_line(line: str) -> tuple[str, str]:
             *fields, label = next(csv.reader([line], delimiter=delimiter)) if '"' in line else line.split(delimiter)
         except csv.Error:  # too long: no list
             break
-        path = delimiter.join(fields).strip(", ")
+        path = delimiter.join(fields).strip(EMPTY)
         if path.lower().endswith(EXTENSIONS):
             return path, label.strip()
         if line[0] == '"' and label.lower().endswith(EXTENSIONS):
@@ -300,7 +300,7 @@ def by_columns(header: str) -> Callable[[str], tuple[str, str]]:
 
     def split(line: str) -> tuple[str, str]:
         try:
-            fields = next(csv.reader([line], delimiter=delimiter))
+            fields = next(csv.reader([line], delimiter=delimiter, skipinitialspace=True))
         except csv.Error:  # too long
             fields = []
         row = {} if any(fields[len(names) :]) else dict(enumerate(fields))  # else cat,dog would be cat alone

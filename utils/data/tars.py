@@ -135,9 +135,9 @@ def _scan(flag: str, path: str) -> tuple[dict[str, tuple[int, int, str]], Counte
                 if member.isdir() or any(map(hidden, parts)):
                     continue
                 name = "/".join(parts)
-                if name.endswith(".cls"):
+                if name.lower().endswith(".cls"):
                     content = os.pread(file.fileno(), min(member.size, 1000), member.offset_data)
-                    labels[name.removesuffix(".cls")] = os.fsdecode(content.removeprefix(b"\xef\xbb\xbf")).strip()
+                    labels[name[:-4]] = os.fsdecode(content.removeprefix(b"\xef\xbb\xbf")).strip()
                 elif not name.lower().endswith(EXTENSIONS):
                     left_out[extension(name)] += 1
                 elif not member.isreg():
@@ -200,6 +200,7 @@ def open_tar(
         folders = _class_folders([row[0] for row in rows], classes or [])
         if len(found := {*folders} - {""}) > 1 and {name.lower() for name in found} <= SPLITS:
             raise UsageError(f"{source}: its folders {', '.join(sorted(found))} are no classes; make a tar of each")
+        left_out.update(extension(row[0]) for row, folder in zip(rows, folders, strict=True) if not folder)
         rows = [(*row[:4], folder) for row, folder in zip(rows, folders, strict=True) if folder]
     if labelled:
         rows.sort(key=lambda row: (row[4], os.path.dirname(row[0])))
