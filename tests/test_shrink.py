@@ -54,7 +54,7 @@ def test_a_folder_becomes_a_tar_that_data_path_reads(call, images, tmp_path, kin
         assert tar.extractfile("bee/small.png").read() == (images / "bee/small.png").read_bytes()
 
 
-def test_a_large_jpeg_is_decoded_at_a_reduced_scale_that_changes_little(call, tmp_path):
+def test_a_large_image_is_reduced_first_which_changes_little(call, tmp_path):
     image = picture(seed=1).resize((288, 256), Image.Resampling.BICUBIC)
     (tmp_path / "in").mkdir()
     image.save(tmp_path / "in/a.jpg", quality=95)
@@ -66,17 +66,35 @@ def test_a_large_jpeg_is_decoded_at_a_reduced_scale_that_changes_little(call, tm
 
 
 def test_what_would_be_changed_without_a_word_is_left_out(call, tmp_path):
-    """Pillow opens 16-bit colour as 8-bit RGB; and a JPEG cannot tell where there is no data."""
+    """16 bits become no 8; and a JPEG cannot tell where there is no data."""
     deep = np.random.default_rng(0).integers(0, 2**16, (40, 60, 3)).astype(">u2")
     (tmp_path / "in").mkdir()
     (tmp_path / "in/a.png").write_bytes(png(deep))
     (tmp_path / "in/b.ppm").write_bytes(b"P6 60 40 65535\n" + deep.tobytes())
     save(picture(), tmp_path / "in/c.png")
-    picture().save(tmp_path / "in/d.tif", tiffinfo={42113: "0"})
+    Image.new("RGB", (60, 40)).save(tmp_path / "in/d.tif", tiffinfo={42113: "0"})
     text = call("--data_path", tmp_path / "in", "--output", tmp_path / "out.tar", "--size", 24)
     assert "1 images, 3 left out" in text
-    assert text.count("has more than 8 bits") == 2
-    assert "d.tif: names a value for no data" in text
+    for name in ("a.png", "b.ppm", "d.tif"):
+        assert f"{name}: has more than 8 bits, or pixels without data" in text
+
+
+def test_what_training_leaves_out_is_left_out(call, tmp_path):
+    """A JPEG that lacks a stretch, which Pillow reads; too many pixels. And the image of a TIFF, not its thumbnail."""
+    tifffile = pytest.importorskip("tifffile")
+    (tmp_path / "in").mkdir()
+    picture(200, 200).save(tmp_path / "in/a.jpg", quality=97)
+    content = (tmp_path / "in/a.jpg").read_bytes()
+    (tmp_path / "in/a.jpg").write_bytes(content[:2000] + content[2400:])
+    (tmp_path / "in/b.pgm").write_bytes(b"P5 60000 60000 255\n")
+    with tifffile.TiffWriter(tmp_path / "in/c.tif") as writer:
+        writer.write(np.full((30, 30), 255, np.uint8), subfiletype=1)
+        writer.write(np.zeros((50, 50), np.uint8))
+    text = call("--data_path", tmp_path / "in", "--output", tmp_path / "out.tar", "--size", 24)
+    assert "a.jpg: is damaged: Corrupt JPEG data" in text
+    assert "b.pgm: has 60,000 x 60,000 pixels, above --max_pixels" in text
+    small, _ = open_tar(str(tmp_path / "out.tar"), "--data_path", 3, labelled=False)[0]
+    assert small.max() < 9
 
 
 @pytest.mark.parametrize("share", [0.0, 0.005, 0.03, 0.06, 0.3, 0.62, 0.9, 1.0])

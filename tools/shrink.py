@@ -15,6 +15,7 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
+import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
@@ -22,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from utils.args import ArgumentParser, whole
 from utils.data.files import ImageFiles, ImageTree
-from utils.data.formats import GDAL_NODATA, deep_colour
+from utils.data.images import ARRAY_EXTENSIONS, decode
 from utils.data.splits import split_folders
 from utils.data.tars import open_tar, tar_shards
 from utils.errors import UsageError, refuse, run_cli
@@ -33,25 +34,24 @@ SUFFIXES = {"jpeg": (".jpg", ".jpeg"), "webp": (".webp",)}
 
 def shrunk(images: ImageFiles, size: int, kind: str, quality: int, index: int) -> tuple[bytes, bool, str]:
     """A file's content, whether it was made smaller, and "", or what is wrong with it."""
+    path, buffer = images.paths[index], io.BytesIO()
     try:
         content = images.read(index)
-        with Image.open(io.BytesIO(content)) as image:
-            scale, buffer = size / min(image.size), io.BytesIO()
-            deep = image.mode[0] in "IF" or deep_colour(content, image)
-            sides = [max(size, round(side * scale)) for side in image.size]
-            if scale < 1:  # a JPEG at a half, quarter or eighth, where that is still twice as large
-                image.draft(None, [2 * side for side in sides])
-            image.load()  # a damaged file is told now, not in training
-            if scale >= 1:
-                return content, False, ""
-            refuse(deep, "has more than 8 bits")
-            # which resizing would mix with data
-            refuse(GDAL_NODATA in getattr(image, "tag_v2", ()), "names a value for no data")
-            image = image.convert("L" if image.mode in ("1", "L") else "RGB")
-            image.resize(sides, Image.Resampling.BICUBIC).save(buffer, kind, quality=quality)
-            return buffer.getvalue(), True, ""
-    except Exception as error:  # on damaged files, Pillow's decoders raise whatever they run into
-        return b"", False, f"{images.paths[index]}: {error or type(error).__name__}"
+        pixels = decode(content, path, images.reading)  # a damaged file is told now, not in training
+        scale = size / min(pixels.shape[1:])
+        if scale >= 1:
+            return content, False, ""
+        # resizing would mix data with none
+        refuse(pixels.dtype != torch.uint8, "has more than 8 bits, or pixels without data")
+        refuse(path.lower().endswith(ARRAY_EXTENSIONS), "is an array")
+        image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
+        sides = [max(size, round(side * scale)) for side in image.size]
+        image = image.resize(sides, Image.Resampling.BICUBIC, reducing_gap=2)
+        grey = len({band.tobytes() for band in image.split()}) == 1
+        (image.getchannel(0) if grey else image).save(buffer, kind, quality=quality)
+        return buffer.getvalue(), True, ""
+    except Exception as error:  # also of an encoder, to which a side may be too long
+        return b"", False, f"{path}: {getattr(error, 'reason', error) or type(error).__name__}"
 
 
 def member(name: str, content: bytes) -> bytes:
