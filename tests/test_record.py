@@ -122,7 +122,10 @@ def test_arguments_are_recorded_plain():
 @pytest.mark.parametrize(("given", "kept"), [
     ("https://me:s3cret@host/x.pth", "https://***@host/x.pth"),
     ("https://host/x.pth?sig=s3cret&X-Amz-Signature=s3cret", "https://host/x.pth?***"),
+    ("https://host/x.pth?a='1'&sig=s3cret\"&b=s3cret", "https://host/x.pth?***"),
+    ("https://me:a's3cret@host/x's.pth?sig=s3cret", "https://***@host/x's.pth?***"),
     ("export HF_TOKEN=s3cret; module load cuda", "export HF_TOKEN=***; module load cuda"),
+    ("export MY_SECRET='it is s3cret' A='1'", "export MY_SECRET='***' A='1'"),
     ("export WANDB_API_KEY=\"s3cret\" A='1'", "export WANDB_API_KEY=\"***\" A='1'"),
 ])  # fmt: skip
 def test_secrets_are_not_recorded(given, kept, tmp_path, monkeypatch):

@@ -30,23 +30,27 @@ PLACES = {
     *("output_dir", "log_dir", "job_dir", "auto_resume", "num_workers", "pin_mem", "local_rank", "world_size"),
     *("dist_url", "dist_timeout", "device", "max_bad_images", "kernels", "predictions"),
 }
-SECRETS = (  # what comes before and after them stays
-    r"""(://)[^/\s"'@]+(@)""",
-    r"""(://[^\s"'\\?]+\?)[^\s"'\\]+()""",
-    r"""(?i)(\w*(?:token|secret|password|api_?key)\w*=(?:\\?["'])?)[^\s"'\\;&]+()""",
+SECRETS = (  # what comes before them, and quotes around them, stay
+    r"(://)[^/\s]+(?=@)",
+    r"(://[^\s?]+\?)\S+",
+    r"""(?i)(\w*(?:token|secret|password|api_?key)\w*=(["']?))(?:(?!\2(?:[\s;&]|$)).)+""",
 )
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def plain(flags: dict) -> dict:
+def plain(value):
     """Arguments as JSON and checkpoints hold them, without secrets."""
-    return json.loads(masked(json.dumps(flags, default=str)))
+    if isinstance(value, dict):
+        return {name: plain(inner) for name, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return list(map(plain, value))
+    return value if isinstance(value, (int, float, type(None))) else masked(str(value))
 
 
 def masked(text: str) -> str:
     """Without what is secret in addresses, ://USER:TOKEN@ and all behind ?, and in settings such as HF_TOKEN=..."""
     for secret in SECRETS:
-        text = re.sub(secret, r"\1***\2", text)
+        text = re.sub(secret, r"\1***", text)
     return text
 
 
@@ -78,7 +82,7 @@ def add_start(output_dir: str, flags: dict, device: torch.device, **more) -> Non
     start = more | {
         "launch": launch(),
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": masked(shlex.join(sys.orig_argv)),
+        "command": shlex.join(map(masked, sys.orig_argv)),
         "args": plain(flags),
         "processes": get_world_size(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
