@@ -19,7 +19,7 @@ from utils.data.shapes import Shapes
 from utils.data.splits import parts
 from utils.data.transforms import MEAN_STD_HINT, Normalise
 from utils.distributed import check_same, get_rank, get_world_size, main_process_first
-from utils.errors import UsageError, suggest
+from utils.errors import UsageError, refuse, suggest
 from utils.interrupts import ignore_signals
 from utils.named_files import FOLDERS, data_path, labelled_files, unlabelled_files, validation
 from utils.settings import eval_crop, mean_std
@@ -92,14 +92,20 @@ def build_dataset(is_train: bool, args, classes: list[str] | None = None) -> tup
             raise UsageError(f"{path}: {nb_classes} class folders, --data_set IMNET has 1000; {instead}")
     else:
         dataset = _named_dataset(is_train, args)
-        nb_classes = _count_classes(dataset) or args.nb_classes
+        names = _class_names(dataset)
+        nb_classes = len(names) or args.nb_classes
         if nb_classes is None:
             raise UsageError(f"--data_set {args.data_set}: does not tell its number of classes; give --nb_classes")
         if classes is not None and len(classes) != nb_classes:  # its labels would then mean something else
             split = f"{nb_classes} classes in its {'training' if is_train else 'validation'} split"
             raise UsageError(f"--data_set {args.data_set}: {split}, {len(classes)} were trained on")
+        for i, (name, trained) in enumerate(zip(names, classes or (), strict=False)):
+            other = f"its class {i} is {name!r}, {trained!r} was trained on; give images of the same classes"
+            known = isinstance(name, str) and not trained.isdecimal()
+            refuse(known and name != trained, f"--data_set {args.data_set}: {other}")
     if args.nb_classes is not None and args.nb_classes != nb_classes:
-        raise UsageError(f"--nb_classes {args.nb_classes}: the data set {args.data_set} has {nb_classes} classes")
+        wanted = f"{args.nb_classes}{'' if 'nb_classes' in given(args) else ' (of the checkpoint)'}"
+        raise UsageError(f"--nb_classes {wanted}: the data set {args.data_set} has {nb_classes} classes")
     dataset.transform = build_transform(is_train, args, detect_bit_depth(dataset, args, tell=is_train))
     return dataset, nb_classes
 
@@ -188,9 +194,10 @@ def _named_dataset(is_train: bool, args) -> Dataset:
     return dataset
 
 
-def _count_classes(dataset: Dataset) -> int:
-    reader = getattr(dataset, "reader", None)
-    return len(getattr(dataset, "classes", None) or getattr(reader, "class_to_idx", None) or ())
+def _class_names(dataset: Dataset) -> list:
+    """By their numbers; [] where the data set does not tell."""
+    numbers = getattr(getattr(dataset, "reader", None), "class_to_idx", None) or {}
+    return list(getattr(dataset, "classes", None) or sorted(numbers, key=numbers.get))
 
 
 def labelled_splits(args) -> tuple[Dataset, Dataset]:

@@ -237,9 +237,25 @@ def test_the_head_tells_how_many_classes_a_data_set_has(scripts, tmp_path, monke
     """Where that does not tell, as a stream."""
     monkeypatch.setattr("utils.data.shapes.NUM_SAMPLES", {"train": 16, "val": 12})
     record = finetuned(scripts, tmp_path, "--model convnextv2_atto --input_size 32 --data_set shapes")
-    monkeypatch.setattr(datasets, "_count_classes", lambda dataset: None)
+    monkeypatch.setattr(datasets, "_class_names", lambda dataset: [])
     result = scripts.call(main_finetune, *EVAL, "--data_set", "shapes", "--resume", tmp_path / "checkpoint-0.pth")
     assert scored(record) in result.out
+
+
+def test_a_data_set_of_other_classes_is_refused(scripts, tmp_path, monkeypatch):
+    """That has as many: its numbers would mean others."""
+    monkeypatch.setattr("utils.data.shapes.NUM_SAMPLES", {"train": 16, "val": 12})
+    finetuned(scripts, tmp_path, "--model convnextv2_atto --input_size 32 --data_set shapes")
+    content = load(tmp_path / "checkpoint-0.pth")
+    known, file = content["classes"], tmp_path / "other.pth"
+    for names, code in ((known, 0), ([*known[:-2], known[-1], known[-2]], 2), (list("0123456789"), 0)):
+        torch.save(content | {"classes": names}, file)
+        result = scripts.call(main_finetune, *EVAL, "--data_set", "shapes", "--resume", file)
+        assert result.code == code, result.err
+        said = (
+            f"error: --data_set shapes: its class 8 is {known[8]!r}, {known[9]!r} was trained on; give images of the "
+        )
+        assert result.err == (f"{said}same classes\n" if code else "")
 
 
 # ---- the best moving average
