@@ -312,7 +312,8 @@ def test_what_transformers_saves_is_read(head, tmp_path):
 @pytest.mark.parametrize(("side", "flags"), [(56, ()), (32, ()), (400, ()), (400, ("--crop_pct", 0.8))])
 def test_transformers_prepares_images_as_the_evaluation_does(side, flags, fine, tmp_path):
     transformers = pytest.importorskip("transformers")
-    exported(fine[0], "hf", tmp_path / "hf", "--input_size", side, *flags)
+    told = exported(fine[0], "hf", tmp_path / "hf", "--input_size", side, *flags)
+    assert ("where its crop has no exact centre" in told) == (side < 384 or bool(flags)), "what is squashed has"
     image = torch.from_numpy(draw(0, 0, 96)).permute(2, 0, 1)[:, :80]
     ours = eval_transform((side, side), 3, eval_crop((side, side), *flags[1:]), *mean_std(3, of_imagenet=False))(image)
     theirs = transformers.AutoImageProcessor.from_pretrained(tmp_path / "hf")(image, return_tensors="pt")

@@ -314,6 +314,16 @@ def test_mistakes(flags, message, draw, tmp_path):
     assert not out.exists()
 
 
+def test_images_are_read_at_the_depth_of_training(draw, scripts, checkpoint, tmp_path):
+    """Numbers as they are, normalised as such, are no bytes."""
+    content = torch.load(checkpoint, weights_only=True)
+    deep = {"depth": 32, "mean": [99.0] * 3, "std": [9.0] * 3}
+    torch.save(content | {"args": content["args"] | deep}, tmp_path / "deep.pth")
+    result, _ = draw("--features", "--checkpoint", tmp_path / "deep.pth", "--images", scripts.val)
+    assert result.code == 2
+    assert re.search("png: holds uint8 values, where most files hold other numbers", result.err), result.err
+
+
 def test_without_matplotlib(draw, monkeypatch):
     """Refused before another picture is drawn."""
     for name in ("matplotlib", "matplotlib.figure"):

@@ -210,7 +210,7 @@ def write_hf(source: Source, file: Path) -> Exported:
     recipes = [f"transformers.{name}.from_pretrained({str(folder)!r})" for name in (kind, "AutoImageProcessor")]
     if crops and not keeps_ratio:
         recipes[1] += f"  # warps images that are not {height} : {width}, which --eval crops"
-    elif crop < 1:
+    elif crops or crop < 1:
         recipes[1] += "  # where its crop has no exact centre, it begins a pixel before that of --eval"
     if model.num_classes:
         recipes.append(f"transformers.pipeline('image-classification', model={str(folder)!r})")

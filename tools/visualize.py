@@ -54,7 +54,7 @@ def load_images(args) -> torch.Tensor:
         paths += [found[i] for i in sorted(shuffled_indices(found)[: args.max_images].tolist())]
     for path in paths[: args.max_images]:
         try:
-            image = decode(read_file(path), path, Reading(args.in_chans, nodata=args.nodata))
+            image = decode(read_file(path), path, Reading(args.in_chans, args.depth, nodata=args.nodata))
         except BadImage as error:
             raise UsageError(f"--images {error}") from error
         deep = image.dtype != torch.uint8 and not args.mean
@@ -148,7 +148,7 @@ def feature_diversity(encoder: Encoder, imgs: torch.Tensor, amp: Amp, batch_size
 
 def get_args_parser() -> ArgumentParser:
     parser = ArgumentParser(__doc__.splitlines()[0])
-    parser.set_defaults(norm_pix_loss=True)
+    parser.set_defaults(norm_pix_loss=True, depth=None)
     add = parser.add_argument
     add_image_arguments(parser)
     add_bool(parser, "--reconstructions", False, "write reconstructions.png; of a pre-training checkpoint")
