@@ -11,7 +11,6 @@ python main_finetune.py --eval true --resume out/ft/checkpoint-best.pth --data_p
 
 import logging
 import math
-import os
 import sys
 import zlib
 from collections.abc import Callable
@@ -21,7 +20,7 @@ from pathlib import Path
 import torch
 from timm.data import Mixup
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
-from timm.optim import OptimInfo, create_optimizer_v2, get_optimizer_info, list_optimizers
+from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
 from torch import nn
 from torch.utils.data import DataLoader
@@ -33,13 +32,21 @@ from models.convnextv2 import SIZES, ConvNeXtV2, layer_id, name_of, num_layer_id
 from models.linear_probe import LinearProbe
 from utils import distributed, errors, flags, record, weights
 from utils.amp import Amp
-from utils.args import ArgumentParser, check_shared_arguments, effective_lr, given, prepared_output_dir, tell_idle
+from utils.args import (
+    ArgumentParser,
+    check_shared_arguments,
+    effective_lr,
+    given,
+    prepared_files,
+    prepared_output_dir,
+    tell_idle,
+)
 from utils.data.balance import first_of_each_class
 from utils.data.sampling import StepLoader, path_of
 from utils.data.transforms import SMALL_INPUT_SIZE
-from utils.errors import UsageError, refuse, suggest
+from utils.errors import UsageError, refuse
 from utils.lr_sched import Schedule
-from utils.param_groups import param_groups
+from utils.param_groups import optimizer_info, param_groups
 from utils.report import METRICS, Reporter
 from utils.run import Run, open_run
 from utils.settings import as_trained
@@ -72,8 +79,11 @@ def check_args(args) -> None:
     datasets.build_transform(True, args)
     if max(args.input_size) <= SMALL_INPUT_SIZE and (idle := {"min_crop", "train_interpolation"} & given(args)):
         raise UsageError(f"--{min(idle)}: has no effect at --input_size {SMALL_INPUT_SIZE} and below; leave it out")
+    opt, count = optimizer_info(args.opt), len(args.opt_betas or ())
     second_order = "needs second derivatives, which are not computed here; try adamw or lamb"
-    refuse(optimizer_info(args.opt).second_order, f"--opt {args.opt}: {second_order}")
+    refuse(opt.second_order, f"--opt {args.opt}: {second_order}")
+    needed = f"--opt_betas: has {count} numbers, --opt {args.opt} needs {opt.num_betas}"
+    refuse(count and opt.has_betas and count != opt.num_betas, needed)
     depths = SIZES[args.model]["depths"]
     grouped = args.layer_decay_type == "group" and args.layer_decay < 1
     made_for = "is made for depths 3,3,27,3 (base, large, huge); give --layer_decay_type single"
@@ -90,13 +100,6 @@ def check_args(args) -> None:
         refuse(getattr(args, name) != without, f"--{name} {getattr(args, name)} {frozen} --{name}")
     no_average = args.model_ema_eval and not args.model_ema
     refuse(no_average, "--model_ema_eval true: there is no average without --model_ema true")
-
-
-def optimizer_info(opt: str) -> OptimInfo:
-    """What timm knows of an optimizer. Raises UsageError if nothing."""
-    name, known = opt.lower().removeprefix("lookahead_"), list_optimizers()
-    refuse(name not in known, f"--opt {opt}: unknown to timm{suggest(name, known)}")
-    return get_optimizer_info(name)
 
 
 def idle_flags(args, use_amp: bool) -> list[tuple[str, object, str]]:
@@ -332,8 +335,7 @@ def main(args) -> None:
     with distributed.process_group(args) as device:
         amp = Amp(device, args.use_amp, getattr(torch, args.amp_dtype), args.clip_grad)
         tell_idle(args, idle_flags(args, amp.enabled))
-        folder = args.predictions and os.path.dirname(os.path.abspath(args.predictions))
-        with prepared_output_dir(folder, "--predictions"):
+        with prepared_files(args, ["predictions"], flags.INPUTS):
             if args.eval:
                 with prepared_output_dir(args.output_dir):
                     evaluate_only(args, amp)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from main_pretrain import get_args_parser
 from tests.small_runs import COMMON, Scripts, records
 from utils.distributed import launched_ranks, setup_logging
 from utils.errors import UsageError, run_cli
@@ -79,6 +80,17 @@ def test_a_console_on_a_full_disk_does_not_end_a_run(unbuffered, scripts, tmp_pa
         done = subprocess.run(command(scripts, tmp_path), env=environment, stdout=full, stderr=subprocess.PIPE)
     assert (done.returncode, done.stderr) == (0, b"")
     assert len(records(tmp_path)) == 3
+
+
+def test_help_that_finds_no_room_is_a_line(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdout", open("/dev/full", "w"))  # noqa: SIM115
+    with pytest.raises(SystemExit) as end:
+        run_cli(lambda: get_args_parser().parse_args(["--help"]))
+    assert end.value.code == 2
+    assert (
+        capsys.readouterr().err
+        == "error: what was to be written: No space left on device; make room, or write elsewhere\n"
+    )
 
 
 def test_a_console_on_a_full_disk_loses_lines_alone(monkeypatch, capsys):

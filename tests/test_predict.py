@@ -18,7 +18,7 @@ from safetensors import safe_open
 
 from models.convnextv2 import ConvNeXtV2
 from models.fcmae import FCMAE
-from tests.small_runs import TINY
+from tests.small_runs import TINY, snapshot
 from tools import predict
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -153,16 +153,36 @@ def test_an_encoder_gives_features_alone(scripts, tmp_path):
         ("--grid a.jpg", "--grid a.jpg: must be a file that ends in .png"),
         ("--embeddings a.pt", "--embeddings a.pt: must be a file that ends in .npy or .safetensors"),
         ("--output /dev/null/x.csv", "--output /dev/null.*: cannot be written"),
-        ("--output /dev", "--output /dev: is a folder; give a file in it"),
+        ("--output /dev", "--output /dev: is a folder or a device; give a file to write"),
+        ("--output $link", "--output .*link: is a folder or a device"),
+        ("--output $image.png", "--output .*image.png: is what --images names; give another file"),
+        ("--output $a.pth", "--output .*a.pth: is what --checkpoint names; give another file"),
+        ("--output $b.png --grid $other/../b.png", "--grid .*b.png: is what --output names; give another file"),
         ("--in_chans 4", "unknown argument --in_chans"),
     ],
 )
 def test_mistakes_are_a_line(flags, message, scripts, tmp_path):
     torch.save({"model": ConvNeXtV2(num_classes=3, **TINY).state_dict()}, tmp_path / "a.pth")
-    words = ("--checkpoint", tmp_path / "a.pth", "--images", scripts.val, *COMMON, "--output", tmp_path / "a.csv")
-    result = scripts.call(predict, *words, *flags.split())
+    (tmp_path / "link").symlink_to("/dev/null")
+    image = tmp_path / "image.png"
+    Image.new("RGB", (9, 9)).save(image)
+    words = ("--checkpoint", tmp_path / "a.pth", "--images", image, *COMMON, "--output", tmp_path / "a.csv")
+    before = snapshot(tmp_path)
+    result = scripts.call(predict, *words, *flags.replace("$", f"{tmp_path}/").split())
     assert (result.code, result.err.count("\n")) == (2, 1)
+    assert snapshot(tmp_path) == before
     assert re.search(message, result.err), result.err
+
+
+@pytest.mark.parametrize("classes", [3, ["a"], {"a": 0, "b": 1, "c": 2}, "abc"])
+def test_what_names_no_classes_is_passed_over(classes, scripts, tmp_path):
+    """As files of other trainers have it under that name."""
+    torch.save({"model": ConvNeXtV2(num_classes=3, **TINY).state_dict(), "classes": classes}, tmp_path / "a.pth")
+    (tmp_path / "a.csv").symlink_to(tmp_path / "b.csv")
+    words = ("--images", scripts.val, *COMMON, "--input_size", 32, "--output", tmp_path / "a.csv")
+    result = scripts.call(predict, "--checkpoint", tmp_path / "a.pth", *words)
+    assert result.code == 0, result.err
+    assert {row["class1"] for row in table(tmp_path / "b.csv")} <= {"0", "1", "2"}
 
 
 @pytest.mark.slow

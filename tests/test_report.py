@@ -113,4 +113,15 @@ def test_evaluation_reports_the_same(run, scripts, tmp_path):
     (tmp_path / "b.csv").mkdir()
     refused = scripts.call(main_finetune, *flags, "--predictions", tmp_path / "b.csv")
     assert refused.code == 2
-    assert "b.csv: cannot be written" in refused.err
+    assert "b.csv: is a folder or a device; give a file to write" in refused.err
+
+
+def test_predictions_are_not_written_over_labels(run, scripts, tmp_path):
+    labels = tmp_path / "labels.csv"
+    labels.write_text("".join(f"{path},{path.parent.name}\n" for path in scripts.val.rglob("*.png")))
+    before = labels.read_text()
+    flags = ("--eval", "true", "--resume", run[0] / "checkpoint-2.pth", "--data_set", "image_folder", "--device", "cpu")
+    refused = scripts.call(main_finetune, *flags, "--eval_list", labels, "--predictions", labels)
+    assert (refused.code, refused.err.count("\n")) == (2, 1)
+    assert "labels.csv: is what --eval_list names; give another file" in refused.err
+    assert labels.read_text() == before

@@ -8,7 +8,6 @@ Names of the classes, size, crop and normalisation of the images are those of th
 read is told, counted and left out.
 """
 
-import contextlib
 import json
 import logging
 import os
@@ -31,7 +30,7 @@ from models.convnextv2 import ConvNeXtV2, Encoder
 from tools.probe import add_device_arguments, add_image_arguments
 from utils import distributed, weights
 from utils.amp import Amp
-from utils.args import ArgumentParser, add_bool, matching, prepared_output_dir, whole
+from utils.args import ArgumentParser, add_bool, matching, prepared_files, whole
 from utils.data.files import ImageFiles, ImageList, ImageTree
 from utils.data.images import EXTENSIONS, Reading, Unreadable
 from utils.data.tars import TARS, open_tar, tar_shards
@@ -200,12 +199,7 @@ def main(args) -> None:
         dataset = open_images(args)
         loader = datasets.build_eval_loader(dataset, args, spread=True)
         loader.bad.fate = "left out"
-        with contextlib.ExitStack() as folders:
-            for flag in ("output", "embeddings", "grid"):
-                path = getattr(args, flag) or ""
-                refuse(os.path.isdir(path), f"--{flag} {path}: is a folder; give a file in it")
-                folder = path and os.path.dirname(os.path.abspath(path))
-                folders.enter_context(prepared_output_dir(folder, f"--{flag}"))
+        with prepared_files(args, ["output", "embeddings", "grid"], ["checkpoint", "images"]):
             amp, several = Amp(device, args.use_amp, torch.bfloat16), args.multi_label
             columns = predict(model, loader, amp, args.top_k, several, args.patch_features)
             bad = sum(distributed.gather(len(loader.bad)))

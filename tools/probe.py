@@ -9,7 +9,6 @@ regression on standardised features, its L2 penalty picked on a held-out fifth o
 """
 
 import logging
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -38,7 +37,7 @@ from utils.args import (
     finite,
     matching,
     positive,
-    prepared_output_dir,
+    prepared_files,
     seed,
     share,
     tell_idle,
@@ -213,7 +212,7 @@ def main(args) -> None:
         torch.manual_seed(args.seed)
         fresh = Encoder(encoder.in_chans, encoder.depths, encoder.dims, stem_stride=encoder.stem_stride).eval()
     if args.dense:
-        with prepared_output_dir(os.path.dirname(os.path.abspath(args.picture)), "--picture"):
+        with prepared_files(args, ["picture"], ["checkpoint"]):
             rows, drawn = dense_probe({"IoU": encoder} | ({"random weights": fresh} if fresh else {}), args, amp)
             write_file(args.picture, partial(save_image, drawn, format="png"))
         print_table(rows)

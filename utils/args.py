@@ -9,7 +9,7 @@ import re
 import shlex
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, NoReturn, TypeVar
 
@@ -117,6 +117,11 @@ class ArgumentParser(argparse.ArgumentParser):
         if flag not in options and SYNONYMS.get(flag) in options:
             flag = SYNONYMS[flag]
         return f"{flag}{equals}{value}"
+
+    def print_help(self, file=None) -> None:
+        if stream := file or sys.stdout:  # None: closed
+            stream.write(self.format_help())  # argparse's own passes over a full disk
+            stream.flush()
 
     def error(self, message: str) -> NoReturn:
         message = re.sub(r"^argument (\S+): (.*: must be )", r"\1 \2", " ".join(message.split()))  # --flag value: ...
@@ -300,3 +305,25 @@ def prepared_output_dir(output_dir: str | None, flag: str = "--output_dir") -> I
         with contextlib.suppress(OSError):  # it holds something
             for folder in missing:
                 folder.rmdir()
+
+
+@contextlib.contextmanager
+def prepared_files(args: argparse.Namespace, outputs: Sequence[str], inputs: Sequence[str]) -> Iterator[None]:
+    """Around what writes the files that the flags `outputs` name: `prepared_output_dir` of the folder of each.
+
+    Raises:
+        UsageError: on entry, where something else than a file is there, or what another of the flags names.
+    """
+    with contextlib.ExitStack() as folders:
+        taken: dict[str, str] = {}
+        for name in (name for name in (*inputs, *outputs) if getattr(args, name)):
+            path = getattr(args, name)
+            place = os.path.realpath(path)
+            if name in outputs:
+                no_file = os.path.dirname(os.path.abspath(path)) == "/dev"  # stdout may be a file
+                no_file |= os.path.exists(path) and not os.path.isfile(path)
+                refuse(no_file, f"--{name} {path}: is a folder or a device; give a file to write")
+                refuse(place in taken, f"--{name} {path}: is what --{taken.get(place)} names; give another file")
+                folders.enter_context(prepared_output_dir(os.path.dirname(place), f"--{name}"))
+            taken[place] = name
+        yield

@@ -33,6 +33,7 @@ MODE_HELP = (
     "how images become --input_size. crop: at random in training, the centre in evaluation; squash: the whole image is "
     "warped; pad: the whole image, in its proportions, gets borders of the mean; both in training and evaluation alike"
 )
+INPUTS = "data_path", "eval_data_path", "train_list", "eval_list", "class_weights", "finetune", "resume"
 SEVERAL_HELP = "images have any number of labels: lists with cat;dog, which mAP scores"
 DEVICE_HELP = "auto (cuda, else mps, else cpu), cpu, mps, cuda or cuda:N"
 

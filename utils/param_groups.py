@@ -1,8 +1,18 @@
-"""Which parameters decay and at what share of the learning rate they are trained, by name."""
+"""Which optimizers there are; which parameters decay, and at what share of the learning rate they are trained."""
 
 from collections.abc import Callable, Iterable
 
 import torch
+from timm.optim import OptimInfo, get_optimizer_info, list_optimizers
+
+from .errors import refuse, suggest
+
+
+def optimizer_info(opt: str) -> OptimInfo:
+    """What timm knows of an optimizer. Raises UsageError if nothing."""
+    name, known = opt.lower().removeprefix("lookahead_"), list_optimizers()
+    refuse(name not in known, f"--opt {opt}: unknown to timm{suggest(name, known)}")
+    return get_optimizer_info(name)
 
 
 def decays(name: str, parameter: torch.Tensor) -> bool:

@@ -5,6 +5,7 @@ import io
 import json
 import logging
 import math
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -181,10 +182,10 @@ def as_csv(rows: Iterable) -> bytes:
 
 
 def write_file(path: str | Path, write: Callable) -> None:
-    """Write a file that a user asked for, see `replace`. Raises UsageError where it cannot be written."""
+    """Write a file that a user asked for, or what it links to, see `replace`. Raises UsageError where that fails."""
     earlier = ", in place of an earlier one" * Path(path).exists()
     try:
-        replace(path, write)
+        replace(os.path.realpath(path), write)
     except OSError as error:
         raise UsageError(f"{path}: cannot be written ({error.strerror})") from error
     log.info("written: %s%s", path, earlier)

@@ -91,6 +91,9 @@ def load_checkpoint(
         report = load(model, state_dict, stem_average, fresh_head)
     except ValueError as error:
         raise UsageError(f"{source}: {error}") from None
+    names = content.pop("classes", None)  # of other trainers, their number or something else
+    if isinstance(names, list) and len(names) == config.num_classes:
+        content["classes"] = list(map(str, names))
     rows = report.rows()
     refuse(whole and report.missing_keys, f"{source}: has nothing that fits for {rows['fresh']} of the model")
     if given:
