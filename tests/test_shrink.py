@@ -65,18 +65,25 @@ def test_a_large_image_is_reduced_first_which_changes_little(call, tmp_path):
     assert (small.int() - usual.int()).abs().float().mean() < 4
 
 
-def test_what_would_be_changed_without_a_word_is_left_out(call, tmp_path):
-    """16 bits become no 8; and a JPEG cannot tell where there is no data."""
-    deep = np.random.default_rng(0).integers(0, 2**16, (40, 60, 3)).astype(">u2")
-    (tmp_path / "in").mkdir()
+def test_more_than_eight_bits(call, tmp_path):
+    """One among others becomes what training makes of it; where most are such, or lack data, they are refused."""
+    deep = np.asarray(picture()).astype(">u2") * 257
+    flags = "--data_path", tmp_path / "in", "--size", 24, "--output"
+    for name in ("c.png", "d.png"):
+        save(picture(), tmp_path / "in" / name)
     (tmp_path / "in/a.png").write_bytes(png(deep))
+    assert "3 images, 0 left out" in call(*flags, tmp_path / "one.tar")
+    small, _ = open_tar(str(tmp_path / "one.tar"), "--data_path", 3, labelled=False)[0]
+    usual = pil_to_tensor(picture().resize((36, 24), Image.Resampling.BICUBIC))
+    assert (small.int() - usual.int()).abs().float().mean() < 4
     (tmp_path / "in/b.ppm").write_bytes(b"P6 60 40 65535\n" + deep.tobytes())
-    save(picture(), tmp_path / "in/c.png")
-    Image.new("RGB", (60, 40)).save(tmp_path / "in/d.tif", tiffinfo={42113: "0"})
-    text = call("--data_path", tmp_path / "in", "--output", tmp_path / "out.tar", "--size", 24)
-    assert "1 images, 3 left out" in text
-    for name in ("a.png", "b.ppm", "d.tif"):
-        assert f"{name}: has more than 8 bits, or pixels without data" in text
+    (tmp_path / "in/d.png").unlink()
+    for _ in range(2):
+        text = call(*flags, tmp_path / "out.tar")
+        assert text.splitlines()[-1].startswith(f"error: --data_path {tmp_path}/in: most of its files have more than 8")
+        for name in ("a.png", "b.ppm"):
+            (tmp_path / "in" / name).unlink(missing_ok=True)
+        Image.new("RGB", (60, 40)).save(tmp_path / "in/d.tif", tiffinfo={42113: "0"})
 
 
 def test_what_training_leaves_out_is_left_out(call, tmp_path):

@@ -7,6 +7,7 @@ import gzip
 import io
 import os
 import pickle
+import re
 import shutil
 import sys
 import tarfile
@@ -109,6 +110,22 @@ def test_splits_in_a_tar_are_no_classes(tmp_path):
             add(tar, f"data/{name}/{i}.jpg", jpeg(i))
     with pytest.raises(UsageError, match=r"x\.tar: its folders Val, train are no classes; make a tar of each"):
         open_tar(str(tmp_path / "x.tar"), "--data_path", 3)
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_tars_of_several_splits_are_refused(tmp_path, labelled):
+    """As the shards of ImageNet lie in one folder: validation images would be trained on."""
+    for name in ("imagenet1k-train-0000.tar", "imagenet1k-train-0001.tar", "imagenet1k-validation-00.tar"):
+        with tarfile.open(tmp_path / name, "w") as tar:
+            for label in "ab":
+                add(tar, f"{label}/{name}{label}.jpg", jpeg(0))
+    glob = re.escape(f"'{tmp_path}/*train*.tar' or '{tmp_path}/*validation*.tar'")
+    for path in (tmp_path, tmp_path / "*.tar"):
+        with pytest.raises(UsageError, match=f"its tars are of several splits; give those of one: {glob}$"):
+            open_tar(str(path), "--data_path", 3, labelled=labelled)
+    assert len(open_tar(f"{tmp_path}/*train*.tar", "--data_path", 3, labelled=labelled)) == 4
+    (tmp_path / "imagenet1k-validation-00.tar").rename(tmp_path / "train_val_2.tar")
+    assert len(open_tar(str(tmp_path), "--data_path", 3, labelled=labelled)) == 6
 
 
 def test_a_folder_with_tars_beside_images_is_a_folder(tars):

@@ -1,7 +1,8 @@
 """Images made smaller, in one tar: `--data_path FILE.tar` then loads them several times as fast.
 
-The short side becomes --size, the names of folders stay, so classes do, but `.cls` labels do not. An image that is no
-larger stays as it is, byte for byte. The same command, started again, goes on with a tar that was not finished.
+The short side becomes --size, the names of folders stay, so classes do, but `.cls` labels do not. Files are read and
+left out as in training; an image that is no larger stays as it is, byte for byte. The same command, started again,
+goes on with a tar that was not finished.
 """
 
 import io
@@ -15,7 +16,6 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
-import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from utils.args import ArgumentParser, whole
 from utils.data.files import ImageFiles, ImageTree
-from utils.data.images import ARRAY_EXTENSIONS, decode
+from utils.data.images import ARRAY_EXTENSIONS, BadImage, decode, survey
 from utils.data.splits import split_folders
 from utils.data.tars import open_tar, tar_shards
 from utils.errors import UsageError, refuse, run_cli
@@ -41,8 +41,6 @@ def shrunk(images: ImageFiles, size: int, kind: str, quality: int, index: int) -
         scale = size / min(pixels.shape[1:])
         if scale >= 1:
             return content, False, ""
-        # resizing would mix data with none
-        refuse(pixels.dtype != torch.uint8, "has more than 8 bits, or pixels without data")
         refuse(path.lower().endswith(ARRAY_EXTENSIONS), "is an array")
         image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
         sides = [max(size, round(side * scale)) for side in image.size]
@@ -51,7 +49,7 @@ def shrunk(images: ImageFiles, size: int, kind: str, quality: int, index: int) -
         (image.getchannel(0) if grey else image).save(buffer, kind, quality=quality)
         return buffer.getvalue(), True, ""
     except Exception as error:  # also of an encoder, to which a side may be too long
-        return b"", False, f"{path}: {getattr(error, 'reason', error) or type(error).__name__}"
+        return b"", False, str(BadImage(path, getattr(error, "reason", str(error) or type(error).__name__)))
 
 
 def member(name: str, content: bytes) -> bytes:
@@ -125,6 +123,9 @@ def main() -> None:
     else:
         images = ImageTree(args.data_path, "--data_path")
         roots = [args.data_path] * len(images)
+    images.reading = survey(images, images.reading, data_path).reading
+    deep = "most of its files have more than 8 bits, or pixels without data, and are to be trained on as they are"
+    refuse(images.reading.depth != 8, f"{data_path}: {deep}")
     names = [os.path.relpath(path, root) for path, root in zip(images.paths, roots, strict=True)]
     suffixes = SUFFIXES[args.format]
     smaller = [name if name.lower().endswith(suffixes) else name + suffixes[0] for name in names]

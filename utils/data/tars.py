@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import tarfile
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -25,6 +26,7 @@ log = logging.getLogger("fcmae")
 
 TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")  # compressed ones to be refused by name
 SPLITS = {name for names in NAMES.values() for name in names}
+SPLIT = re.compile(rf"(?<![a-z])({'|'.join(SPLITS)})(?![a-z])")
 COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"PK\3\4")
 opened = lru_cache(256)(partial(open, mode="rb", buffering=0))  # of many shards, not all at a time
 
@@ -187,6 +189,9 @@ def open_tar(
     file that is no tar, no images, no labels, or a class that is not among `classes`.
     """
     source, shards = f"{flag} {path}", [os.path.abspath(shard) for shard in tar_shards(path) or [path]]
+    splits = {found[0] for shard in shards if (found := SPLIT.search(os.path.basename(shard).lower()))}
+    globs = " or ".join(f"'{os.path.dirname(shards[0])}/*{split}*.tar'" for split in sorted(splits))
+    refuse(len(splits) > 1, f"{source}: its tars are of several splits; give those of one: {globs}")
     with main_process_first():
         index = read_index(shards, flag)
     rows, left_out = index["rows"], Counter(index["left_out"])
