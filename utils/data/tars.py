@@ -189,7 +189,7 @@ def open_tar(
     file that is no tar, no images, no labels, or a class that is not among `classes`.
     """
     source, shards = f"{flag} {path}", [os.path.abspath(shard) for shard in tar_shards(path) or [path]]
-    splits = {found[0] for shard in shards if (found := SPLIT.search(os.path.basename(shard).lower()))}
+    splits = {name[0] for shard in shards if (name := SPLIT.search(os.path.basename(shard).lower()))}
     globs = " or ".join(f"'{os.path.dirname(shards[0])}/*{split}*.tar'" for split in sorted(splits))
     refuse(len(splits) > 1, f"{source}: its tars are of several splits; give those of one: {globs}")
     with main_process_first():
