@@ -16,7 +16,7 @@ from tests.small_runs import Scripts
 ROOT = Path(__file__).resolve().parent.parent
 
 # a GPU machine without submitit can run all others
-NEED_SUBMITIT = "clients", "evaluation", "flags", "readme", "slurm"
+NEED_SUBMITIT = "clients", "drawn_files", "evaluation", "flags", "readme", "slurm"
 collect_ignore = [] if find_spec("submitit") else [f"test_{name}.py" for name in NEED_SUBMITIT]
 
 torch.set_num_threads(1)

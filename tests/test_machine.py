@@ -26,6 +26,13 @@ def command(scripts: Scripts, output_dir, root=ROOT, name="main_pretrain") -> li
     return [str(x) for x in (sys.executable, root / "tests/small_process.py", name, *COMMON.split(), *data)]
 
 
+@pytest.mark.slow
+def test_a_gpu_machine_without_submitit_finds_its_tests(script):
+    program = "import pytest, sys; sys.modules['submitit'] = None; sys.exit(pytest.main(['--co', '-qm', 'gpu']))"
+    done = script("-c", program)
+    assert done.returncode == 0, done.stdout
+
+
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 @pytest.mark.parametrize("printed", ["print('row')", "[print('row') for _ in range(9999)]"])
 def test_a_reader_that_goes_away_ends_a_table(printed, unbuffered):
