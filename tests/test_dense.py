@@ -1,5 +1,6 @@
 """The dense probe: its head against the definition, its scores by hand, and whole runs on pairs of images and masks."""
 
+import io
 import re
 
 import numpy as np
@@ -105,7 +106,12 @@ def test_what_is_refused(pairs, tmp_path):
     with pytest.raises(UsageError, match=r"--masks .*3\.png is not one channel"):
         run(pairs)
     (masks / "3.png").write_text("no image")
-    with pytest.raises(UsageError, match=r"--masks .*cannot identify"):
+    with pytest.raises(UsageError, match=r"--masks .*3\.png: cannot identify image file$"):
+        run(pairs)
+    file = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 2, (64, 64), np.uint8)).save(file, "PNG")
+    (masks / "3.png").write_bytes(file.getvalue()[:500].ljust(len(file.getvalue()), b"\0"))  # copied in part
+    with pytest.raises(UsageError, match=r"--masks .*3\.png: is damaged: a wrong checksum$"):
         run(pairs)
     (masks / "3.png").unlink()
     with pytest.raises(UsageError, match=r"--masks .*1 images have no mask; the first would be .*3\.png"):

@@ -3,6 +3,7 @@
 DINOv2's linear segmentation (arXiv 2304.07193, section 7.4), with the four stages in place of the last layers.
 """
 
+import io
 import logging
 import math
 from collections.abc import Sequence
@@ -20,7 +21,8 @@ import datasets
 from models.convnextv2 import Encoder
 from utils.amp import Amp
 from utils.data.files import ImageTree
-from utils.data.images import BadImage
+from utils.data.formats import check_png, check_size
+from utils.data.images import BadImage, Reading, reason_of
 from utils.data.sampling import random_subset
 from utils.data.shapes import CLASSES, Shapes
 from utils.data.transforms import eval_transform
@@ -65,11 +67,14 @@ class MaskedImages(Dataset):
     def mask(self, index: int, image: torch.Size | None = None) -> torch.Tensor:
         """The labels (H, W) of an image's pixels; image: its height and width, where known."""
         try:
-            with Image.open(self.masks[index]) as file:
+            content = self.masks[index].read_bytes()
+            check_png(content)
+            with Image.open(io.BytesIO(content)) as file:
                 width, height = file.size
+                check_size(width, height, Reading.max_pixels)
                 mask = squashed(file, self.size)
-        except (OSError, ValueError) as error:
-            raise UsageError(f"{self.flag}: {error}") from error
+        except (OSError, SyntaxError, ValueError) as error:  # the second of a damaged PNG
+            raise UsageError(f"{self.flag}: {BadImage(str(self.masks[index]), reason_of(error))}") from error
         h, w = image or (height, width)
         other = f"{self.masks[index]} is {height} x {width}, its image {h} x {w}; both need the same proportions"
         # a mask of another scale may have a side rounded

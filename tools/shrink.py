@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from utils.args import ArgumentParser, whole
 from utils.data.files import ImageFiles, ImageTree
-from utils.data.images import ARRAY_EXTENSIONS, BadImage, decode, survey
+from utils.data.images import ARRAY_EXTENSIONS, BadImage, decode, reason_of, survey
 from utils.data.splits import split_folders
 from utils.data.tars import open_tar, tar_shards
 from utils.errors import UsageError, refuse, run_cli
@@ -49,7 +49,7 @@ def shrunk(images: ImageFiles, size: int, kind: str, quality: int, index: int) -
         (image.getchannel(0) if grey else image).save(buffer, kind, quality=quality)
         return buffer.getvalue(), True, ""
     except Exception as error:  # also of an encoder, to which a side may be too long
-        return b"", False, str(BadImage(path, getattr(error, "reason", str(error) or type(error).__name__)))
+        return b"", False, str(BadImage(path, getattr(error, "reason", reason_of(error))))
 
 
 def member(name: str, content: bytes) -> bytes:

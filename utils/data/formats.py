@@ -65,7 +65,7 @@ def read_stored(content: bytes, path: str, in_chans: int, nodata: float | None, 
                 if is_tiff and not _plain_tiff(image, nodata):
                     return _read_tiff(content, in_chans, nodata, max_pixels)
                 check_size(image.width, image.height, max_pixels)
-                _check_png(content)
+                check_png(content)
                 deep = deep_colour(content, image)
                 stored = _read_deep(content, image) if deep else pillow_pixels(image, in_chans)
     except Exception:
@@ -81,7 +81,7 @@ def check_size(width: int, height: int, most: int) -> None:
         raise ValueError(f"has {height:,} x {width:,} pixels, above --max_pixels {most}")
 
 
-def _check_png(content: bytes) -> None:
+def check_png(content: bytes) -> None:
     """Raises ValueError for wrong bytes in a PNG's pixels: Pillow reads whatever comes of them."""
     place = 8 if content.startswith(PNG) else len(content)
     while (end := place + 12 + int.from_bytes(content[place : place + 4], "big")) <= len(content):

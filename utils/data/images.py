@@ -78,7 +78,7 @@ def load_image(path: str) -> Image.Image:
             check_size(image.width, image.height, Reading.max_pixels)
             return image.convert("RGB")
     except Exception as error:  # on damaged files, Pillow's decoders raise whatever they run into
-        raise BadImage(path, _words(error)) from error
+        raise BadImage(path, reason_of(error)) from error
 
 
 def read_file(path: str) -> bytes:
@@ -117,7 +117,7 @@ def _decode(content: bytes, path: str, reading: Reading) -> tuple[torch.Tensor, 
             stored = Stored(pixels.numpy(), "JPEG", holes=without_data(pixels.numpy(), reading.nodata))
         return _to_tensor(stored, reading), stored
     except Exception as error:  # on damaged files, decoders raise whatever they run into
-        raise BadImage(path, " ".join([_words(error), *stderr.said])) from error
+        raise BadImage(path, " ".join([reason_of(error), *stderr.said])) from error
 
 
 def survey(dataset, reading: Reading, source: str) -> Survey:
@@ -222,5 +222,6 @@ def _fit_channels(pixels: np.ndarray, in_chans: int, alpha: bool) -> np.ndarray:
     raise ValueError(f"has {found} channel{s} ({shape}), not --in_chans {in_chans}; {hint}")
 
 
-def _words(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
+    """What a decoder says, in a line."""
     return " ".join(str(error).split(" <_io")[0].split()) or type(error).__name__
