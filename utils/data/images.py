@@ -5,6 +5,7 @@ numbers stay as they are. The orientation in EXIF data is ignored, as torchvisio
 """
 
 import logging
+import random
 from collections import Counter
 from dataclasses import dataclass, replace
 
@@ -127,7 +128,8 @@ def survey(dataset, reading: Reading, source: str) -> Survey:
     """
     kinds, scales, pages, sizes, bad = Counter(), Counter(), Counter(), [], []
     alphas = pixels = without = 0
-    for i in sorted({k * len(dataset.paths) // SAMPLE for k in range(SAMPLE)}):
+    draw, count = random.Random(0).random, len(dataset.paths)  # every second file may be of another kind
+    for i in range(count) if count <= SAMPLE else [int((k + draw()) / SAMPLE * count) for k in range(SAMPLE)]:
         try:
             image, stored = _decode(dataset.read(i), dataset.paths[i], replace(reading, depth=None))
         except BadImage as error:
