@@ -148,6 +148,13 @@ def test_a_mask_has_the_proportions_of_its_image(mask, fits, split, pairs, tmp_p
         run(pairs)
 
 
+def test_the_shapes_have_the_channels_of_training(tmp_path, capsys):
+    torch.save({"model": Encoder(**TINY | {"in_chans": 1}).state_dict()}, tmp_path / "encoder.pth")
+    words = ("--checkpoint", tmp_path / "encoder.pth", "--dense", "true", "--epochs", 1, "--max_images", 10)
+    run(words, "--input_size", 32, "--picture", tmp_path / "dense.png")
+    assert "| background |" in capsys.readouterr().out
+
+
 def test_flags_without_effect_are_told(pairs, capsys):
     with pytest.raises(UsageError, match="missing"):
         run(pairs, "--batch_size", 8, "--eval_resize", 40, "--checkpoint", "missing.pth")

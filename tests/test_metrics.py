@@ -486,7 +486,7 @@ def test_the_defaults_are_fine():
         ({"epochs": 10}, "--warmup_epochs 20: must be less than --epochs 10"),
         ({"epochs": 20}, "--warmup_epochs 20: must be less than --epochs 20"),
         ({"resume": "nowhere.pth"}, "--resume nowhere.pth: no such file"),
-        ({"resume": "."}, "--resume .: no such file"),
+        ({"resume": "."}, "--resume .: is a folder"),
     ],
 )  # fmt: skip
 def test_shared_arguments_are_checked(flags, message):

@@ -90,6 +90,7 @@ def test_val_split_of_whole_runs(scripts, tmp_path):
     evaluated = scripts.finetune("--eval", "true", "--resume", file, "--eval_data_path", "")
     assert evaluated.code == 0, evaluated.err
     assert re.search(rf"acc1 {last:.2f} .*\(8 images\)", evaluated.out)
+    assert evaluated.out.count("--val_split 0.2: of 40 images, 8 are held out") == 1, "of other images, too, a share"
     for changed in ("--val_split 0.3", "--val_split 0.2 --split_seed 1", f"--eval_data_path {scripts.val}"):
         words = changed.split() if "eval" in changed else [*changed.split(), "--eval_data_path", ""]
         refused = scripts.finetune("--resume", file, "--epochs", 3, *words)

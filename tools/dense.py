@@ -98,7 +98,7 @@ class MaskedShapes(Dataset):
 
     def __init__(self, split: str, args):
         self.images, self.size = Shapes(split, max(args.input_size)), args.input_size
-        self.transform = eval_transform(args.input_size, 3, None, *datasets.mean_std(args))
+        self.transform = eval_transform(args.input_size, args.in_chans, None, *datasets.mean_std(args))
 
     def __len__(self) -> int:
         return len(self.images)

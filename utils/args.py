@@ -73,6 +73,7 @@ class ArgumentParser(argparse.ArgumentParser):
     def __init__(self, description: str):
         formatter = argparse.ArgumentDefaultsHelpFormatter
         super().__init__(description=description, formatter_class=formatter, allow_abbrev=False)
+        self._negative_number_matcher = re.compile(r"-(\d|\.\d|inf|nan)")  # argparse's takes -1e-3 for a flag
 
     def parse_args(self, args=None) -> Arguments:
         words = [self._known(word) for word in self._read(sys.argv[1:] if args is None else args)]
@@ -222,11 +223,8 @@ def check_shared_arguments(args: argparse.Namespace, models: list[str]) -> None:
     starts = [name for name in ("finetune", "initial_checkpoint", "resume") if getattr(args, name, "")]
     refuse(len(starts) > 1, f"--{' and --'.join(starts)}: give one; the first starts a run, --resume continues one")
     for name in starts:
-        file = getattr(args, name)
-        if name == "resume" and not getattr(args, "eval", False):  # of training, which lies in files alone
-            refuse(not os.path.isfile(file), f"--{name} {file}: no such file")
-        else:
-            check_source(f"--{name}", file)
+        in_training = name == "resume" and not getattr(args, "eval", False)  # which lies in files alone
+        check_source(f"--{name}", getattr(args, name), in_training)
     if args.wandb:
         try:
             from wandb import init  # noqa: F401  (which a mere folder of this name has not)

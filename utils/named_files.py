@@ -56,7 +56,7 @@ def labelled_files(is_train: bool, args, classes: list[str] | None = None) -> Im
     if not share:
         return dataset
     split = parts(dataset, share, args.split_seed)
-    if is_train:
+    if is_train or getattr(args, "eval", False):
         log.info("--val_split %s: of %d images, %d are held out", share, len(dataset), len(split[1]))
     return split[not is_train]
 

@@ -23,13 +23,15 @@ def releases() -> list[str]:
     return timm.list_pretrained("convnextv2_*")
 
 
-def check_source(flag: str, source: str) -> None:
+def check_source(flag: str, source: str, here: bool = False) -> None:
     """Raise UsageError, without a look at the network, for what is no file, address, nor name on the hub.
 
-    Such names are hf-hub:OWNER/NAME, timm/NAME.TAG, and those of the releases.
+    Such names are hf-hub:OWNER/NAME, timm/NAME.TAG, and those of the releases. here: files alone will do.
     """
-    if not (os.path.isfile(source) or re.match("https?://|hf-hub:|timm/", source) or source in releases()):
-        raise UsageError(f"{flag} {source}: no such file{suggest(source, releases())}".lstrip())
+    known = [] if here else releases()
+    if not (os.path.isfile(source) or source in known or (known and re.match("https?://|hf-hub:|timm/", source))):
+        wrong = "is a folder; give a file in it" if os.path.isdir(source) else f"no such file{suggest(source, known)}"
+        raise UsageError(f"{flag} {source}: {wrong}".lstrip())
 
 
 def local_file(flag: str, source: str | os.PathLike) -> Path:
