@@ -545,6 +545,12 @@ def test_bombs_are_refused_from_their_headers():
         load(arrays.getvalue(), 1, "x.npz", max_pixels=9)
     with pytest.raises(BadImage, match="has 30 channels, not --in_chans 3"):
         load(tiff(noise((20, 10, 30), "uint8"), planarconfig="contig"), 3)
+    for dtype in ("uint8", "uint16"):
+        wide = tiff(noise((30, 40), dtype), tile=(16, 16), compression="lzw")
+        for tag in (322, 323):
+            wide = wide.replace(struct.pack("<HHII", tag, 4, 1, 16), struct.pack("<HHII", tag, 4, 1, 2**16))
+        with pytest.raises(BadImage, match=r"x\.tif: has 65,536 x 65,536 pixels, above"):
+            load(wide)
     for name, content in (("x.tif", small), ("x.tif", tiff(noise((30, 40), "uint8")))):
         with pytest.raises(BadImage, match="has 30 x 40 pixels, above --max_pixels 1199"):
             load(content, 1, name, max_pixels=1199)

@@ -189,6 +189,7 @@ def _plain_tiff(image: Image.Image, nodata: float | None) -> bool:
         plain &= nodata is None and max(tag(320)) > 255
     plain &= 0 not in tag(324 if 322 in image.tag_v2 else 273)  # tiles or strips left out: Pillow reads the header
     plain &= image.tag_v2.next != image.tag_v2._offset  # all tags were read
+    plain &= tag(322, 0) * tag(323, 0) <= 2**24  # larger tiles are checked by `_read_tiff`
     return plain and not {GDAL_NODATA, IMAGE_DEPTH} & {*image.tag_v2} and (channels > 1 or image.n_frames == 1)
 
 
@@ -212,6 +213,7 @@ def _read_tiff(content: bytes, in_chans: int, nodata: float | None, max_pixels: 
         chosen = pages[:count] if count == in_chans else pages[:1]
         for page in chosen:
             check_size(page.imagewidth * page.imagedepth, page.imagelength, max_pixels)
+            check_size(page.tilewidth, page.tilelength, max_pixels)
             if page.samplesperpixel > max(in_chans, 5):  # the memory of which nothing limits
                 raise ValueError(f"has {page.samplesperpixel} channels, not --in_chans {in_chans}")
             ends = map(add, page.dataoffsets, page.databytecounts)

@@ -118,7 +118,7 @@ def _decode(content: bytes, path: str, reading: Reading) -> tuple[torch.Tensor, 
             stored = Stored(pixels.numpy(), "JPEG", holes=without_data(pixels.numpy(), reading.nodata))
         return _to_tensor(stored, reading), stored
     except Exception as error:  # on damaged files, decoders raise whatever they run into
-        raise BadImage(path, " ".join([reason_of(error), *stderr.said])) from error
+        raise BadImage(path, " ".join([reason_of(error), *dict.fromkeys(stderr.said)][:4])) from error
 
 
 def survey(dataset, reading: Reading, source: str) -> Survey:
@@ -226,4 +226,4 @@ def _fit_channels(pixels: np.ndarray, in_chans: int, alpha: bool) -> np.ndarray:
 
 def reason_of(error: Exception) -> str:
     """What a decoder says, in a line."""
-    return " ".join(str(error).split(" <_io")[0].split()) or type(error).__name__
+    return " ".join(str(error).split(" <_io")[0].split())[:300] or type(error).__name__

@@ -98,7 +98,7 @@ def read_index(shards: list[str], flag: str) -> dict:
     except OSError as error:
         raise UsageError(f"{flag} {error.filename}: {error.strerror}") from error
     names = " ".join(os.path.relpath(shard, os.path.dirname(shards[0])) for shard in shards)
-    stamp = json.dumps([4, EXTENSIONS, names, stamps])  # 4: the form of the index
+    stamp = json.dumps([5, EXTENSIONS, names, stamps])  # 5: the form of the index
     kept = Path(shards[0]).with_name(f".fcmae-{hashlib.sha256(os.fsencode(names)).hexdigest()[:16]}.json")
     with contextlib.suppress(Exception):  # none yet, or damaged in any way
         if (index := json.loads(kept.read_bytes()))["stamp"] == stamp:
