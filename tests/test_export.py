@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import re
+import resource
 import sys
 from pathlib import Path
 
@@ -449,6 +450,20 @@ def test_mistakes(flags, message, fine, pre, tmp_path):
     assert re.search(message, result.err), result.err
     assert set(tmp_path.rglob("*")) == before
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("words", ["timm", "hf", "safetensors", "timm --output $/x.pth"])
+def test_a_disk_that_fills_leaves_no_half_a_file(words, fine, tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))  # no file of this process grows beyond that
+    try:
+        words = words.replace("$", str(tmp_path / "out")).split()
+        result = tool("--checkpoint", fine[0], "--output", tmp_path / "out", "--to", *words)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert result.code == 2
+    assert re.fullmatch(r"error: .*: cannot be written \(File too large\)\n", result.err), result.err
+    assert not list((tmp_path / "out").iterdir())
 
 
 # ---- torch.hub

@@ -10,12 +10,13 @@ from typing import NamedTuple
 import timm
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torchvision.transforms.v2 import Compose, ToDtype
 
 from models.convnextv2 import ConvNeXtV2, name_of
 from utils import layouts, weights
 from utils.data.transforms import eval_transform
+from utils.report import write_file
 
 OPSET = 18
 ONE_FILE = 2**31 - 2**24  # bytes of weights that an ONNX file may hold, with room for its graph
@@ -66,9 +67,9 @@ def example(source: Source, batch: int) -> torch.Tensor:
 
 def save_state(state: dict[str, torch.Tensor], file: Path) -> None:
     if file.suffix == ".pth":
-        torch.save(state, file)
-    else:
-        save_file({name: v.contiguous() for name, v in state.items()}, file, {"format": "pt"})
+        return write_file(file, partial(torch.save, state))
+    content = save({name: v.contiguous() for name, v in state.items()}, {"format": "pt"})
+    write_file(file, lambda out: out.write(content))
 
 
 def save_json(content: dict, file: Path) -> Path:
