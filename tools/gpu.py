@@ -50,12 +50,12 @@ def commands(rehearsal: bool) -> dict[str, int]:
 
 def run(minutes: float, output: str, device: str, name: str) -> None:
     """Run the parts, each in a process of its own, and write report, tables and picture after each of them."""
-    path, until, parts, records = Path(output), time.monotonic() + 60 * minutes, [], []
+    path, until, parts, records, rehearsal = Path(output), time.monotonic() + 60 * minutes, [], [], device == "cpu"
     if path.suffix != ".json" or not path.parent.is_dir():
         raise UsageError(f"--output {output}: must be a .json file in a folder that is there")
-    for flags, seconds in commands(device == "cpu").items():
+    for flags, seconds in commands(rehearsal).items():
         left = until - time.monotonic()
-        part = f"{flags} --device {device}", min(left, 3 * seconds)
+        part = f"{flags} --device {device}", left if rehearsal else min(left, 3 * seconds)
         status, table, found = run_part(*part) if left > seconds else ("left out: no time", "", [])
         print(f"{flags}: {status}\n{table}", flush=True)
         parts.append({"flags": flags, "status": status, "table": table, "records": found})
