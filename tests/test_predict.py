@@ -185,6 +185,18 @@ def test_what_names_no_classes_is_passed_over(classes, scripts, tmp_path):
     assert {row["class1"] for row in table(tmp_path / "b.csv")} <= {"0", "1", "2"}
 
 
+def test_images_may_be_as_large_as_in_training(scripts, tmp_path):
+    state = ConvNeXtV2(num_classes=3, **TINY).state_dict()
+    torch.save({"model": state, "args": {"max_pixels": 99}}, tmp_path / "a.pth")
+    for side in (9, 10):
+        Image.new("RGB", (side, 11)).save(tmp_path / f"{side}.png")
+    words = ("--checkpoint", tmp_path / "a.pth", "--images", tmp_path, *COMMON, "--output", tmp_path / "a.csv")
+    result = scripts.call(predict, *words, "--input_size", 32)
+    assert result.code == 0, result.err
+    assert "10.png: has 11 x 10 pixels, above --max_pixels 99" in result.out
+    assert [Path(row["path"]).name for row in table(tmp_path / "a.csv")] == ["9.png"]
+
+
 @pytest.mark.slow
 def test_two_processes_write_what_one_does(trained, scripts, tmp_path):
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]

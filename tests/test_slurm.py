@@ -10,7 +10,9 @@ import signal
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import submitit
@@ -18,7 +20,7 @@ import submitit
 import main_pretrain
 from tests.small_runs import load, records, same
 from utils.errors import run_cli
-from utils.slurm import launch, minutes
+from utils.slurm import Trainer, launch, minutes
 
 pytestmark = pytest.mark.slow
 
@@ -334,6 +336,18 @@ def test_mistakes_are_one_line(flags, message, submit, tmp_path, monkeypatch):
     assert code == 2
     assert error.startswith(f"error: {message}")
     assert error.count("\n") == 1
+
+
+def test_every_place_has_the_number_of_the_job(monkeypatch):
+    environment = SimpleNamespace(job_id=17, cluster="slurm", paths=SimpleNamespace(result_pickle=Path("/nowhere")))
+    monkeypatch.setattr(submitit, "JobEnvironment", lambda: environment)
+    of_torch = SimpleNamespace(export=lambda **_: None)
+    monkeypatch.setattr(submitit.helpers, "TorchDistributedEnvironment", lambda: of_torch)
+    seen: dict = {}
+    monkeypatch.setitem(sys.modules, "a_script", SimpleNamespace(main=lambda args: seen.update(vars(args))))
+    places = dict.fromkeys(("job_dir", "output_dir", "log_dir", "predictions"), "a-%j/b")
+    assert Trainer("a_script", Namespace(**places))() == 0
+    assert seen == dict.fromkeys(places, "a-17/b")
 
 
 def test_the_script_that_is_submitted(submit, sbatch, tmp_path, monkeypatch):

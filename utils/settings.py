@@ -15,6 +15,7 @@ TOLD = {  # what a checkpoint tells of its training, and in which types
     "input_size": Size, "crop_pct": (float, int, type(None)), "mean": (list, type(None)), "std": (list, type(None)),
     "depth": (int, type(None)), "nodata": (float, int, type(None)), "imagenet_default_mean_and_std": bool,
     "resize_mode": str, "norm_pix_loss": bool, "val_split": (float, type(None)), "split_seed": int,
+    "max_pixels": int,
 }  # fmt: skip
 NORMALISATION = {"mean", "std", "imagenet_default_mean_and_std"}
 

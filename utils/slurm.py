@@ -28,6 +28,7 @@ START = f"import sys; sys.path[:] = [{str(ROOT)!r}, *filter(None, sys.path)]; de
 START += "from submitit.core.submission import submitit_main; submitit_main()"
 PYTHON = shlex.join([sys.executable, "-u", "-c", START])
 INHERITED = ("SLURM", "SUBMITIT_", "TORCHELASTIC_", "OMPI_", "PMI_", "MASTER_", "RANK", "WORLD_SIZE", "LOCAL_RANK")
+PLACES = "job_dir", "output_dir", "log_dir", "predictions"  # in which %j is the job
 OPTIONS = {  # sbatch's, handed on
     "partition": "partition to submit to",
     "constraint": "features the nodes must have",
@@ -107,8 +108,8 @@ class Trainer:
         environment = submitit.JobEnvironment()
         environment.paths.result_pickle.unlink(missing_ok=True)  # of an earlier attempt that crashed
         submitit.helpers.TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
-        for name in ("job_dir", "output_dir", "log_dir"):
-            if value := getattr(self.args, name):
+        for name in PLACES:
+            if value := getattr(self.args, name, None):
                 setattr(self.args, name, value.replace("%j", str(environment.job_id)))
         local = environment.cluster == "local"
         if local:
@@ -129,8 +130,8 @@ class Trainer:
 def check_folders(args) -> None:
     """See that folders have names that will be filled in, and no run uses them. Raises UsageError."""
     refuse(not args.job_dir, "--job_dir: give a folder on a file system that all nodes share; %j in it is the job id")
-    for name in ("job_dir", "output_dir", "log_dir"):
-        path = getattr(args, name) or ""
+    for name in PLACES:
+        path = getattr(args, name, None) or ""
         for unknown in re.findall("%(?!j)[^/]?", path):
             raise UsageError(f"--{name} {path}: {unknown} is not filled in, only %j is, with the job id")
     if os.path.isdir(output_dir := args.output_dir or args.job_dir):
