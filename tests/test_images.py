@@ -1,7 +1,9 @@
 """utils/data/images.py: pixels against Pillow and NumPy, channels, depths, damaged files, with each decoder."""
 
 import io
+import shlex
 import struct
+import subprocess
 import sys
 import types
 import zlib
@@ -208,6 +210,17 @@ def test_values_that_are_no_numbers(tmp_path):
     np.save(tmp_path / "x.npy", array)
     with pytest.raises(BadImage, match=r"x\.npy: holds infinite values"):
         load_tensor(str(tmp_path / "x.npy"), 1)
+
+
+@pytest.mark.slow
+def test_without_stderr(tmp_path):
+    """As where a run is begun with 2>&-: no file is unreadable for that."""
+    path = write(tmp_path / "x.png", encoded(picture(), "PNG"))
+    code = f"from tests.test_images import load_tensor; print(tuple(load_tensor({path!r}).shape))"
+    done = subprocess.run(
+        f"{sys.executable} -c {shlex.quote(code)} 2>&-", shell=True, stdout=subprocess.PIPE, text=True
+    )
+    assert (done.returncode, done.stdout) == (0, "(3, 40, 60)\n")
 
 
 # ---- channels

@@ -38,6 +38,10 @@ warnings.filterwarnings("ignore", module=r"PIL\.")  # a line on stderr for each 
 warnings.filterwarnings("ignore", "The given buffer is not writable")  # nor written to
 for _library in ("PIL", "tifffile"):
     logging.getLogger(_library).setLevel(logging.CRITICAL)
+try:
+    os.fstat(2)
+except OSError:  # closed by whoever began the run: `StderrKept` needs it, and the next file would become it
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 
 class Stored(NamedTuple):
