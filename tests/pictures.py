@@ -55,7 +55,6 @@ def broken_files():
         "text.png": b"<html>404 not found</html>",
         "zeros.jpg": bytes(1000),
         "nothing.jpg": b"",
-        "program.png": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n(x) print\n%%EOF\n",
         "flipped.png": bytes(flipped),
     }
 

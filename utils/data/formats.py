@@ -34,7 +34,7 @@ WITHOUT_EXTRA = "is a TIFF beyond Pillow: pip install tifffile imagecodecs"
 JP2_SIZE = b"\xff\x4f\xff\x51"  # the markers that a JPEG 2000 codestream begins with
 
 Image.MAX_IMAGE_PIXELS = None  # `check_size` it is
-Image.ID = [name for name in Image.ID if name != "EPS"]  # a program, which Ghostscript would run, whatever the file's name
+Image.ID = [name for name in Image.ID if name != "EPS"]  # a program, which Ghostscript would run
 warnings.filterwarnings("ignore", module=r"PIL\.")  # a line on stderr for each odd file, otherwise
 warnings.filterwarnings("ignore", "The given buffer is not writable")  # nor written to
 for _library in ("PIL", "tifffile"):
