@@ -1,6 +1,7 @@
 """What is evaluated, and as it was trained: a checkpoint's settings, its moving average, flags that do nothing."""
 
 import json
+import math
 import pickle
 import re
 import shutil
@@ -137,6 +138,7 @@ def test_a_default_said_aloud_is_no_difference(caplog):
         ("--mean 1 2 3", "--mean: give --mean and --std, or neither"),
         ("--mean 1 --std 1", "--mean: has 1 numbers"),
         ("--crop_pct 2", "--crop_pct 2: must be a number above 0"),
+        ("--crop_pct 1e-9", "--crop_pct 1e-09: must be at least 0.0034"),
         ("--eval_resize 256 --crop_pct 1", "--eval_resize 256: beside --crop_pct, .*; give one"),
         ("--eval_resize 200", "--eval_resize 200: must be at least 224, as --input_size 224 is"),
     ],
@@ -198,6 +200,8 @@ def test_arguments_of_any_trainer():
         {"input_size": 7}, {"input_size": [48, 7]}, {"input_size": True}, {"crop_pct": 0.0}, {"crop_pct": 90},
         {"mean": None}, {"std": None},
         {"mean": [0.1] * 4}, {"std": [0.1, 0.1, 0.0]}, {"mean": ["a", "b", "c"]}, {"std": ["a", "b", "c"]},
+        {"mean": [math.nan] * 3}, {"mean": [1e300] * 3}, {"std": [math.inf] * 3}, {"crop_pct": 1e-9}, {"depth": 7},
+        {"input_size": 10**6}, {"max_pixels": 0}, {"val_split": math.nan}, {"nodata": math.nan}, {"split_seed": -1},
     ):  # fmt: skip
         assert settings({"args": TOLD | odd}) == defaults | shapes, odd
     assert settings({"args": TOLD}, "--input_size", "64")["input_size"] == (64, 64)

@@ -248,8 +248,8 @@ def check_image_arguments(args: argparse.Namespace) -> None:
         if int(short / args.crop_pct) < args.eval_resize:  # by rounding
             args.crop_pct = math.nextafter(args.crop_pct, 0)
     refuse(args.resize_mode not in RESIZE_MODES, f"--resize_mode {args.resize_mode}: one of {', '.join(RESIZE_MODES)}")
-    cropped = f"--crop_pct {args.crop_pct}: must be above 0 and at most 1"
-    refuse(args.crop_pct is not None and not 0 < args.crop_pct <= 1, cropped)
+    least = min(args.input_size) / 65536  # of what is resized for it, as --eval_resize has it
+    refuse(args.crop_pct and args.crop_pct < least, f"--crop_pct {args.crop_pct}: must be at least {least:.2g}")
     refuse(bool(args.mean) != bool(args.std), f"--{'mean' if args.mean else 'std'}: give --mean and --std, or neither")
     for name in ("mean", "std") if args.mean else ():
         count = len(getattr(args, name))

@@ -1,21 +1,34 @@
 """What a checkpoint tells of its training, for whoever evaluates, exports or shows it."""
 
 import logging
-from argparse import Namespace
+from argparse import ArgumentTypeError, Namespace
 from operator import attrgetter
 from pathlib import Path
 
-from .args import Size, check_image_arguments, given
+from .args import (
+    Size,
+    boolean,
+    check_image_arguments,
+    finite,
+    given,
+    matching,
+    part,
+    positive,
+    seed,
+    share,
+    whole,
+)
 from .data import transforms
 from .errors import UsageError, refuse
 
 log = logging.getLogger("fcmae")
 
-TOLD = {  # what a checkpoint tells of its training, and in which types
-    "input_size": Size, "crop_pct": (float, int, type(None)), "mean": (list, type(None)), "std": (list, type(None)),
-    "depth": (int, type(None)), "nodata": (float, int, type(None)), "imagenet_default_mean_and_std": bool,
-    "resize_mode": str, "norm_pix_loss": bool, "val_split": (float, type(None)), "split_seed": int,
-    "max_pixels": int,
+TOLD = {  # what a checkpoint tells of its training, in which types, and what the flag takes
+    "input_size": (Size, whole(1, 16384)), "crop_pct": (float | int | None, share), "mean": (list | None, finite),
+    "std": (list | None, positive), "imagenet_default_mean_and_std": (bool, boolean), "resize_mode": (str, str),
+    "depth": (int | None, matching("8|16|32", "")), "nodata": (float | int | None, finite),
+    "max_pixels": (int, whole(1, 10**12)), "norm_pix_loss": (bool, boolean), "val_split": (float | None, part),
+    "split_seed": (int, seed),
 }  # fmt: skip
 NORMALISATION = {"mean", "std", "imagenet_default_mean_and_std"}
 
@@ -58,13 +71,14 @@ def as_trained(args: Namespace, path: str | Path, content: dict, size, **shapes)
         refuse(getattr(args, name) != shapes[name], other)
     trained = content.get("args", {})
     trained = trained | {"input_size": trained_size(trained.get("input_size"))}
-    told = {name: trained[name] for name, kind in TOLD.items() if isinstance(trained.get(name, ...), kind)}
+    told = {name: trained[name] for name, (kind, _) in TOLD.items() if isinstance(trained.get(name, ...), kind)}
     unset = dict.fromkeys(("crop_pct", "eval_resize", "mean", "std"))
     was = Namespace(**({"input_size": Size(224, 224), "resize_mode": "crop"} | unset | shapes | told))
     try:
+        for name, value in told.items():
+            [TOLD[name][1](str(x)) for x in (value if isinstance(value, (list, Size)) else [value]) if x is not None]
         check_image_arguments(was)
-        [sum(values) for values in mean_std(was)]  # of numbers
-    except (TypeError, UsageError, ValueError):  # of a trainer that means something else by these names
+    except (ArgumentTypeError, UsageError):  # of a trainer that means something else by these names
         told = {}
     kept = given(args) | (NORMALISATION if NORMALISATION & given(args) else set())
     vars(args).update(shapes | {name: value for name, value in told.items() if name not in kept})
