@@ -283,6 +283,12 @@ def test_damaged_tiffs(capfd):
             for end in range(len(content) - 60, len(content), 5):  # in what tells offsets, bits or kinds
                 with pytest.raises(BadImage, match="is cut short"):
                     load(content[:end], channels)
+    array = noise((20, 30), "float32")
+    content = tiff(array, extratags=[(65001, "H", 1, 3, True)])
+    content = content.replace(
+        struct.pack("<HH", 65001, 3), struct.pack("<HH", 65001, 99)
+    )  # of a kind that nobody knows
+    assert torch.equal(load(content), true(array[None]))
     content = tiff(noise((40, 48, 3), "uint8"), photometric="rgb", compression="lzw")
     with pytest.raises(BadImage, match=r"x\.tif: .*code not yet in table"):  # libtiff's words
         load(content[: len(content) // 2] + bytes(len(content)), 3)

@@ -130,7 +130,7 @@ def _read_array(content: bytes, in_chans: int, max_pixels: int) -> np.ndarray:
 
 def pillow_pixels(image: Image.Image, in_chans: int) -> Stored:
     """Pixels of a Pillow image; those of 8 bits converted to grey or RGB for one or three channels."""
-    kind, mode = image.format or "image", image.mode
+    kind, mode = (image.format or "image") + " CMYK" * (image.mode == "CMYK"), image.mode
     if mode[0] in "IF":  # beyond 8 bits
         array = np.array(image)
         widened = mode == "I" and kind in ("PNG", "PPM")  # whose 16 bits some Pillows give in 32
@@ -142,15 +142,13 @@ def pillow_pixels(image: Image.Image, in_chans: int) -> Stored:
     else:
         mode = {"1": "L", "P": "RGB", "YCbCr": "RGB"}.get(mode, mode)
     array = np.array(image if mode == image.mode else image.convert(mode))
-    kind += " CMYK" * (mode == "CMYK")
     return Stored(array[None] if array.ndim == 2 else array.transpose(2, 0, 1), kind, mode in ("LA", "RGBA"))
 
 
 def deep_colour(content: bytes, image: Image.Image) -> bool:
     """Whether a file is a PNG, PPM or JPEG 2000 in colour beyond 8 bits, of which Pillow keeps 8; or signed."""
     if image.format == "JPEG2000":
-        signed = content[content.find(JP2_SIZE) + 42] > 127  # to which Pillow adds half of their range
-        return signed or (image.mode != "I;16" and _jp2_bits(content) > 8)
+        return (image.mode != "I;16" and _jp2_bits(content) > 8) or content[content.find(JP2_SIZE) + 42] > 127
     if image.format == "PPM":
         return image.mode == "RGB" and image.tile[0][3][-1] in range(256, 65536)  # a mode, or the largest value
     return content.startswith(PNG) and content[24] == 16 and image.mode[0] != "I"
@@ -193,8 +191,7 @@ def _plain_tiff(image: Image.Image, nodata: float | None) -> bool:
     if image.mode == "P":  # no data is an index; colours of 8 bits are black to Pillow
         plain &= nodata is None and max(tag(320)) > 255
     plain &= 0 not in tag(324 if 322 in image.tag_v2 else 273)  # tiles or strips left out: Pillow reads the header
-    plain &= image.tag_v2.next != image.tag_v2._offset  # all tags were read
-    plain &= tag(322, 0) * tag(323, 0) <= 2**24  # larger tiles are checked by `_read_tiff`
+    plain &= image.tag_v2.next != image.tag_v2._offset and tag(322, 0) * tag(323, 0) <= 2**24  # cut short, or a bomb
     return plain and not {GDAL_NODATA, IMAGE_DEPTH} & {*image.tag_v2} and (channels > 1 or image.n_frames == 1)
 
 
@@ -222,8 +219,13 @@ def _read_tiff(content: bytes, in_chans: int, nodata: float | None, max_pixels: 
             if page.samplesperpixel > max(in_chans, 5):  # the memory of which nothing limits
                 raise ValueError(f"has {page.samplesperpixel} channels, not --in_chans {in_chans}")
             ends = map(add, page.dataoffsets, page.databytecounts)
-            (tags,) = struct.unpack_from(tiff.tiff.tagnoformat, content, page.offset)
-            if len(page.tags) < tags or (page.compression > 1 and max(ends, default=0) > len(content)):
+            form, start = tiff.tiff, page.offset + tiff.tiff.tagnosize
+            (tags,) = struct.unpack_from(form.tagnoformat, content, page.offset)
+            codes = (
+                struct.unpack_from(f"{form.byteorder}H", content, start + i * form.tagsize)[0] for i in range(tags)
+            )
+            lost = {code for code in codes if code < 350 or code == GDAL_NODATA} - {*page.tags.keys()}
+            if lost or (page.compression > 1 and max(ends, default=0) > len(content)):
                 raise ValueError("is cut short")  # what is missing would be read as something else
         pixels, holes = map(np.concatenate, zip(*(_read_page(page, in_chans, nodata) for page in chosen), strict=True))
     kind = "TIFF CMYK" if first.photometric == CMYK and len(pixels) > 3 else "TIFF"
