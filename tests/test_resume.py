@@ -132,7 +132,7 @@ def test_resume_of_the_best_checkpoint(scripts, whole, tmp_path, monkeypatch):
     flags = ("--drop_path", 0.2, "--model_ema", "true")
     assert scripts.finetune("--output_dir", tmp_path / "a", *flags).code == 0
     best, last = load(tmp_path / "a" / "checkpoint-best.pth"), load(tmp_path / "a" / LAST)
-    assert set(best) == {"model", "model_ema", "epoch", "args", "run", "classes", "best"}
+    assert set(best) == {"model", "model_ema", "epoch", "args", "run", "classes", "best", "order"}
     assert best["epoch"] == 0
     first = load(tmp_path / "a" / "checkpoint-0.pth")
     assert same(best, {key: first[key] for key in best})

@@ -96,6 +96,12 @@ def test_val_split_of_whole_runs(scripts, tmp_path):
         refused = scripts.finetune("--resume", file, "--epochs", 3, *words)
         assert (refused.code, refused.err.count("\n")) == (2, 1)
         assert "was trained with --val_split 0.2 --split_seed 0; go on with that" in refused.err
+    copy = shutil.copytree(scripts.train, tmp_path / "more")
+    for image in list(copy.glob("*/*"))[:10]:
+        shutil.copy(image, image.with_stem(f"a{image.stem}"))
+    refused = scripts.finetune("--resume", file, "--epochs", 3, *flags, "--data_path", copy)
+    assert (refused.code, refused.err.count("\n")) == (2, 1)
+    assert "was trained on 32 images, now there are 40: others may be held out" in refused.err
     assert load(file)["args"]["split_seed"] == 0
     args = finetune_args(data_set="image_folder", data_path=scripts.train, val_split=0.2, seed=5, input_size=16)
     train, val = (datasets.build_dataset(is_train, args)[0] for is_train in (True, False))

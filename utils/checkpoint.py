@@ -251,6 +251,9 @@ def check_same_run(path: Path, state: dict, flags: dict, classes: list[str] | No
     if split != was:  # other images would then be held out than were not trained on
         shown = f"--val_split {was[0]} --split_seed {was[1]}" if was else "no --val_split"
         raise UsageError(f"--val_split: {path} was trained with {shown}; go on with that")
+    count, was = (x.get("number of images") for x in (order, state.get("order", {})))
+    others = f"was trained on {was} images, now there are {count}: others may be held out; start with --finetune {path}"
+    refuse(split and was not in (None, count), f"--val_split: {path} {others}")
     if classes and (known := state.get("classes")) and list(known) != list(classes):
         pairs = itertools.zip_longest(known, classes, fillvalue="none")
         changed = next(f"{i} was {a!r}, in the training data it is {b!r}" for i, (a, b) in enumerate(pairs) if a != b)

@@ -283,12 +283,11 @@ class Run:
         if not is_main_process():
             return
         more: dict = {"classes": self.classes, "best": self.best.found, "rollbacks": self.rollbacks}
-        more["model_ema"] = self.ema and self.ema.module.state_dict()
+        more |= {"model_ema": self.ema and self.ema.module.state_dict(), "order": self.order}
         if name == checkpoint.BEST_AVERAGE:  # what to evaluate, export and fine-tune, under whatever name
             more["scored"] = "model_ema"
         if progress:
             more |= {"step": progress["step"], "partial": progress, "global_batch": self.loader.global_batch}
-            more["order"] = self.order
         state = {"model": self.model.state_dict(), "epoch": epoch, "args": record.plain(self.flags), "run": self.id}
         if not name:  # the best ones are to be used, and training goes on from the numbered ones
             state |= {"optimizer": self.optimizer.state_dict(), "scaler": self.amp.scaler.state_dict()}
