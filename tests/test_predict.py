@@ -75,7 +75,8 @@ def test_tars_lists_files_and_features(trained, scripts, tmp_path):
     known = {path: (name, share) for path, name, share in answer(evaluated)}
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         tar.add(f"{images}/", "x")
-    (tmp_path / "list.txt").write_text("c0/000.png\nc1/001.png\nc2/gone.png\n")
+    beside = os.path.relpath(images, tmp_path)
+    (tmp_path / "list.txt").write_text("".join(f"{beside}/{x}.png\n" for x in ("c0/000", "c1/001", "c2/gone")))
     single = images / "c2/002.png"
     head = torch.load(checkpoint, weights_only=True)["model"]
     for source, count, more in (
@@ -83,7 +84,7 @@ def test_tars_lists_files_and_features(trained, scripts, tmp_path):
         (tmp_path / "list.txt", 2, "f.safetensors"),
         (single, 1, "g.npy"),
     ):
-        flags = ("--checkpoint", checkpoint, "--images", source, "--data_path", images)
+        flags = ("--checkpoint", checkpoint, "--images", source)
         flags += ("--output", tmp_path / "a.jsonl")
         result = scripts.call(predict, *flags, *COMMON, "--json", "--top_k", 2, "--embeddings", tmp_path / more)
         assert result.code == 0, result.err

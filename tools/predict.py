@@ -68,7 +68,7 @@ def open_images(args) -> ImageFiles:
     if os.path.isfile(path) and path.lower().endswith(EXTENSIONS):
         dataset = ImageFiles([path], [0], args.in_chans, f"{flag} {path}", Counter())
     elif os.path.isfile(path) and not path.lower().endswith(TARS):
-        dataset = ImageList(path, flag, args.data_path, in_chans=args.in_chans)
+        dataset = ImageList(path, flag, args.data_path or os.path.dirname(path), in_chans=args.in_chans)
     elif tar_shards(path):
         dataset = open_tar(path, flag, args.in_chans, labelled=False)
     else:
@@ -149,7 +149,7 @@ def get_args_parser() -> ArgumentParser:
     add_image_arguments(parser)
     images_help = "folder, however nested, .tar shards, a glob of them, list with a path per line, or an image"
     parser.add_argument("--images", required=True, help=images_help)
-    parser.add_argument("--data_path", default=None, help="folder that paths of a list are below")
+    parser.add_argument("--data_path", default=None, help="folder that paths of a list are below, if not its own")
     parser.add_argument("--output", default=None, help="file to write; predictions.csv or .jsonl where not given")
     add_bool(parser, "--json", False, "write JSON lines instead of a CSV")
     parser.add_argument("--top_k", type=whole(1), default=5, help="classes per image, the likeliest first")
