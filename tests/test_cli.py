@@ -55,7 +55,7 @@ def test_pretraining_leaves_its_files(journey):
         assert record["epoch"] == epoch
         assert record["n_parameters"] == sum(p.numel() for p in model.parameters())
     state = load(out / "checkpoint-2.pth")
-    assert set(state) == {"model", "optimizer", "epoch", "scaler", "args", "run"}
+    assert set(state) == {"model", "optimizer", "epoch", "scaler", "args", "run", "order"}
     assert state["epoch"] == 2
     assert state["args"]["mask_ratio"] == 0.6
     model.load_state_dict(state["model"])
@@ -99,7 +99,7 @@ def test_finetuning_leaves_its_files(journey):
             "train_loss", "train_class_acc", "train_lr", "test_loss", "test_acc1", "test_acc5", "epoch", "n_parameters",
         ]  # fmt: skip
     state = load(out / "checkpoint-2.pth")
-    assert set(state) == {"model", "optimizer", "epoch", "scaler", "args", "model_ema", "best", "classes", "run"}
+    assert set(state) == {"model", "optimizer", "epoch", "scaler", "args", "model_ema", "best", "classes", "run", "order"}
     best = max(record["test_acc1"] for record in records(out))
     assert state["best"]["acc1"] == pytest.approx(best)
     assert f"best acc1 {best:.2f}" in result.out.splitlines()[-1]
