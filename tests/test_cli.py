@@ -99,7 +99,8 @@ def test_finetuning_leaves_its_files(journey):
             "train_loss", "train_class_acc", "train_lr", "test_loss", "test_acc1", "test_acc5", "epoch", "n_parameters",
         ]  # fmt: skip
     state = load(out / "checkpoint-2.pth")
-    assert set(state) == {"model", "optimizer", "epoch", "scaler", "args", "model_ema", "best", "classes", "run", "order"}
+    kept = {"model", "optimizer", "scaler", "model_ema", "epoch", "args", "run", "order", "best", "classes"}
+    assert set(state) == kept
     best = max(record["test_acc1"] for record in records(out))
     assert state["best"]["acc1"] == pytest.approx(best)
     assert f"best acc1 {best:.2f}" in result.out.splitlines()[-1]
