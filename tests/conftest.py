@@ -27,6 +27,13 @@ def pytest_addoption(parser):
     parser.addoption("--real_timeout", action="store_true", help="wait for a real SLURM time limit, two minutes")
 
 
+@pytest.fixture(autouse=True)
+def no_log_to_what_is_closed():
+    """A script run in an earlier test's process has left a handler there, for a stream that ended with that test."""
+    log = logging.getLogger("fcmae")
+    log.handlers[:] = [x for x in log.handlers if not getattr(getattr(x, "stream", None), "closed", False)]
+
+
 @pytest.fixture
 def logs(caplog, monkeypatch):
     """The log, whether or not a script run by another test has redirected it."""
