@@ -29,7 +29,7 @@ def pytest_addoption(parser):
 
 @pytest.fixture(autouse=True)
 def no_log_to_what_is_closed():
-    """A script run in an earlier test's process has left a handler there, for a stream that ended with that test."""
+    """Scripts that earlier tests ran in this process leave a handler, whose stream may have ended with its test."""
     log = logging.getLogger("fcmae")
     log.handlers[:] = [x for x in log.handlers if not getattr(getattr(x, "stream", None), "closed", False)]
 

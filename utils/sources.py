@@ -29,7 +29,8 @@ def check_source(flag: str, source: str, here: bool = False) -> None:
     Such names are hf-hub:OWNER/NAME, timm/NAME.TAG, and those of the releases. here: files alone will do.
     """
     known = [] if here else releases()
-    if not (os.path.isfile(source) or source in known or (known and re.match("https?://|hf-hub:|timm/", source))):
+    elsewhere = not here and (source in known or re.match("https?://|hf-hub:|timm/", source))
+    if not (os.path.isfile(source) or elsewhere):
         wrong = "is a folder; give a file in it" if os.path.isdir(source) else f"no such file{suggest(source, known)}"
         raise UsageError(f"{flag} {source}: {wrong}".lstrip())
 
