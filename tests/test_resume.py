@@ -258,8 +258,14 @@ def test_resume_refuses_what_does_not_fit(scripts, whole, tmp_path):
         result = scripts.finetune("--resume", checkpoint, "--output_dir", tmp_path, *flags)
         assert result.code == 2
         assert re.match(f"error: .*{message}", result.err)
-    result = scripts.finetune("--resume", whole["pretrain"] / LAST)
-    assert (result.code, result.err.count("\n")) == (2, 1)
+    for stage, other, flag in (("finetune", "pretrain", "finetune"), ("pretrain", "finetune", "initial_checkpoint")):
+        folder = shutil.copytree(whole[other], tmp_path / other)
+        for flags in (("--resume", folder / LAST), ("--output_dir", folder)):
+            result = getattr(scripts, stage)(*flags)
+            assert (result.code, result.err.count("\n")) == (2, 1)
+            assert f"{LAST}: was written by main_{other}.py; give another --output_dir, or that file to" in result.err
+            assert result.err.endswith(f" --{flag}\n")
+        assert snapshot(folder) == snapshot(whole[other])
     no_average = tmp_path / "no_average.pth"
     torch.save({**load(checkpoint), "model_ema": None}, no_average)
     result = scripts.finetune("--resume", no_average, *FLAGS["finetune"])

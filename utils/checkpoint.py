@@ -239,8 +239,12 @@ def check_same_run(path: Path, state: dict, flags: dict, classes: list[str] | No
     classes, order: as `Run.begin` has them. What it was trained with, the checkpoint tells, else nothing is compared.
 
     Raises:
-        UsageError: another optimizer, other classes, or, inside an epoch, another order of the samples.
+        UsageError: another script, another optimizer, other classes, or, inside an epoch, another order of the samples.
     """
+    here, there = ("pretrain" if "mask_ratio" in x else "finetune" for x in (flags, state.get("args", {})))
+    start = "finetune" if here == "finetune" else "initial_checkpoint"
+    other = f"{path}: was written by main_{there}.py; give another --output_dir, or that file to --{start}"
+    refuse("run" in state and here != there, other)
     opt = flags.get("opt")
     if opt and (was := str(state.get("args", {}).get("opt", opt))).lower() != opt.lower():
         raise UsageError(f"--opt {opt}: {path} was trained with {was}, whose state does not fit")
