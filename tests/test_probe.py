@@ -443,7 +443,7 @@ def test_buffers_are_the_first_process_s(tmp_path):
         ("--freeze_stages 1", "--freeze_stages 1 and --linear_probe true"),
         ("--grad_checkpointing true", "--grad_checkpointing True and --linear_probe true"),
         ("--batch_size 5", "--batch_size 5: must be even, .*batch norm"),
-        ("--resume $pre", ".*: a checkpoint of another model"),
+        ("--resume $pre", ".*: was written by main_pretrain.py"),
     ],
 )
 def test_mistakes_with_a_probe(flags, message, scripts, pretrained):

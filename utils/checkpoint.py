@@ -243,7 +243,7 @@ def check_same_run(path: Path, state: dict, flags: dict, classes: list[str] | No
     """
     here, there = ("pretrain" if "mask_ratio" in x else "finetune" for x in (flags, state.get("args", {})))
     start = "finetune" if here == "finetune" else "initial_checkpoint"
-    other = f"{path}: was written by main_{there}.py; give another --output_dir, or that file to --{start}"
+    other = f"{path}: was written by main_{there}.py; give it to --{start}, and this run an --output_dir of its own"
     refuse("run" in state and here != there, other)
     opt = flags.get("opt")
     if opt and (was := str(state.get("args", {}).get("opt", opt))).lower() != opt.lower():
