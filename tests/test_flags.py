@@ -8,6 +8,7 @@ import pytest
 import main_finetune
 import main_pretrain
 from utils.args import HINTS, SYNONYMS
+from utils.errors import suggest
 from utils.slurm import OPTIONS, add_slurm_arguments
 
 TOOLS = ("benchmark", "export", "mean_std", "plot", "predict", "probe", "roofline", "shrink", "visualize")
@@ -84,8 +85,30 @@ def test_others_names(script, capsys):
     for name in HINTS.keys() - parser._option_string_actions.keys():
         with pytest.raises(SystemExit, match="2"):
             parser.parse_args([name])
-        line = capsys.readouterr().err
-        assert re.fullmatch(f"error: unknown argument {name}: .+; see --help\n", line)
+        line, flags = capsys.readouterr().err, set(re.findall(r"--\w+", HINTS[name]))
+        if not flags or flags & parser._option_string_actions.keys():
+            assert line == f"error: unknown argument {name}: {HINTS[name]}; see --help\n"
+
+
+@pytest.mark.parametrize("script", [main_pretrain, main_finetune])
+def test_only_a_close_flag_is_suggested(script, capsys):
+    """A letter left out or two changed over is found again; a flag of timm that has no counterpart is like none."""
+    parser = script.get_args_parser()
+    known = [flag for flag in parser._option_string_actions if len(flag) > 4]
+    for flag in known:
+        for i in range(2, len(flag) - 1):
+            for typed in {flag[:i] + flag[i + 1 :], flag[:i] + flag[i + 1] + flag[i] + flag[i + 2 :]} - {*known}:
+                assert suggest(typed, known).startswith(" (did you mean --")
+    for name in ("fast_norm", "synchronize_step", "jsd_loss", "tta", "focal_loss", "decay_milestones", "lr_cycle_mul"):
+        with pytest.raises(SystemExit, match="2"):
+            parser.parse_args([f"--{name}", "1"])
+        assert capsys.readouterr().err == f"error: unknown argument --{name}; see --help\n"
+
+
+def test_a_hint_names_flags_that_the_script_has(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        PARSERS["predict"].parse_args(["--checkpoint", "x.pth", "--images", "x", "--finetune", "y.pth"])
+    assert "--finetune is of main_finetune.py" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("script", PARSERS)

@@ -20,40 +20,59 @@ from .sources import check_source
 log = logging.getLogger("fcmae")
 T = TypeVar("T")
 
-SYNONYMS = {  # what MAE, timm and others call a flag of this project
-    **dict.fromkeys(("--accum_iter", "--grad_accum", "--grad_accum_steps"), "--update_freq"),
-    **dict.fromkeys(("-b", "--bs", "--batch_size_per_gpu"), "--batch_size"),
-    **dict.fromkeys(("-j", "--workers"), "--num_workers"),
-    **dict.fromkeys(("--data_dir", "--data", "--train_dir"), "--data_path"),
-    **dict.fromkeys(("--val_dir", "--val_path"), "--eval_data_path"),
-    **dict.fromkeys(("--val_ratio", "--validation_split"), "--val_split"),
-    **dict.fromkeys(("--img_size", "--image_size"), "--input_size"),
-    **dict.fromkeys(("--val_resize_size", "--resize_size"), "--eval_resize"),
-    **dict.fromkeys(("--amp", "--mixed_precision"), "--use_amp"),
-    **dict.fromkeys(("--save_freq", "--save_interval"), "--save_ckpt_freq"),
-    **dict.fromkeys(("--output", "--save_dir"), "--output_dir"),
-    **dict.fromkeys(("--num_epochs", "--max_epochs"), "--epochs"),
-    "--learning_rate": "--lr", "--wd": "--weight_decay", "--dataset": "--data_set", "--num_classes": "--nb_classes",
-    "--optimizer": "--opt", "--label_smoothing": "--smoothing", "--interpolation": "--train_interpolation",
-    "--auto_augment": "--aa", "--checkpoint_hist": "--save_ckpt_num", "--recovery_interval": "--save_ckpt_steps",
-    "--torchcompile": "--compile", "--evaluate": "--eval", "--val_interval": "--eval_freq",
-    "--drop_path_rate": "--drop_path", "--clip_grad_norm": "--clip_grad", "--max_grad_norm": "--clip_grad",
-    "--gradient_checkpointing": "--grad_checkpointing", "--picture_freq": "--vis_freq",
-    "--eval_metric": "--best_metric", "--early_stopping": "--patience", "--early_stopping_patience": "--patience",
-    "--frozen_stages": "--freeze_stages", "--crop_mode": "--resize_mode",
+ALIASES = {  # a flag of this project: what MAE, timm and others call it
+    "update_freq": "accum_iter grad_accum grad_accum_steps gradient_accumulation_steps",
+    "batch_size": "b bs batch batch_size_per_gpu per_device_train_batch_size",
+    "num_workers": "j workers dataloader_num_workers",
+    "data_path": "data_dir data train_dir train_data",
+    "eval_data_path": "val_dir val_path val_data test_data",
+    "val_split": "val_ratio validation_split",
+    "input_size": "img_size image_size imgsz",
+    "eval_resize": "val_resize_size resize_size",
+    "use_amp": "amp mixed_precision",
+    "output_dir": "output save_dir work_dir",
+    "epochs": "num_epochs max_epochs num_train_epochs",
+    "save_ckpt_freq": "save_freq save_interval",
+    "save_ckpt_steps": "recovery_interval save_steps",
+    "save_ckpt_num": "checkpoint_hist save_total_limit",
+    "eval": "evaluate eval_only test_only",
+    "grad_checkpointing": "gradient_checkpointing use_checkpoint",
+    "clip_grad": "clip_grad_norm max_grad_norm",
+    "patience": "early_stopping early_stopping_patience",
+    "lr": "learning_rate", "weight_decay": "wd", "data_set": "dataset", "nb_classes": "num_classes",
+    "opt": "optimizer", "opt_betas": "betas", "smoothing": "label_smoothing", "aa": "auto_augment",
+    "train_interpolation": "interpolation", "compile": "torchcompile", "eval_freq": "val_interval",
+    "drop_path": "drop_path_rate", "vis_freq": "picture_freq", "best_metric": "eval_metric",
+    "freeze_stages": "frozen_stages", "resize_mode": "crop_mode", "model": "arch",
 }  # fmt: skip
+HELP = {  # what does here what others have a flag for, and their flags
+    "give a file, an address or a name of weights to --finetune, in pre-training to --initial_checkpoint": (
+        "pretrained pretrained_weights pretrained_path weights finetune initial_checkpoint load_from checkpoint"
+    ),
+    "--val_split is the share that is held out": "train_split",
+    "--wandb PROJECT": "log_wandb use_wandb enable_wandb wandb_project",
+    "--min_crop is the smallest share of an image that is cropped": "scale ratio train_crop_mode",
+    "--class_weights": "bce_pos_weight pos_weight", "--patience": "early_stop patience_epochs",
+    "--freeze_stages": "freeze", "--device cpu": "no_cuda", "--drop_path": "drop drop_connect",
+    "the schedule is a cosine after --warmup_epochs, down to --min_lr": "sched lr_scheduler lr_scheduler_type cos_lr",
+    "--device cuda:N, or torchrun --nproc_per_node=N for several": "gpu gpus gpu_id",
+    "--use_amp true --amp_dtype float16": "fp16", "--use_amp true": "bf16 amp_impl precision",
+    "--use_amp false": "disable_amp", "--multi_label true": "bce_loss", "--aa '' --reprob 0 --min_crop 1": "no_aug",
+    "--finetune starts from weights alone": "no_resume_opt",
+    "--batch_size is of evaluation, too": "validation_batch_size",
+    "torchrun, srun and mpirun tell, or --dist_url tcp://HOST:PORT": "rank master_port nproc",
+    "@FILE reads flags from a file": "config cfg",
+    "the warm-up begins at 0": "warmup_lr",
+    "features are averaged over the image": "global_pool gp cls_token",
+    "there is no batch norm": "sync_bn sync_batchnorm dist_bn bn_momentum",
+    "half of the images are mirrored, left to right": "hflip vflip",
+    "a line is printed every 20 steps": "log_interval print_freq logging_steps",
+    "each run has an --output_dir of its own": "experiment project name",
+    "the layers keep to that layout anyway": "channels_last",
+}  # fmt: skip
+SYNONYMS = {"-" * (1 + (len(x) > 1)) + x: f"--{flag}" for flag, names in ALIASES.items() for x in names.split()}
+HINTS = {f"--{name}": hint for hint, names in HELP.items() for name in names.split()}
 RESIZE_MODES = "crop", "squash", "pad"
-WEIGHTS = "give a file, an address or a name of weights to --finetune, in pre-training to --initial_checkpoint"
-HINTS = {  # what others have a flag for, and what does it here
-    **dict.fromkeys(("--pretrained", "--pretrained_weights", "--finetune", "--initial_checkpoint"), WEIGHTS),
-    "--train_split": "--val_split is the share that is held out",
-    **dict.fromkeys(("--log_wandb", "--use_wandb"), "--wandb PROJECT"),
-    **dict.fromkeys(("--scale", "--ratio"), "--min_crop is the smallest share of an image that is cropped"),
-    **dict.fromkeys(("--sched", "--lr_scheduler"), "the schedule is a cosine after --warmup_epochs, down to --min_lr"),
-    **dict.fromkeys(("--gpu", "--gpus", "--gpu_id"), "--device cuda:N, or torchrun --nproc_per_node=N for several"),
-    "--drop": "--drop_path", "--fp16": "--use_amp true --amp_dtype float16", "--bf16": "--use_amp true",
-    "--warmup_lr": "the warm-up begins at 0", "--no_aug": "--aa '' --reprob 0 --min_crop 1",
-}  # fmt: skip
 
 
 class Arguments(argparse.Namespace):
@@ -81,8 +100,10 @@ class ArgumentParser(argparse.ArgumentParser):
         parsed, unknown = self.parse_known_args(words, Arguments(**dict.fromkeys(names)))  # None: not given
         if unknown:
             flag = unknown[0].split("=")[0]
-            hint = HINTS.get(flag) or owners(SYNONYMS.get(flag, flag).replace("--no_", "--", 1))
-            hint = f": {hint}" if hint else suggest(flag, self._option_string_actions)
+            hint, options = HINTS.get(flag, ""), self._option_string_actions
+            if not hint or ((flags := set(re.findall(r"--\w+", hint))) and not flags & options.keys()):
+                hint = owners(SYNONYMS.get(flag, flag).replace("--no_", "--", 1))
+            hint = f": {hint}" if hint else suggest(flag, options)
             self.error(f"unknown argument {flag}{hint}; see --help")
         parsed.given = frozenset(name for name in names if getattr(parsed, name) is not None)
         vars(parsed).update({name: self.get_default(name) for name in names if name not in parsed.given})

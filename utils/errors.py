@@ -27,8 +27,8 @@ def refuse(wrong: object, message: str) -> None:
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
-    """' (did you mean X?)' where one of the known names is close, else ''."""
-    close = difflib.get_close_matches(name, list(known), n=1)
+    """' (did you mean X?)' where one of the known names is close, else ''; flags share words, so must be closer."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.8 if name.startswith("--") else 0.6)
     return f" (did you mean {close[0]}?)" if close else ""
 
 
