@@ -44,7 +44,7 @@ from utils.args import (
 from utils.data.balance import first_of_each_class
 from utils.data.sampling import StepLoader, path_of
 from utils.data.transforms import SMALL_INPUT_SIZE
-from utils.errors import UsageError, refuse
+from utils.errors import UsageError, masked, refuse
 from utils.lr_sched import Schedule
 from utils.param_groups import optimizer_info, param_groups
 from utils.report import METRICS, Reporter
@@ -273,7 +273,7 @@ def evaluate_only(args, amp: Amp) -> None:
     classes = found.content.get("classes")
     dataset, _ = datasets.build_dataset(False, args, classes)
     loader = datasets.build_eval_loader(dataset, args, spread=args.dist_eval)
-    report = build_reporter(args, record.masked(str(path)), dataset, classes, config.num_classes)
+    report = build_reporter(args, masked(str(path)), dataset, classes, config.num_classes)
     for suffix, model in scored.items():
         model.to(amp.device)
         if args.compile:

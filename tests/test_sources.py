@@ -2,6 +2,7 @@
 
 import hashlib
 import http.server
+import logging
 import re
 import threading
 
@@ -12,6 +13,7 @@ from safetensors.torch import save
 from main_finetune import ConvNeXtV2
 from tests.small_runs import TINY
 from utils import sources
+from utils.distributed import setup_logging
 from utils.errors import UsageError
 from utils.layouts import to_timm
 from utils.weights import load_checkpoint
@@ -179,3 +181,14 @@ def test_a_run_starts_from_an_address(server, scripts, tmp_path):
 def test_the_releases_are_those_of_the_docs():
     table = (sources.Path(__file__).parent.parent / "docs/weights.md").read_text()
     assert set(re.findall(r"`(convnextv2_\w+\.\w+)`", table)) == set(sources.releases())
+
+
+def test_no_line_shows_what_is_secret_in_an_address(scripts, capfd):
+    """Neither the mistake's nor a warning's; what follows the address stays."""
+    result = scripts.finetune("--finetune", "http://me:s3cret@localhost:1/a.pth?token=s3cret")
+    assert result.code == 2
+    assert result.err.startswith("error: --finetune http://***@localhost:1/a.pth?***: cannot be downloaded (")
+    assert "s3cret" not in result.out + result.err
+    setup_logging()
+    logging.getLogger("fcmae").warning("http://host/a.pth?sig=s3cret: read")
+    assert capfd.readouterr().out == "http://host/a.pth?***: read\n"

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .errors import UsageError, drop_stdout, refuse
+from .errors import ADDRESSES, UsageError, drop_stdout, masked, refuse
 
 log = logging.getLogger("fcmae")
 
@@ -107,6 +107,9 @@ def check_same(count: int, what: str) -> None:
 
 class _Console(logging.StreamHandler):
     """A handler without which a run goes on once nobody reads it any more (`| head`), or its disk is full."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return masked(super().format(record), ADDRESSES)
 
     def handleError(self, record: logging.LogRecord) -> None:
         error = sys.exc_info()[1]

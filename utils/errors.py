@@ -5,11 +5,19 @@ import difflib
 import errno
 import logging
 import os
+import re
 import select
 import sys
 from collections.abc import Callable, Iterable, Iterator
 
 log = logging.getLogger("fcmae")
+
+# what is secret; what comes before it, and quotes around it, stay
+ADDRESSES = (r"(://)[^/\s]+(?=@)", r"(://[^\s?]+\?)\S+?(?=[:;,)]*(?:\s|$))")
+SECRETS = (
+    *ADDRESSES,
+    r"""(?i)(\w*(?:token|secret|password|api_?key)\w*=(["']?))(?:(?!\2(?:[\s;&]|$)).)+""",
+)
 
 
 class UsageError(Exception):
@@ -24,6 +32,13 @@ def refuse(wrong: object, message: str) -> None:
     """Raise UsageError if something is wrong."""
     if wrong:
         raise UsageError(message)
+
+
+def masked(text: str, secrets: Iterable[str] = SECRETS) -> str:
+    """Without what is secret in addresses, ://USER:TOKEN@ and all behind ?, and in settings such as HF_TOKEN=..."""
+    for secret in secrets:
+        text = re.sub(secret, r"\1***", text)
+    return text
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
@@ -77,6 +92,7 @@ def run_cli(main: Callable[[], None]) -> None:
         code, message = 130, "interrupted; with --output_dir, the same command goes on from its last checkpoint"
     rank = os.environ.get("RANK", "0")
     try:
+        message = masked(message, ADDRESSES)
         print(message if rank == "0" else f"[rank {rank}] {message}", file=sys.stderr, flush=True)
         print(end="", flush=True)
     except OSError:  # which Python would tell with a trace, and end with 120

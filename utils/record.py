@@ -21,7 +21,7 @@ import torchvision
 
 from . import checkpoint
 from .distributed import get_world_size, is_main_process
-from .errors import UsageError, surviving_disk_errors
+from .errors import UsageError, masked, surviving_disk_errors
 
 log = logging.getLogger("fcmae")
 
@@ -30,11 +30,6 @@ PLACES = {
     *("output_dir", "log_dir", "job_dir", "auto_resume", "num_workers", "pin_mem", "local_rank", "world_size"),
     *("dist_url", "dist_timeout", "device", "max_bad_images", "kernels", "predictions"),
 }
-SECRETS = (  # what comes before them, and quotes around them, stay
-    r"(://)[^/\s]+(?=@)",
-    r"(://[^\s?]+\?)\S+",
-    r"""(?i)(\w*(?:token|secret|password|api_?key)\w*=(["']?))(?:(?!\2(?:[\s;&]|$)).)+""",
-)
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -45,13 +40,6 @@ def plain(value):
     if isinstance(value, (list, tuple)):
         return list(map(plain, value))
     return value if isinstance(value, (int, float, type(None))) else masked(str(value))
-
-
-def masked(text: str) -> str:
-    """Without what is secret in addresses, ://USER:TOKEN@ and all behind ?, and in settings such as HF_TOKEN=..."""
-    for secret in SECRETS:
-        text = re.sub(secret, r"\1***", text)
-    return text
 
 
 def launch() -> str:
