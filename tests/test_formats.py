@@ -83,6 +83,9 @@ def test_white_may_be_zero(dtype):
     for order in "<>":
         content = tiff(array, photometric="miniswhite", byteorder=order)
         assert torch.equal(load(content), true(~array[None]))
+        both = np.stack([array, array[::-1]], axis=-1)
+        content = tiff(both, photometric="miniswhite", extrasamples=["unassalpha"], byteorder=order)
+        assert torch.equal(load(content, 2), true(np.stack([~array, array[::-1]])))
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "uint16", "float32"])
@@ -139,6 +142,12 @@ def test_colours_of_print_and_palettes():
     content = tiff(noise((20, 30, 3), "uint8"), photometric="cielab")
     with pytest.raises(BadImage, match=r"holds colours of the kind .*CIELAB"):
         load(content, 3)
+
+
+def test_palettes_of_16_bits():
+    indices, colours = noise((20, 30), "uint16"), noise((3, 65536), "uint16")
+    content = tiff(indices, photometric="palette", colormap=colours)
+    assert torch.equal(load(content, 3), true((colours >> 8)[:, indices].astype(np.uint8)))
 
 
 def test_palettes():
@@ -550,9 +559,9 @@ def test_a_folder_of_the_wrong_kind(caplog, monkeypatch):
     survey(Files(plain | {"0.tif": files["0.tif"]}), Reading(3), "X")
     clear = {f"{i}.png": png(noise((20, 30, 4), "uint8")) for i in range(3)}
     survey(Files(clear | {"0.tif": files["0.tif"]}), Reading(4), "Y")
-    for source in "XY":
-        told = f"{source}: 1 of a sample of 4 files: is a TIFF beyond Pillow: pip install tifffile imagecodecs"
-        assert caplog.text.count(told) == 1
+    told = "{}: 1 of a sample of 4 files: is a TIFF beyond Pillow: pip install tifffile imagecodecs"
+    once, again = (caplog.text.count(told.format(source)) for source in "XY")
+    assert again == once > 0  # though it looked twice, for alpha
 
 
 # ---- sizes

@@ -260,13 +260,15 @@ def _read_page(page, in_chans: int, nodata: float | None) -> tuple[np.ndarray, n
     holes = np.zeros(pixels.shape, bool) if holes is None else holes
     if kind == PALETTE:
         colours = page.colormap[:, pixels[0]] >> (8 if page.colormap.max() > 255 else 0)
-        return np.concatenate([colours.astype(np.uint8), pixels[1:]]), holes[:1].repeat(2 + len(pixels), axis=0)
+        pixels = np.concatenate([colours, pixels[1:] >> 8 * (pixels.itemsize - 1)]).astype(np.uint8)
+        return pixels, holes[:1].repeat(len(pixels), axis=0)
     if kind not in (*GREY, RGB, CMYK) and (kind, page.compression) != (6, 7):  # JPEG's YCbCr comes as RGB
         raise ValueError(f"holds colours of the kind {kind!r}, which are not read")
     bits = page.bitspersample if isinstance(page.bitspersample, int) else 8
     most = 2**bits - 1 if unsigned else 1
     if kind == 0 and pixels.dtype.kind in "ui":  # white
-        pixels = pixels.dtype.type(most) - pixels if unsigned else ~pixels
+        colours = pixels[:-1] if extra in ((1,), (2,)) else pixels  # the last is no colour, but opacity
+        pixels = np.concatenate([pixels.dtype.type(most) - colours if unsigned else ~colours, pixels[len(colours) :]])
     if bits < 8:
         pixels, most = (pixels * np.float32(255 / most)).round().astype(np.uint8), 255
     if extra == (1,):  # colours times alpha
