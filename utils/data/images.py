@@ -77,8 +77,8 @@ class Survey:
 
 
 def hidden(name: str) -> bool:
-    """Whether a file or folder is one of those that notebooks, macOS and version control leave beside images."""
-    return name.startswith((".", "__MACOSX"))
+    """Whether a file or folder is one of those that notebooks, macOS, a NAS and version control leave beside images."""
+    return name.startswith((".", "__MACOSX", "@eaDir"))
 
 
 def load_image(path: str) -> Image.Image:
