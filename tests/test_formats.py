@@ -477,6 +477,10 @@ def test_black_in_colour_is_no_hole():
     array[8, :2] = ((255, 0, 0), (76, 76, 76))  # both are of the grey 76
     for content, name in ((png(array), "x.png"), (tiff(array, photometric="rgb"), "x.tif")):
         assert load(content, 1, name, nodata=76)[0].isnan().nonzero().tolist() == [[8, 1]]
+    clear = np.concatenate([array, noise((20, 30, 1), "uint8")], axis=2)  # of which opacity is no colour
+    for content, name in ((png(clear), "x.png"), (tiff(clear, photometric="rgb", extrasamples=[2]), "x.tif")):
+        for in_chans in (1, 3, 4):
+            assert load(content, in_chans, name, nodata=76)[-1].isnan().nonzero().tolist() == [[8, 1]]
     grey = noise((20, 30), "uint8")
     content = tiff(grey, photometric="miniswhite", extratags=[(42113, "s", 0, "0", True)])
     assert np.array_equal(load(content)[0].isnan(), grey == 0)

@@ -80,7 +80,7 @@ def read_stored(content: bytes, path: str, in_chans: int, nodata: float | None, 
         if not is_tiff:
             raise
         return _read_tiff(content, in_chans, nodata, max_pixels)
-    return stored._replace(holes=without_data(stored.pixels, nodata))
+    return stored._replace(holes=without_data(stored.pixels, nodata, stored.alpha))
 
 
 def check_size(width: int, height: int, most: int) -> None:
@@ -107,15 +107,18 @@ def _with_key(stored: Stored, key: int | tuple[int, ...], bits: int) -> Stored:
     return stored._replace(pixels=np.concatenate([stored.pixels, opaque]), alpha=True)
 
 
-def without_data(pixels: np.ndarray, nodata: float | None) -> np.ndarray | None:
-    """Where pixels (C, H, W) are NaN or `nodata`, None: nowhere; in bytes, where a colour may have it, all channels."""
+def without_data(pixels: np.ndarray, nodata: float | None, alpha: bool) -> np.ndarray | None:
+    """Where pixels (C, H, W) are NaN or `nodata`, None: nowhere; in bytes, where one colour may have it, all colours.
+
+    alpha: whether the last channel is none.
+    """
     if nodata is None and pixels.dtype.kind != "f":
         return None
     holes = np.isnan(pixels) if pixels.dtype.kind == "f" else np.zeros(pixels.shape, bool)
     if nodata is not None:
         holes |= pixels == nodata
         if pixels.dtype == np.uint8:
-            holes[:] = holes.all(axis=0)
+            holes[:] = holes[: -1 if alpha else None].all(axis=0)
     return holes if holes.any() else None
 
 
@@ -256,7 +259,7 @@ def _read_page(page, in_chans: int, nodata: float | None) -> tuple[np.ndarray, n
     kind = page.photometric if 262 in page.tags else 1  # to tifffile, white is 0 in one that does not say
     with suppress(ValueError):  # none, or no number
         nodata = float(str(page.tags.valueof(GDAL_NODATA)).strip("\0 "))
-    holes = without_data(pixels, nodata)
+    holes = without_data(pixels, nodata, extra in ((1,), (2,)))
     holes = np.zeros(pixels.shape, bool) if holes is None else holes
     if kind == PALETTE:
         colours = page.colormap[:, pixels[0]] >> (8 if page.colormap.max() > 255 else 0)
