@@ -1,6 +1,8 @@
 """Small pictures, whole and broken, and the arguments that they are loaded by."""
 
 import io
+import struct
+import zlib
 
 import numpy as np
 import torch
@@ -63,3 +65,19 @@ def pixels(image):
     """(C, H, W) of a Pillow image."""
     array = np.asarray(image)
     return torch.from_numpy((array[None] if array.ndim == 2 else array.transpose(2, 0, 1)).copy())
+
+
+def png(array, *chunks, bits=None):
+    """A PNG of (H, W, C) pixels in 8 or 16 bits, of (H, W, 1) in fewer, too, with chunks before the pixels."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    height, width, channels = array.shape
+    bits = bits or 8 * array.dtype.itemsize
+    header = struct.pack(">IIBBBBB", width, height, bits, {1: 0, 2: 4, 3: 2, 4: 6}[channels], 0, 0, 0)
+    if bits < 8:
+        array = np.packbits(np.unpackbits(array, axis=2)[..., -bits:].reshape(height, -1), axis=1)
+    rows = b"".join(b"\0" + row.astype(f">u{array.dtype.itemsize}").tobytes() for row in array)
+    parts = [(b"IHDR", header), *chunks, (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts)

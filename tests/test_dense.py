@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from models.convnextv2 import Encoder
+from tests.pictures import png
 from tests.small_runs import TINY
 from tools import dense, probe
 from tools.dense import DenseHead, MaskedImages, ious, picture
@@ -96,6 +97,16 @@ def test_pairs_are_learnt(pairs, tmp_path, capsys):
         assert picture.size == (6 * 132 + 4, 4 * 132 + 4)
     run(pairs, "--epochs", 60)
     assert float(re.search(r"^\| mean \| ([\d.]+)", capsys.readouterr().out, re.M)[1]) == own  # the same seed
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_labels_of_few_bits_are_as_stored(bits, pairs, tmp_path):
+    labels = np.random.default_rng(0).integers(0, 2**bits, (32, 32, 1), np.uint8)
+    (tmp_path / "train/masks/deeper/0.png").write_bytes(png(labels, bits=bits))
+    args = probe.get_args_parser().parse_args([str(word) for word in pairs])
+    args.in_chans = 3
+    data = MaskedImages(("", ""), str(tmp_path / "train/images"), str(tmp_path / "train/masks"), args)
+    assert torch.equal(data.mask(0), torch.from_numpy(labels[..., 0].astype(np.int64)))
 
 
 def test_what_is_refused(pairs, tmp_path):

@@ -129,6 +129,25 @@ def test_a_cache_that_cannot_be_written(server, tmp_path, monkeypatch):
         loaded(f"{server.address}/a.pth")
 
 
+@pytest.mark.parametrize(
+    "reply",
+    [
+        b"SSH-2.0-OpenSSH\r\n", b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n9",
+        b"HTTP/1.1 302 Found\r\nLocation: /a.pth\r\nContent-Length: 0\r\n\r\n",
+    ],
+)  # fmt: skip
+def test_a_server_that_says_something_else(reply, server, monkeypatch):
+    monkeypatch.setattr(Handler, "do_GET", lambda self: self.wfile.write(reply))
+    with pytest.raises(UsageError, match=r"^--finetune \S+: cannot be downloaded \(.+\)$"):
+        loaded(f"{server.address}/a.pth")
+
+
+@pytest.mark.parametrize("address", ["http://localhost:1/a b.pth", "http://localhost:x/a.pth", "http://[::1/a.pth"])
+def test_addresses_that_are_none(address, server):
+    with pytest.raises(UsageError, match=f"^--finetune {re.escape(address)}: cannot be downloaded "):
+        loaded(address)
+
+
 def test_without_a_network():
     with pytest.raises(UsageError, match=r"--finetune http://localhost:1/a.pth: cannot be downloaded \(.*refused"):
         loaded("http://localhost:1/a.pth")

@@ -64,6 +64,9 @@ def test_parts_are_of_each_class_and_by_names(tmp_path):
     assert names(parts(whole, 0.2, 1)[1]) != names(held)
     assert parts(whole, None)[1].paths == ["/c/4.png", "/c/9.png", *(f"/d/{i}.png" for i in range(4, 40, 5))]
     assert len(parts(whole.part(range(3)), 0.999, 0)[0]) == 2
+    thrice = whole.part([*range(len(files))] * 3)  # lines of a list
+    for share in (0.2, None):
+        assert [x.paths for x in parts(thrice, share)] == [x.paths * 3 for x in parts(whole, share)]
 
 
 def test_tars_hold_out_the_same(scripts, tmp_path):

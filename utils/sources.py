@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import os
 import re
+from http.client import HTTPException
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -47,8 +48,10 @@ def local_file(flag: str, source: str | os.PathLike) -> Path:
     with main_process_first():
         try:
             return _from_address(source) if re.match("https?://", source) else _from_hub(source)
-        except UsageError as error:
-            raise UsageError(f"{flag} {source}: {error}".lstrip()) from error
+        except (UsageError, OSError, RuntimeError, ValueError, HTTPException) as error:
+            reason = " ".join(str(error).split())
+            reason = reason if isinstance(error, UsageError) else f"cannot be downloaded ({reason})"
+            raise UsageError(f"{flag} {source}: {reason}".lstrip()) from error
 
 
 def _from_address(address: str) -> Path:
@@ -69,8 +72,6 @@ def _from_address(address: str) -> Path:
     except UsageError as error:  # a download that broke off, a page that says sorry
         reason = str(error).removeprefix(f"{aside}: ")
         raise UsageError(f"what the server gives is no checkpoint: {reason}") from error
-    except (OSError, RuntimeError, ValueError) as error:
-        raise UsageError(f"cannot be downloaded ({error})") from error
     finally:
         with contextlib.suppress(OSError):
             aside.unlink()

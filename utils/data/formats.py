@@ -4,12 +4,10 @@ import io
 import logging
 import os
 import struct
-import tempfile
 import warnings
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
-from functools import lru_cache
 from itertools import islice
 from operator import add
 from typing import NamedTuple
@@ -30,6 +28,7 @@ JPEG, PNG, TIFFS = b"\xff\xd8", b"\x89PNG", (b"II*\0", b"MM\0*", b"II+\0", b"MM\
 START_OF_FRAME = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # markers of a JPEG
 GREY, RGB, PALETTE, MASK, CMYK = (0, 1), 2, 3, 4, 5  # photometric interpretations of a TIFF
 GDAL_NODATA, IMAGE_DEPTH = 42113, 32997  # tags of a TIFF
+PACKBITS = 32773
 WITHOUT_EXTRA = "is a TIFF beyond Pillow: pip install tifffile imagecodecs"
 JP2_SIZE = b"\xff\x4f\xff\x51"  # the markers that a JPEG 2000 codestream begins with
 
@@ -39,10 +38,6 @@ warnings.filterwarnings("ignore", module=r"PIL\.")  # a line on stderr for each 
 warnings.filterwarnings("ignore", "The given buffer is not writable")  # nor written to
 for _library in ("PIL", "tifffile"):
     logging.getLogger(_library).setLevel(logging.CRITICAL)
-try:
-    os.fstat(2)
-except OSError:  # closed by whoever began the run: `StderrKept` needs it, and the next file would become it
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 
 class Stored(NamedTuple):
@@ -71,13 +66,21 @@ def read_stored(content: bytes, path: str, in_chans: int, nodata: float | None, 
                     return _read_tiff(content, in_chans, nodata, max_pixels)
                 check_size(image.width, image.height, max_pixels)
                 check_png(content)
+                has_key = image.format == "PNG" and image.mode != "P" and in_chans in (2, 4)
+                key = image.info.pop("transparency", None) if has_key else None
                 deep = deep_colour(content, image)
-                stored = _read_deep(content, image) if deep else pillow_pixels(image, in_chans)
+                colours = 3 if in_chans == 1 and nodata is not None else in_chans  # many have the grey of no data
+                stored = _read_deep(content, image) if deep else pillow_pixels(image, colours)
+                if key is not None:
+                    stored = _with_key(stored, key, content[24])
+                if image.format == "JPEG2000" and image.mode != "P" and (bits := _jp2_bits(content)) < 8:
+                    full = stored.pixels * np.float32(255 / (256 - 2 ** (8 - bits)))  # Pillow has only shifted them
+                    stored = stored._replace(pixels=full.round().astype(np.uint8))
     except Exception:
         if not is_tiff:
             raise
         return _read_tiff(content, in_chans, nodata, max_pixels)
-    return stored._replace(holes=without_data(stored.pixels, nodata))
+    return stored._replace(holes=without_data(stored.pixels, nodata, stored.alpha))
 
 
 def check_size(width: int, height: int, most: int) -> None:
@@ -96,15 +99,26 @@ def check_png(content: bytes) -> None:
         place = end
 
 
-def without_data(pixels: np.ndarray, nodata: float | None) -> np.ndarray | None:
-    """Where pixels (C, H, W) are NaN or `nodata`, None: nowhere; in bytes, where a colour may have it, all channels."""
+def _with_key(stored: Stored, key: int | tuple[int, ...], bits: int) -> Stored:
+    """With opacity as last channel, of a PNG in which a colour, of so many bits, is transparent."""
+    most = stored.pixels.dtype.type(255 if bits < 16 else 65535)
+    colour = np.minimum(np.reshape(key, (-1, 1, 1)) * max(1, 255 // (2**bits - 1)), most)  # Pillow widens few bits
+    opaque = (stored.pixels != colour).any(axis=0, keepdims=True) * most
+    return stored._replace(pixels=np.concatenate([stored.pixels, opaque]), alpha=True)
+
+
+def without_data(pixels: np.ndarray, nodata: float | None, alpha: bool) -> np.ndarray | None:
+    """Where pixels (C, H, W) are NaN or `nodata`, None: nowhere; in bytes, where one colour may have it, all colours.
+
+    alpha: whether the last channel is none.
+    """
     if nodata is None and pixels.dtype.kind != "f":
         return None
     holes = np.isnan(pixels) if pixels.dtype.kind == "f" else np.zeros(pixels.shape, bool)
     if nodata is not None:
         holes |= pixels == nodata
         if pixels.dtype == np.uint8:
-            holes[:] = holes.all(axis=0)
+            holes[:] = holes[: -1 if alpha else None].all(axis=0)
     return holes if holes.any() else None
 
 
@@ -188,6 +202,7 @@ def _plain_tiff(image: Image.Image, nodata: float | None) -> bool:
     eight_bit = bits <= 8 and image.mode in ("1", "L", "P", "RGB", "CMYK", "YCbCr")
     plain = eight_bit or (image.mode, bits, tag(262)) == ("I;16", 16, 1)
     plain &= (tag(277, channels), set(tag(339, (1,))), tag(254, 0) & 5, tag(255, 1)) == (channels, {1}, 0, 1)
+    plain &= 262 in image.tag_v2 and not (tag(259) == PACKBITS and tag(317, 1) > 1)  # differences, to tifffile alone
     if image.mode == "P":  # no data is an index; colours of 8 bits are black to Pillow
         plain &= nodata is None and max(tag(320)) > 255
     plain &= 0 not in tag(324 if 322 in image.tag_v2 else 273)  # tiles or strips left out: Pillow reads the header
@@ -240,20 +255,23 @@ def _read_page(page, in_chans: int, nodata: float | None) -> tuple[np.ndarray, n
     pixels = pixels.transpose(0, 2, 1) if turn > 4 else pixels
     pixels = pixels[:, :: -1 if turn in (3, 4, 7, 8) else 1, :: -1 if turn in (2, 3, 6, 7) else 1]
     pixels = pixels.astype(np.uint8 if pixels.dtype == bool else pixels.dtype.newbyteorder("="), copy=False)
-    unsigned, kind, extra = pixels.dtype.kind == "u", page.photometric, page.extrasamples
+    unsigned, extra = pixels.dtype.kind == "u", page.extrasamples
+    kind = page.photometric if 262 in page.tags else 1  # to tifffile, white is 0 in one that does not say
     with suppress(ValueError):  # none, or no number
         nodata = float(str(page.tags.valueof(GDAL_NODATA)).strip("\0 "))
-    holes = without_data(pixels, nodata)
+    holes = without_data(pixels, nodata, extra in ((1,), (2,)))
     holes = np.zeros(pixels.shape, bool) if holes is None else holes
     if kind == PALETTE:
         colours = page.colormap[:, pixels[0]] >> (8 if page.colormap.max() > 255 else 0)
-        return np.concatenate([colours.astype(np.uint8), pixels[1:]]), holes[:1].repeat(2 + len(pixels), axis=0)
+        pixels = np.concatenate([colours, pixels[1:] >> 8 * (pixels.itemsize - 1)]).astype(np.uint8)
+        return pixels, holes[:1].repeat(len(pixels), axis=0)
     if kind not in (*GREY, RGB, CMYK) and (kind, page.compression) != (6, 7):  # JPEG's YCbCr comes as RGB
         raise ValueError(f"holds colours of the kind {kind!r}, which are not read")
     bits = page.bitspersample if isinstance(page.bitspersample, int) else 8
     most = 2**bits - 1 if unsigned else 1
     if kind == 0 and pixels.dtype.kind in "ui":  # white
-        pixels = pixels.dtype.type(most) - pixels if unsigned else ~pixels
+        colours = pixels[:-1] if extra in ((1,), (2,)) else pixels  # the last is no colour, but opacity
+        pixels = np.concatenate([pixels.dtype.type(most) - colours if unsigned else ~colours, pixels[len(colours) :]])
     if bits < 8:
         pixels, most = (pixels * np.float32(255 / most)).round().astype(np.uint8), 255
     if extra == (1,):  # colours times alpha
@@ -321,30 +339,3 @@ def fast_jpeg(content: bytes, in_chans: int, max_pixels: int) -> torch.Tensor | 
         return FAST_DECODERS[JPEG](content, "RGB" if in_chans == 3 else "GRAY") if content[place] == 0xFF else None
     except Exception:
         return None
-
-
-class StderrKept:
-    """A context, of one thread, that keeps what decoders written in C would write to stderr, naming no file: `said`."""
-
-    said: Sequence[str] = ()
-
-    def __enter__(self) -> "StderrKept":
-        self.stderr = os.dup(2)
-        os.dup2(_spool(), 2)
-        return self
-
-    def __exit__(self, *_) -> None:
-        os.dup2(self.stderr, 2)
-        os.close(self.stderr)
-        if size := os.lseek(_spool(), 0, os.SEEK_CUR):
-            self.said = os.pread(_spool(), size, 0).decode(errors="replace").splitlines()
-            os.lseek(_spool(), 0, os.SEEK_SET)
-
-
-@lru_cache
-def _spool() -> int:
-    with tempfile.TemporaryFile() as file:
-        return os.dup(file.fileno())
-
-
-os.register_at_fork(after_in_child=_spool.cache_clear)  # which would share its position

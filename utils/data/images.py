@@ -5,9 +5,13 @@ numbers stay as they are. The orientation in EXIF data is ignored, as torchvisio
 """
 
 import logging
+import os
 import random
+import tempfile
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -15,7 +19,7 @@ from PIL import Image
 
 from ..errors import UsageError
 from . import formats
-from .formats import ARRAY_EXTENSIONS, IMAGE_EXTENSIONS, Stored, check_size, without_data
+from .formats import ARRAY_EXTENSIONS, IMAGE_EXTENSIONS, Stored, check_size
 
 log = logging.getLogger("fcmae")
 
@@ -23,6 +27,11 @@ EXTENSIONS = (*IMAGE_EXTENSIONS, *ARRAY_EXTENSIONS)
 LUMINANCE = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601, as Pillow has it
 SAMPLE = 64  # files that tell of a data set
 SCALES = {"uint8": 255, "uint16": 65535}
+
+try:
+    os.fstat(2)
+except OSError:  # closed by whoever began the run: `StderrKept` needs it, and the next file would become it
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 
 class BadImage(Exception):
@@ -68,8 +77,8 @@ class Survey:
 
 
 def hidden(name: str) -> bool:
-    """Whether a file or folder is one of those that notebooks, macOS and version control leave beside images."""
-    return name.startswith((".", "__MACOSX"))
+    """Whether a file or folder is one of those that notebooks, macOS, a NAS and version control leave beside images."""
+    return name.startswith((".", "__MACOSX", "@eaDir"))
 
 
 def load_image(path: str) -> Image.Image:
@@ -104,18 +113,19 @@ def decode(content: bytes, path: str, reading: Reading) -> torch.Tensor:
 
 def _decode(content: bytes, path: str, reading: Reading) -> tuple[torch.Tensor, Stored | None]:
     """`decode`, and what it is made of; None: a JPEG, in which nothing is to be changed."""
-    stderr = formats.StderrKept()
+    stderr = StderrKept()
     try:
         with stderr:
-            pixels = formats.fast_jpeg(content, reading.in_chans, reading.max_pixels)
+            fast = reading.nodata is None
+            pixels = formats.fast_jpeg(content, reading.in_chans, reading.max_pixels) if fast else None
             if pixels is None:
                 stored = formats.read_stored(content, path, reading.in_chans, reading.nodata, reading.max_pixels)
         if stderr.said and any("Corrupt JPEG" in line and "extraneous" not in line for line in stderr.said):
             raise ValueError("is damaged:")
         if pixels is not None:
-            if reading.depth == 8 and reading.nodata is None:
+            if reading.depth == 8:
                 return pixels, None
-            stored = Stored(pixels.numpy(), "JPEG", holes=without_data(pixels.numpy(), reading.nodata))
+            stored = Stored(pixels.numpy(), "JPEG")
         return _to_tensor(stored, reading), stored
     except Exception as error:  # on damaged files, decoders raise whatever they run into
         raise BadImage(path, " ".join([reason_of(error), *dict.fromkeys(stderr.said)][:4])) from error
@@ -143,7 +153,8 @@ def survey(dataset, reading: Reading, source: str) -> Survey:
         alphas += stored.alpha and channels == reading.in_chans
         pixels, without = pixels + image[0].numel(), without + int(image.isnan().all(dim=0).sum())
     count = len(sizes) + len(bad)
-    if extra := sum(error.reason == formats.WITHOUT_EXTRA for error in bad):
+    extra = sum(error.reason == formats.WITHOUT_EXTRA for error in bad)
+    if extra and not reading.alpha:  # else it is told already
         log.warning("%s: %d of a sample of %d files: %s", source, extra, count, formats.WITHOUT_EXTRA)
     if len(bad) > 2 * len(sizes):
         raise Unreadable(f"{source}: of a sample of {count} files {len(bad)} are unreadable: {bad[0]}")
@@ -227,3 +238,30 @@ def _fit_channels(pixels: np.ndarray, in_chans: int, alpha: bool) -> np.ndarray:
 def reason_of(error: Exception) -> str:
     """What a decoder says, in a line."""
     return " ".join(str(error).split(" <_io")[0].split())[:300] or type(error).__name__
+
+
+class StderrKept:
+    """A context, of one thread, that keeps what decoders written in C would write to stderr, naming no file: `said`."""
+
+    said: Sequence[str] = ()
+
+    def __enter__(self) -> "StderrKept":
+        self.stderr = os.dup(2)
+        os.dup2(_spool(), 2)
+        return self
+
+    def __exit__(self, *_) -> None:
+        os.dup2(self.stderr, 2)
+        os.close(self.stderr)
+        if size := os.lseek(_spool(), 0, os.SEEK_CUR):
+            self.said = os.pread(_spool(), size, 0).decode(errors="replace").splitlines()
+            os.lseek(_spool(), 0, os.SEEK_SET)
+
+
+@lru_cache
+def _spool() -> int:
+    with tempfile.TemporaryFile() as file:
+        return os.dup(file.fileno())
+
+
+os.register_at_fork(after_in_child=_spool.cache_clear)  # which would share its position

@@ -27,15 +27,16 @@ def parts(dataset: ImageFiles, share: float | None, seed: int = 0) -> tuple[Imag
     They are drawn by the seed and by the names of a file and its folder: the same wherever the data lie, as folders or
     as shards. share: None: every fifth image is held out, whatever the seed, and none of fewer.
     """
-    by_class, held = defaultdict(list), set()
-    for i, label in enumerate(dataset.targets):
-        by_class[() if isinstance(label, tuple) else label].append(i)  # of several labels, all images are one class
-    for indices in by_class.values():
+    by_class, held = defaultdict(lambda: defaultdict(list)), set()
+    for i, label in enumerate(dataset.targets):  # a list may have a file on several lines, which stay together
+        by_class[() if isinstance(label, tuple) else label][dataset.paths[i]].append(i)  # several labels: one class
+    for files in by_class.values():
         if share is None:
-            held.update(indices[4::5])
+            drawn = list(files)[4::5]
         else:
-            count = min(max(round(share * len(indices)), 1), len(indices) - 1)
-            held.update(sorted(indices, key=lambda i: _draw(dataset.paths[i], seed))[:count])
+            count = min(max(round(share * len(files)), 1), len(files) - 1)
+            drawn = sorted(files, key=lambda path: _draw(path, seed))[:count]
+        held.update(*(files[path] for path in drawn))
     kept = [i for i in range(len(dataset)) if i not in held]
     return dataset.part(kept), dataset.part(sorted(held))
 
