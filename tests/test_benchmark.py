@@ -186,6 +186,7 @@ def test_the_gpus_report_grows_and_leaves_out_what_does_not_fit(gpu_parts, monke
     assert re.findall("table .", tables) == ["table 1", "table 2"]
 
 
+@pytest.mark.slow
 def test_shares_of_the_peak(monkeypatch):
     record = {"form": "FCMAE, compiled", "model": "convnextv2_atto", "batch_size": 4, "input_size": [224, 224]}
     flop = sum(kind[0] for kind in gpu.roofline.count("convnextv2_atto", 4, 1, 1).classes.values())

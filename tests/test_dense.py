@@ -84,6 +84,7 @@ def run(flags, *more):
     probe.main(probe.get_args_parser().parse_args([str(word) for word in (*flags, *more)]))
 
 
+@pytest.mark.slow
 def test_pairs_are_learnt(pairs, tmp_path, capsys):
     run(pairs, "--epochs", 60, "--random_init", "true")
     out = capsys.readouterr().out

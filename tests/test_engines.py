@@ -513,6 +513,7 @@ def test_the_loss_goes_down():
     assert losses[-1] < 0.92 * losses[0]  # 0.80 to 0.86 under five other seeds
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["pretrain", "finetune"])
 def test_results_do_not_depend_on_the_number_of_workers(stage, tmp_path):
     scripts, results = Scripts(tmp_path), []

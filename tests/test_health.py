@@ -84,6 +84,7 @@ def flat(scripts, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_health_needs_no_labels_and_changes_no_bit(scripts, flat, tmp_path):
     data = ("--data_path", flat, "--knn_images", 30)
     flags = {"plain": (), "watched": ("--health_freq", 2), "killed": ("--health_freq", 2)}

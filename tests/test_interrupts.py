@@ -77,6 +77,7 @@ def test_the_limit_of_torchrun_is_told(torchrun, monkeypatch, logs):
     assert ("--shutdown-timeout" in logs.text) == torchrun
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("script", "flags", "batch", "name"),
     [

@@ -59,6 +59,7 @@ def test_a_step_that_is_left_out_shows_no_checkpoint_to_be_good(scripts, tmp_pat
     assert {path.name for path in tmp_path.glob("*.pth")} == {f"checkpoint-0-step{i}.pth" for i in (1, 2, 3, 4)}
 
 
+@pytest.mark.slow
 def test_without_a_fault_nothing_changes(scripts, tmp_path):
     for mode in ("stop", "skip", "rollback"):
         assert run(scripts, "finetune", "--output_dir", tmp_path / mode, "--on_nonfinite", mode).code == 0
@@ -101,6 +102,7 @@ def trained(path):
     return {key: value for key, value in load(path).items() if key in ("model", "optimizer", "model_ema", "scaler")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("stage", "what", "at"), [
     *((*fault, STEPS + 2) for fault in FAULTS), ("pretrain", "gradient", 2 * STEPS - 1), ("probe", "images", STEPS + 2),
 ])  # fmt: skip
@@ -121,6 +123,7 @@ def test_weights_go_back_and_data_go_on(stage, what, at, scripts, tmp_path, monk
     assert all(math.isfinite(line["train_loss"]) for line in records(folder))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("what", "good", "aside"), [("loss", 1, 2), ("gradient", 2, None)])
 def test_inside_an_epoch(what, good, aside, scripts, tmp_path, monkeypatch):
     """Step 2 of epoch 1 is bad; the checkpoint before it is good if a finite loss followed. A kill changes nothing."""

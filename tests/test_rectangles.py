@@ -148,6 +148,7 @@ def flags_of(scenes, size) -> tuple:
     return ("--data_path", scenes, "--input_size", *size)
 
 
+@pytest.mark.slow
 def test_a_pretraining_run_and_what_goes_on_from_it(scripts, scenes, tmp_path):
     flags = (*flags_of(scenes, WIDE), "--epochs", 2, "--vis_freq", 1, "--knn_freq", 1, "--norm_pix_loss", "false")
     whole = scripts.pretrain(*flags, "--output_dir", tmp_path / "whole")

@@ -19,6 +19,7 @@ def products(model, *inputs, **kwargs) -> int:
     return sum(n for name, n in counter.get_flop_counts()["Global"].items() if "convolution" not in str(name))
 
 
+@pytest.mark.slow
 def test_products_are_those_of_the_plain_model():
     counted = roofline.count("convnextv2_atto", 2, *PEAKS)
     mask = fcmae.random_mask(torch.rand(2, 49), 0.6)
@@ -26,6 +27,7 @@ def test_products_are_those_of_the_plain_model():
     assert counted.classes[roofline.PRODUCTS][0] == pytest.approx(usual, rel=0.02)
 
 
+@pytest.mark.slow
 def test_a_batch_costs_as_many_times_more():
     small, large = (roofline.count("convnextv2_atto", n, *PEAKS).classes for n in (8, 32))
     for kind in (roofline.PRODUCTS, roofline.DEPTHWISE):

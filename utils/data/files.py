@@ -209,24 +209,24 @@ class ImageList(ImageFiles):
                 continue
             else:
                 fault = f"names no image ({', '.join(EXTENSIONS)})" if path else "has no path, or columns without name"
-            if fault:
-                raise UsageError(f"{source}: line {number}, {line.strip()[:200]!r}, {fault}; {LINE}")
+            refuse(fault, f"{source}: line {number}, {line.strip()[:200]!r}, {fault}; {LINE}")
             paths.append(os.path.join(root or "", path))
             labels.append(label)
             where.append(f"line {number}")
-        if not paths:
-            raise UsageError(f"{source}: is empty; {LINE}")
+        refuse(not paths, f"{source}: is empty; {LINE}")
         missing = [i for i, path in enumerate(paths) if not os.path.isfile(path)] if len(paths) <= LOOKED_FOR else []
         if missing:
             names = ", ".join(paths[i] for i in missing[:10]) + ", ..." * (len(missing) > 10)
             count = f"{len(missing)} of {len(paths)} are not there"
             found = f"{source}: {where[missing[0]]}: no file {names}; paths are absolute or below --data_path ({count})"
-            if len(missing) == len(paths):
-                raise UsageError(found)
+            refuse(len(missing) == len(paths), found)
             log.info("%s", found)
         targets = [0] * len(paths)
         if classes is not None:
             self.classes, targets = self.number(labels, where, source, classes, nb_classes)
+            if clash := len({*zip(paths, targets, strict=True)}) - len({*paths}):
+                several = "--multi_label true takes several, as cat;dog on a line"
+                log.warning("%s: %d lines give an image another label than one before; %s", source, clash, several)
         super().__init__(paths, targets, in_chans, source, Counter())
 
     def number(self, labels: list[str], *of_labels) -> tuple[list[str], list]:
