@@ -157,7 +157,7 @@ def test_an_image_with_two_labels_is_told(images, logs):
     listed(images, "a/0.png cat\na/1.jpg dog\na/0.png cat\n", [])
     assert "another label" not in logs.text
     listed(images, "a/0.png cat\na/1.jpg dog\na/0.png dog\n", [])
-    assert "1 lines give an image another label than one before; --multi_label true takes several" in logs.text
+    assert "1 lines give an image another label than one before; several stand on one line" in logs.text
 
 
 def test_missing_files_of_a_list_are_told_together(images, logs):

@@ -225,7 +225,7 @@ class ImageList(ImageFiles):
         if classes is not None:
             self.classes, targets = self.number(labels, where, source, classes, nb_classes)
             if clash := len({*zip(paths, targets, strict=True)}) - len({*paths}):
-                several = "--multi_label true takes several, as cat;dog on a line"
+                several = "several stand on one line, as cat;dog, with --multi_label true"
                 log.warning("%s: %d lines give an image another label than one before; %s", source, clash, several)
         super().__init__(paths, targets, in_chans, source, Counter())
 
