@@ -128,7 +128,9 @@ class Run:
         for what, number in (("epoch", self.start_epoch), ("step", (self.epoch_progress or {}).get("step", 0))):
             check_same(number, f"{path}, its {what}")
         self.rollbacks = 0 if self.new else state.get("rollbacks", 0)
-        self.best.load(state.get("best", {}), path)
+        record.tell_begun(path, state.get("args", {}), self.flags)
+        if state.get("run") == self.id or path.resolve().parent == Path(self.output_dir).resolve():
+            self.best.load(state.get("best", {}), path)  # else their files are in another folder
         size, was = self.flags["input_size"], trained_size(state.get("args", {}).get("input_size"))
         if was not in (None, size):  # as progressive resizing wants it
             log.info("--input_size %s: %s was trained with %s", size, path, was)
