@@ -101,7 +101,7 @@ def build_dataset(is_train: bool, args, classes: list[str] | None = None) -> tup
             raise UsageError(f"--data_set {args.data_set}: {split}, {len(classes)} were trained on")
         for i, (name, trained) in enumerate(zip(names, classes or (), strict=False)):
             other = f"its class {i} is {name!r}, {trained!r} was trained on; give images of the same classes"
-            known = isinstance(name, str) and not trained.isdecimal()
+            known = isinstance(name, str) and not (trained.isdecimal() and int(trained) == i)
             refuse(known and name != trained, f"--data_set {args.data_set}: {other}")
     if args.nb_classes is not None and args.nb_classes != nb_classes:
         wanted = f"{args.nb_classes}{'' if 'nb_classes' in given(args) else ' (of the checkpoint)'}"

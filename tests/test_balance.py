@@ -227,6 +227,7 @@ def test_a_run_is_recorded_and_resumed_bit_for_bit(flags, scripts, unequal, tmp_
     other = scripts.finetune(*unequal, "--epochs", 2, "--output_dir", tmp_path / "cut")
     assert (other.code, other.err.count("\n")) == (2, 1)
     assert f"{flags.split()[0]} " in other.err
+    assert f" {'none' if 'weights' in flags else False}: " in other.err
     assert "is inside an epoch that was begun with" in other.err
     result = scripts.finetune(*words, "--output_dir", tmp_path / "cut", "--save_ckpt_steps", 1)
     assert result.code == 0, result.err

@@ -322,6 +322,15 @@ def test_transformers_prepares_images_as_the_evaluation_does(side, flags, fine, 
     assert (theirs["pixel_values"][0] - ours).abs().max() <= 1.01 * 2 / 255  # a level of 0..255
 
 
+@pytest.mark.parametrize(("depth", "values"), [(8, ""), (16, ", 8 bits / 255, 16 bits / 65535"), (32, ", numbers as")])
+def test_how_values_are_scaled_that_no_library_opens_is_told(depth, values, tmp_path):
+    model = ConvNeXtV2(in_chans=5, num_classes=4, stem_stride=1, **TINY)
+    trained = {"input_size": 24, "depth": depth, "mean": [0.5] * 5, "std": [0.2] * 5}
+    torch.save({"model": model.state_dict(), "args": trained}, tmp_path / "a.pth")
+    assert f"float tensors (C, H, W){values or ', bytes / 255'}" in exported(tmp_path / "a.pth", "timm", tmp_path / "b")
+    assert f"pipelines tensors (C, H, W){values or ' (from'}" in exported(tmp_path / "a.pth", "hf", tmp_path / "c")
+
+
 # ---- ONNX
 
 
@@ -347,6 +356,7 @@ def test_onnx(head, fine, pre, tmp_path):
         close(torch.from_numpy(found), model(x).detach())
     told = session.get_modelmeta().custom_metadata_map
     assert json.loads(told["classes"]) == (CLASSES if head else [])
+    assert told["depth"] == "8"
     assert (json.loads(told["input_size"]), len(json.loads(told["mean"]))) == ([24, 16], 3)
     graph = onnx.load(tmp_path / "onnx" / "model.onnx")
     assert [entry.version for entry in graph.opset_import if not entry.domain] == [18]

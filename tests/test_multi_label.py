@@ -82,8 +82,9 @@ def test_the_report_by_hand():
     assert found["macro"] == pytest.approx({"precision": 0.5, "recall": 0.5, "f1": 0.5})
     assert found["micro"] == pytest.approx({"precision": 3 / 5, "recall": 3 / 4, "f1": 6 / 9})
     assert found["weighted"]["f1"] == pytest.approx(0.75)
-    lines = report.table(found)
+    lines = report.table(found | {"images": 9})
     assert lines[0].endswith("support      AP")
+    assert [line.split()[-1] for line in lines[4:7]] == ["4"] * 3  # labels, as scikit-learn counts them
     assert lines[-1] == "mean average precision 0.6111; 1 classes that no image has count as 0: c"
 
 

@@ -144,6 +144,7 @@ def test_resume_of_the_best_checkpoint(scripts, whole, tmp_path, monkeypatch):
         assert "going on with epoch 1" in result.out
         assert (f"{file}: has no state of the optimizer" in result.out) == (name == "slim")
         assert same(content(tmp_path / name / LAST), content(tmp_path / "a" / LAST)) == (name == "older")
+        assert "going on with epoch 1, best acc1 60.00 in epoch 0 of that run\n" in result.out
     scores = iter([50.0, 40.0])
     still = ("--lr", 0, "--min_lr", 0, "--resume", tmp_path / "a" / "checkpoint-best.pth")
     assert scripts.finetune("--output_dir", tmp_path / "still", *flags, *still).code == 0
@@ -415,6 +416,16 @@ def test_evaluation_does_not_take_another_runs_best(scripts, tmp_path, monkeypat
     monkeypatch.undo()
     result = scripts.finetune("--output_dir", tmp_path, "--eval", "true")
     assert f"eval {tmp_path / LAST}: acc1" in result.out
+
+
+def test_flags_of_the_first_weights_that_a_resume_does_not_read_are_told(scripts, whole, tmp_path):
+    shutil.copytree(whole["finetune"], tmp_path / "a")
+    flags = "--output_dir", tmp_path / "a", *FLAGS["finetune"], "--epochs", 4
+    assert "no effect on" not in scripts.finetune(*flags).out
+    other = "--finetune", whole["pretrain"] / LAST, "--head_init_scale", 0.5
+    result = scripts.finetune(*flags, *other)
+    for flag, value in (other[:2], other[2:]):
+        assert f"{flag} {value}: no effect on what goes on from {tmp_path}/a/checkpoint-3.pth; another" in result.out
 
 
 # ---- what decides the sums

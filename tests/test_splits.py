@@ -105,6 +105,13 @@ def test_val_split_of_whole_runs(scripts, tmp_path):
     refused = scripts.finetune("--resume", file, "--epochs", 3, *flags, "--data_path", copy)
     assert (refused.code, refused.err.count("\n")) == (2, 1)
     assert "was trained on 32 images, now there are 40: others may be held out" in refused.err
+    told = "--val_split 0.2: leaves 40 images, 32 were trained on: some held out may be of them"
+    evaluated = scripts.finetune("--eval", "true", "--resume", file, "--eval_data_path", "", "--data_path", copy)
+    assert evaluated.out.count(told) == 1
+    evaluated = scripts.finetune("--eval", "true", "--resume", file, "--eval_data_path", "", "--split_seed", 1)
+    assert "were trained on" not in evaluated.out
+    assert f"--split_seed 1: {file} was trained with 0" in evaluated.out
+    assert "split_seed: no effect" not in evaluated.out
     assert load(file)["args"]["split_seed"] == 0
     args = finetune_args(data_set="image_folder", data_path=scripts.train, val_split=0.2, seed=5, input_size=16)
     train, val = (datasets.build_dataset(is_train, args)[0] for is_train in (True, False))

@@ -19,6 +19,7 @@ from utils.data.transforms import eval_transform
 from utils.report import write_file
 
 OPSET = 18
+SCALES = {8: "bytes / 255", 16: "8 bits / 255, 16 bits / 65535", 32: "numbers as in the files"}  # by --depth
 ONE_FILE = 2**31 - 2**24  # bytes of weights that an ONNX file may hold, with room for its graph
 
 
@@ -136,7 +137,7 @@ def write_timm(source: Source, file: Path) -> Exported:
     ]
     recipes[1] += "  # four feature maps, for detection and segmentation"
     if source.mode != "RGB":
-        instead = "images.convert('L')" if source.mode else "float tensors (C, H, W), bytes / 255"
+        instead = "images.convert('L')" if source.mode else f"float tensors (C, H, W), {SCALES[source.depth]}"
         recipes.append(f"# timm's scripts open pictures as RGB; give its transforms {instead}")
     if source.classes:
         kind, content = class_map(source.classes)
@@ -217,7 +218,10 @@ def write_hf(source: Source, file: Path) -> Exported:
         recipes.append(f"transformers.pipeline('image-classification', model={str(folder)!r})")
     if source.mode != "RGB":
         instead = "give the processor images.convert('L'), pipelines" if source.mode else "give processor and pipelines"
-        recipes.append(f"# pipelines open pictures as RGB; {instead} tensors (C, H, W) (from transformers 5 on)")
+        values = f", {SCALES[source.depth]}" if source.depth != 8 else ""
+        recipes.append(
+            f"# pipelines open pictures as RGB; {instead} tensors (C, H, W){values} (from transformers 5 on)"
+        )
     return Exported(files, recipes, partial(load_hf, source, folder, kind))
 
 
@@ -234,7 +238,7 @@ def write_onnx(source: Source, file: Path) -> Exported:
         model, (example(source, 2),), input_names=["images"], output_names=[name],
         dynamic_shapes=({0: batch, **sides},), opset_version=OPSET, dynamo=True, verbose=False,
     )  # fmt: skip
-    told = {name: getattr(source, name) for name in ("input_size", "resize_mode", "crop_pct", "classes", "multi_label")}
+    told = {name: value for name, value in source._asdict().items() if name not in ("model", "normalisation")}
     told |= {"interpolation": "bicubic", **source.normalisation}
     program.model.metadata_props.update({key: json.dumps(value) for key, value in told.items()})
     program.save(str(file), external_data=external)

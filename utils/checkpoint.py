@@ -267,9 +267,10 @@ def check_same_run(path: Path, state: dict, flags: dict, classes: list[str] | No
         )
     for name, before in state.get("order", {}).items() if "step" in state else ():
         if name in order and order[name] != before:
+            now, was = ("none" if x == "" else x for x in (order[name], before))
             raise UsageError(
-                f"{name} {order[name]}: {path} is inside an epoch that was begun with {before}, which decides its "
-                "order and sums; give that, or --resume a checkpoint from an epoch's end"
+                f"{name} {now}: {path} is inside an epoch that was begun with {was}, which decides its order and sums; "
+                "give that, or --resume a checkpoint from an epoch's end"
             )
 
 

@@ -254,7 +254,7 @@ def idle_flags(args: Namespace, use_amp: bool) -> list[tuple[str, object, str]]:
         ("amp_dtype", not use_amp, "without mixed precision"),
         ("kernels", not args.fused, "with --fused false"),
         ("data_path", args.data_set == "shapes", data),
-        ("split_seed", not args.val_split, "without --val_split"),
+        ("split_seed", not (args.val_split or getattr(args, "eval", False)), "without --val_split"),
         ("depth nodata max_pixels", args.data_set not in ("IMNET", "image_folder"), data),
         ("eval_data_path", args.data_set.startswith(("shapes", "CIFAR")), data),
     ]

@@ -58,6 +58,11 @@ def labelled_files(is_train: bool, args, classes: list[str] | None = None) -> Im
     split = parts(dataset, share, args.split_seed)
     if is_train or getattr(args, "eval", False):
         log.info("--val_split %s: of %d images, %d are held out", share, len(dataset), len(split[1]))
+    was, now = getattr(args, "trained_images", None), len(split[0])
+    if not is_train and was not in (None, now):
+        log.warning(
+            "--val_split %s: leaves %d images, %d were trained on: some held out may be of them", share, now, was
+        )
     return split[not is_train]
 
 

@@ -64,6 +64,17 @@ def same_command(last: dict, flags: dict) -> bool:
     return bool(then) and all(then[name] == now[name] for name in (then.keys() & now.keys()) - PLACES)
 
 
+def tell_begun(path: Path, was: dict, flags: dict) -> None:
+    """Name the flags of a run's first weights that are others than those which the run of a checkpoint began with."""
+    now, names = plain(flags), ["finetune", "initial_checkpoint", "head_init_scale", "start_epoch"]
+    if now.get("finetune") or now.get("initial_checkpoint"):
+        names += ["model_key", "model_prefix", "stem_average"]
+    for name in names:
+        if now.get(name) and name in was and now[name] != was[name]:
+            anew = "another --output_dir, without --resume, begins anew"
+            log.warning("--%s %s: no effect on what goes on from %s; %s", name, now[name], path, anew)
+
+
 def add_start(output_dir: str, flags: dict, device: torch.device, **more) -> None:
     """Add this start to output_dir/run.json; a full disk is reported, and training goes on."""
     versions = {module.__name__: str(module.__version__) for module in (torch, torchvision, timm, numpy)}

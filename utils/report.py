@@ -148,7 +148,8 @@ def table(report: dict) -> list[str]:
     if len(rows) > SHOWN:
         rows = sorted((row for row in rows if row["support"]), key=itemgetter("f1"))[:SHOWN]
     known = filter(report.get, AVERAGES)
-    averages = [report[name] | {"name": f"{name} average", "support": report["images"]} for name in known]
+    support = sum(row["support"] for row in report["classes"])
+    averages = [report[name] | {"name": f"{name} average", "support": support} for name in known]
     width = max(len(row["name"]) for row in (*rows, *averages))
     several, ap = "mean_average_precision" in report, "average_precision"
     lines = [f"{'class':{width}}  precision  recall      F1  support" + "      AP" * several]

@@ -128,13 +128,15 @@ class Run:
         for what, number in (("epoch", self.start_epoch), ("step", (self.epoch_progress or {}).get("step", 0))):
             check_same(number, f"{path}, its {what}")
         self.rollbacks = 0 if self.new else state.get("rollbacks", 0)
+        record.tell_begun(path, state.get("args", {}), self.flags)
         self.best.load(state.get("best", {}), path)
         size, was = self.flags["input_size"], trained_size(state.get("args", {}).get("input_size"))
         if was not in (None, size):  # as progressive resizing wants it
             log.info("--input_size %s: %s was trained with %s", size, path, was)
         if self.epoch_progress and is_main_process():
             loader.bad.add(self.epoch_progress.get("bad", {}))
-        log.info("resumed from %s, going on with epoch %d", path, self.start_epoch)
+        theirs = f"{self.best} of that run" if self.new and str(self.best) else ""  # whose file stays where it is
+        log.info("resumed from %s, going on with epoch %d%s", path, self.start_epoch, theirs)
 
     def _take_up(self, path: Path, state: dict) -> tuple[int, dict | None]:
         parts = self.model, self.optimizer, self.amp.scaler, self.loader.global_batch, self.ema and self.ema.module

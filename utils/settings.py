@@ -81,6 +81,8 @@ def as_trained(args: Namespace, path: str | Path, content: dict, size, **shapes)
     except (ArgumentTypeError, UsageError):  # of a trainer that means something else by these names
         told = {}
     kept = given(args) | (NORMALISATION if NORMALISATION & given(args) else set())
+    order = content.get("order") if not trained.get("images_per_class") else None
+    args.trained_images = order.get("number of images") if isinstance(order, dict) else None
     vars(args).update(shapes | {name: value for name, value in told.items() if name not in kept})
     check_image_arguments(args)
     effect = {"crop_pct": eval_crop} | dict.fromkeys(NORMALISATION, mean_std)
