@@ -90,6 +90,8 @@ def _is_plain(module: nn.Module, kind: type, x: torch.Tensor) -> bool:
     if type(module) is not kind or hooks or "forward" in module.__dict__:
         return False
     params, casts = module._parameters.values(), torch.is_autocast_enabled(x.device.type)
+    if x.dtype == torch.float64 and casts:
+        return False  # autocast leaves it as it is
     return all(type(p) is nn.Parameter and p.is_floating_point() and (casts or p.dtype == x.dtype) for p in params)
 
 
