@@ -69,8 +69,9 @@ class Stage(nn.Sequential):
         recomputed = self.grad_checkpointing and torch.is_grad_enabled()
         if recomputed and visible is not None:  # a compiled graph does not let what is recomputed build its tables
             visible.row_index(side := math.isqrt(x.shape[2])), visible.window_index(side, 3)
+        masked = () if visible is None else (visible,)  # or no module of one input could stand in a block's place
         for block in self:
-            x = checkpoint(block, x, visible, use_reentrant=False) if recomputed else block(x, visible)
+            x = checkpoint(block, x, *masked, use_reentrant=False) if recomputed else block(x, *masked)
         return x
 
 
@@ -144,7 +145,7 @@ class Encoder(nn.Module):
             maps = x.shape
             if visible is not None:  # to the downsamplers each patch is a small map, to the blocks a part of its image
                 x = x.reshape(visible.batch, visible.num_visible, -1, maps[-1])
-            x = stage(x, visible)
+            x = stage(x) if visible is None else stage(x, visible)
             yield x
             x = x.reshape(maps).permute(0, 3, 1, 2)
 

@@ -14,7 +14,7 @@ from torch import nn
 from torch.autograd import forward_ad
 
 from .convnextv2 import Block
-from .layers import GRN
+from .layers import GRN, exporting
 from .operators import depthwise, grn_mlp
 from .visible import VisiblePatches
 
@@ -71,8 +71,7 @@ HOOKS = "forward", "forward_pre", "backward", "backward_pre"  # the kinds of whi
 def _is_watched(x: torch.Tensor, triton: bool = False) -> bool:
     """Whether single operations are traced or transformed (exports, torch.func, forward mode) or hooks are global."""
     if torch.compiler.is_compiling():
-        exports = getattr(torch.compiler, "_is_exporting_flag", False)  # is_exporting() is true in all graphs of 2.11
-        return exports or type(x) is not torch.Tensor or not (triton or x.device.type == "cpu")
+        return exporting() or type(x) is not torch.Tensor or not (triton or x.device.type == "cpu")
     return (
         type(x) is not torch.Tensor
         or torch.jit.is_tracing()
@@ -90,6 +89,8 @@ def _is_plain(module: nn.Module, kind: type, x: torch.Tensor) -> bool:
     if type(module) is not kind or hooks or "forward" in module.__dict__:
         return False
     params, casts = module._parameters.values(), torch.is_autocast_enabled(x.device.type)
+    if x.dtype == torch.float64 and casts:
+        return False  # autocast leaves it as it is
     return all(type(p) is nn.Parameter and p.is_floating_point() and (casts or p.dtype == x.dtype) for p in params)
 
 

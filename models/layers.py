@@ -48,17 +48,25 @@ def grn_scale(norm: torch.Tensor, gamma: torch.Tensor, eps: float) -> torch.Tens
     return 1 + gamma * (norm / (norm.mean(dim=-1, keepdim=True) + eps))
 
 
+def exporting() -> bool:
+    return getattr(torch.compiler, "_is_exporting_flag", False)  # is_exporting() is true in all graphs of 2.11
+
+
 class PatchConv(nn.Conv2d):
     """Convolution whose kernel equals its stride, as one matrix product: (N, C, H, W) -> (N, C', H // k, W // k).
 
     What nn.Conv2d computes, for features that lie channels last in memory, as all of them do here. Rows and columns
-    beyond a multiple of k are dropped, as a strided convolution drops them.
+    beyond a multiple of k are dropped, as a strided convolution drops them. Made or changed to be no such convolution
+    (adapters make their own of its class; dense prediction takes strides away), it computes as nn.Conv2d.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int):
-        super().__init__(in_channels, out_channels, kernel_size, stride=kernel_size)
+    def __init__(self, in_channels: int, out_channels: int, kernel_size, stride=None, *args, **kwargs):
+        super().__init__(in_channels, out_channels, kernel_size, stride or kernel_size, *args, **kwargs)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        have = self.kernel_size, self.stride, self.padding, self.dilation, self.groups
+        if have != (2 * self.kernel_size[:1], self.kernel_size, (0, 0), (1, 1), 1) or exporting():
+            return super().forward(x)  # an export with free height and width cannot tell that the part taken is there
         k, x = self.kernel_size[0], x.permute(0, 2, 3, 1)
         if k == 1:  # through the permutation below, the gradient has strides that make DDP warn and copy it
             return F.linear(x, self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)

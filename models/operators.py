@@ -14,6 +14,8 @@ from .visible import VisiblePatches, gather_rows, scatter_rows
 
 def _gradients(plain, inputs: tuple[torch.Tensor, ...], grad: torch.Tensor, needed: tuple[bool, ...]) -> tuple:
     """For a backward pass that is itself differentiated: the inputs' gradients by autograd, through the plain form."""
+    # views, for an input that is itself of the weights, as where two blocks share them, leads to them by a second way
+    inputs = tuple(x.view_as(x) if need else x for x, need in zip(inputs, needed, strict=True))
     wanted = [x for x, need in zip(inputs, needed, strict=True) if need]
     with torch.autocast(grad.device.type, enabled=False):
         grads = iter(torch.autograd.grad(plain(*inputs), wanted, grad, create_graph=True))
@@ -101,7 +103,7 @@ def grn_mlp_backward(grad, *inputs):
     grad_scale, grad_x = torch.empty_like(norm), torch.empty_like(x)
     grad_w1 = grad_w2 = None
     grad_b1 = w1.new_zeros(hidden)
-    for i in range(0, n, piece):
+    for i in range(0, max(n, 1), piece):  # once without samples, whose products are the zeros that weights get
         rows = slice(i, i + piece)
         g, y, s = grad[rows], a[rows], scale[rows]
         if scale_weight:
@@ -280,7 +282,7 @@ def _with_zero_row(x: torch.Tensor) -> torch.Tensor:
 
 def _weight_grad(x, grad, weight, rows, table, maps) -> torch.Tensor:
     """The gradient of a depthwise weight (C, 1, k, k), of maps or visible patches."""
-    if x.device.type != "cpu":
+    if x.device.type != "cpu" or not len(x):
         return _weight_grad_by_map(x, grad, weight, rows, maps)
     if rows is not None:
         return _weight_grad_by_window(x, grad, weight, table)

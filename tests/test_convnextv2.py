@@ -315,6 +315,33 @@ def test_stages_are_called():
     assert not model.forward_stages(x)[-1].any()
 
 
+class Doubled(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return 2 * self.inner(x)
+
+
+def test_modules_of_one_input_in_place_of_blocks_and_stages():
+    model, shorter, x = small(), small(), noise(2, 3, 64, 96)
+    shorter.load_state_dict(model.state_dict())
+    model.stages[1][1] = nn.Identity()
+    del shorter.stages[1][1]
+    model.stages[2] = Doubled(model.stages[2])
+    shorter.stages[2].register_forward_hook(lambda _stage, _inputs, y: 2 * y)
+    assert torch.equal(model(x), shorter(x))
+
+
+def test_export_with_free_height_and_width():
+    model, dim = small().eval(), torch.export.Dim
+    free = {0: dim("n"), 2: dim("h", min=64, max=512), 3: dim("w", min=64, max=512)}
+    exported = torch.export.export(model, (noise(2, 3, 64, 96),), dynamic_shapes=(free,)).module()
+    for x in (noise(3, 3, 75, 101), noise(1, 3, 128, 64)):
+        torch.testing.assert_close(exported(x), model(x))
+
+
 # ---- GRN
 
 

@@ -484,6 +484,37 @@ def test_gradients_of_gradients(inputs):
     assert_same(*results)
 
 
+@each_input
+def test_gradients_of_gradients_of_shared_weights(inputs):
+    """The second block's input is itself of the weights that are asked for."""
+    results, (start, visible) = [], inputs
+    for block in pair():
+        x, parameters = start.clone().requires_grad_(), list(block.parameters())
+        y = block(block(x, visible), visible)
+        grads = torch.autograd.grad(y.square().sum(), [x, *parameters], create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in grads), [x, *parameters])
+        results.append([*(g.detach() for g in grads), *second])
+    assert_same(*results)
+
+
+@each_input
+def test_float64_under_autocast_stays_as_it_is(inputs):
+    results = []
+    for block in pair():
+        with torch.autocast("cpu", torch.bfloat16):
+            results.append(outcome(block, *inputs))
+    assert_same(*results)
+
+
+def test_a_batch_without_images_has_zeros_for_gradients():
+    block, _ = pair()
+    x = torch.zeros(0, 4, 5, 6, dtype=torch.float64, requires_grad=True)
+    grad, *grads = torch.autograd.grad(block(x).sum(), [x, *block.parameters()])
+    assert grad.shape == x.shape
+    assert [g.shape for g in grads] == [p.shape for p in block.parameters()]
+    assert not any(g.any() for g in grads)
+
+
 def test_gradients_of_gradients_under_autocast():
     block, plain = (each.float() for each in pair())
     results = []
