@@ -168,9 +168,9 @@ class FCMAE(nn.Module):
         """For pictures: the visible part, and the prediction pasted into it, each (N, C, H, W) in the images' range.
 
         With norm_pix_loss the prediction is in units of each patch's own deviation; it is put back with the true
-        patch's mean and deviation, as MAE's pictures do.
+        patch's mean and deviation, as MAE's pictures do. NaN, where there is no data, is shown as 0.
         """
-        grid = self.grid_size(imgs)
+        grid, imgs = self.grid_size(imgs), imgs.masked_fill(imgs.isnan(), 0)
         pred = self.forward_decoder(self.forward_encoder(imgs, mask), mask)
         pred, target = pred.flatten(2).transpose(1, 2).float(), self.patchify(imgs).float()
         if self.norm_pix_loss:

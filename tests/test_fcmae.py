@@ -434,6 +434,11 @@ def test_reconstruct(norm_pix_loss, monkeypatch):
     assert torch.equal(pasted[~removed], imgs[~removed])
     assert not torch.isclose(pasted[removed], imgs[removed], atol=1e-3).all()
 
+    imgs[0, :, :40] = torch.nan
+    for a, b in zip(model.reconstruct(imgs, mask), model.reconstruct(imgs.nan_to_num(0), mask), strict=True):
+        assert torch.equal(a, b)
+    imgs = imgs.nan_to_num(0)
+
     target = model.patchify(imgs)
     if norm_pix_loss:
         target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6).sqrt()

@@ -64,15 +64,25 @@ def same_command(last: dict, flags: dict) -> bool:
     return bool(then) and all(then[name] == now[name] for name in (then.keys() & now.keys()) - PLACES)
 
 
-def tell_begun(path: Path, was: dict, flags: dict) -> None:
-    """Name the flags of a run's first weights that are others than those which the run of a checkpoint began with."""
-    now, names = plain(flags), ["finetune", "initial_checkpoint", "head_init_scale", "start_epoch"]
+def tell_begun(path: Path, state: dict, flags: dict) -> None:
+    """Name the flags of a run's first weights, and of its evaluation, that are others than a checkpoint's run had."""
+    was, now, names = (
+        state.get("args", {}),
+        plain(flags),
+        ["finetune", "initial_checkpoint", "head_init_scale", "start_epoch"],
+    )
     if now.get("finetune") or now.get("initial_checkpoint"):
         names += ["model_key", "model_prefix", "stem_average"]
     for name in names:
         if now.get(name) and name in was and now[name] != was[name]:
             anew = "another --output_dir, without --resume, begins anew"
             log.warning("--%s %s: no effect on what goes on from %s; %s", name, now[name], path, anew)
+    for name in ("eval_data_path", "eval_list", "crop_pct", "eval_resize") if state.get("best") else ():
+        if name in was and now.get(name) != was[name]:
+            then, other = (x.get(name) or "the default" for x in (was, now))
+            log.warning(
+                "--%s: the best so far, of %s, was scored with %s, from here on with %s", name, path, then, other
+            )
 
 
 def add_start(output_dir: str, flags: dict, device: torch.device, **more) -> None:

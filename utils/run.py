@@ -128,7 +128,7 @@ class Run:
         for what, number in (("epoch", self.start_epoch), ("step", (self.epoch_progress or {}).get("step", 0))):
             check_same(number, f"{path}, its {what}")
         self.rollbacks = 0 if self.new else state.get("rollbacks", 0)
-        record.tell_begun(path, state.get("args", {}), self.flags)
+        record.tell_begun(path, state, self.flags)
         self.best.load(state.get("best", {}), path)
         size, was = self.flags["input_size"], trained_size(state.get("args", {}).get("input_size"))
         if was not in (None, size):  # as progressive resizing wants it
