@@ -80,9 +80,7 @@ def tell_begun(path: Path, state: dict, flags: dict) -> None:
     for name in ("eval_data_path", "eval_list", "crop_pct", "eval_resize") if state.get("best") else ():
         if name in was and now.get(name) != was[name]:
             then, other = (x.get(name) or "the default" for x in (was, now))
-            log.warning(
-                "--%s: the best so far, of %s, was scored with %s, from here on with %s", name, path, then, other
-            )
+            log.warning("--%s: the best so far, of %s, was scored with %s, now with %s", name, path, then, other)
 
 
 def add_start(output_dir: str, flags: dict, device: torch.device, **more) -> None:
