@@ -66,11 +66,8 @@ def same_command(last: dict, flags: dict) -> bool:
 
 def tell_begun(path: Path, state: dict, flags: dict) -> None:
     """Name the flags of a run's first weights, and of its evaluation, that are others than a checkpoint's run had."""
-    was, now, names = (
-        state.get("args", {}),
-        plain(flags),
-        ["finetune", "initial_checkpoint", "head_init_scale", "start_epoch"],
-    )
+    was, now = state.get("args", {}), plain(flags)
+    names = ["finetune", "initial_checkpoint", "head_init_scale", "start_epoch"]
     if now.get("finetune") or now.get("initial_checkpoint"):
         names += ["model_key", "model_prefix", "stem_average"]
     for name in names:
