@@ -7,6 +7,7 @@ import pickle
 import random
 import resource
 import signal
+import stat
 import subprocess
 import sys
 import textwrap
@@ -79,6 +80,16 @@ def test_a_failed_save_changes_nothing(tmp_path, monkeypatch, failing_call, erro
         checkpoint.save(state_of(4, size=40 if failing_call else 1000), tmp_path / "x.pth")
     assert same(checkpoint.read(tmp_path / "x.pth"), state_of())
     assert os.listdir(tmp_path) == ["x.pth"]
+
+
+def test_a_file_system_that_syncs_no_folders_is_one(tmp_path, monkeypatch):
+    def fsync(number):
+        if stat.S_ISDIR(os.fstat(number).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    checkpoint.save(state_of(), tmp_path / "x.pth")
+    assert same(checkpoint.read(tmp_path / "x.pth"), state_of())
 
 
 def test_the_file_is_on_disk_before_it_gets_its_name(tmp_path, monkeypatch):

@@ -38,6 +38,17 @@ def listed(folder, text, classes=None, **options):
     return ImageList(str(file), "--train_list", str(folder), classes, **options)
 
 
+def test_a_run_s_own_pictures_are_no_images(tmp_path):
+    """Of an --output_dir inside --data_path, or that is it: a resume would train on them."""
+    names = ["0.png", "confusion-ema.png", "confusion.png", "reconstruction-9.ab12cd34.png", "reconstruction-9.png"]
+    for folder in ("", "out"):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        for name in names:
+            (tmp_path / folder / name).touch()
+    (tmp_path / "run.json").touch()
+    assert list_files(str(tmp_path), (".png",)) == {"": ["0.png"], "out": names}
+
+
 def test_a_list_without_labels(images):
     text = "a/0.png\n\nc/with blank, so/4.png\r\nb/deep/3.PNG\n" + str(images / "5.png") + "\na/1.jpg 7\n  \n"
     found = listed(images, text)

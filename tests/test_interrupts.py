@@ -65,6 +65,22 @@ def test_a_hangup_stops_unless_nohup_is_there(before, heard):
         signal.signal(signal.SIGHUP, earlier)
 
 
+def test_a_job_that_is_not_requeued_ends_as_without_submitit(monkeypatch, logs):
+    """Timed out too often, or `scontrol requeue` was refused."""
+    monkeypatch.setenv("SUBMITIT_EXECUTOR", "slurm")
+    before = signal.signal(signal.SIGUSR2, lambda *_: 1 / 0)
+    try:
+        with Interrupts() as interrupts:
+            os.kill(os.getpid(), signal.SIGUSR2)
+            time.sleep(0.05)
+            with pytest.raises(SystemExit) as end:
+                interrupts.leave(goes_on=True)
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+    assert end.value.code == EXIT_CODE
+    assert "not requeued: division by zero" in logs.text
+
+
 @pytest.mark.parametrize("torchrun", [True, False])
 def test_the_limit_of_torchrun_is_told(torchrun, monkeypatch, logs):
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)

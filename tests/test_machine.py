@@ -5,6 +5,7 @@ import logging
 import os
 import re
 import resource
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -120,6 +121,48 @@ def test_a_disk_that_takes_nothing_is_a_line(number, capsys):
     with pytest.raises(SystemExit, match="2"):
         run_cli(write)
     assert capsys.readouterr().err == f"error: x.png: {os.strerror(number)}; make room, or write elsewhere\n"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "unable to allocate shared memory(shm) for file </torch_7_1_0>: No space left on device (28)",
+        "DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that dataloader's workers are out of "
+        "shared memory. Please try to raise your shared memory limit.",
+    ],
+)
+def test_loaders_without_shared_memory_are_a_line(words, capsys):
+    def load():
+        raise RuntimeError(words)
+
+    with pytest.raises(SystemExit, match="2"):
+        run_cli(load)
+    error = capsys.readouterr().err
+    assert error.startswith("error: --num_workers: /dev/shm has no room")
+    assert error.count("\n") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("closed", [">&-", "<&- >&- 2>&-"])
+def test_a_run_without_streams(closed, scripts, tmp_path):
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(f"{shlex.join(command(scripts, tmp_path))} {closed}", shell=True, env=environment, **PIPES)
+    assert (done.returncode, done.stdout) == (0, "")
+    assert "Traceback" not in done.stderr
+    assert len(records(tmp_path)) == 3
+
+
+def test_a_last_checkpoint_that_found_no_room_is_told_at_the_end(scripts, tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    flags = "--output_dir", tmp_path, "--vis_freq", 0, "--epochs", 2
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # no file of this process grows beyond that
+    try:
+        result = scripts.pretrain(*flags)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert result.code == 2
+    assert result.err.startswith(f"error: {tmp_path}: the last checkpoint, of epoch 1, was NOT saved; make room")
+    assert scripts.pretrain(*flags).code == 0
 
 
 def test_a_rank_alone_names_what_goes_with_it(monkeypatch):

@@ -453,6 +453,15 @@ def test_argument_files(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().err == "error: argument file x.args: No closing quotation in the line --name 'open\n"
 
 
+def test_a_home_is_one_where_no_shell_expands_it(tmp_path, monkeypatch):
+    """Behind =, and in files."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/me")
+    (tmp_path / "x.args").write_text("--name ~/runs/a=~b\n")
+    assert small_parser().parse_args(["@x.args"]).name == "/home/me/runs/a=~b"
+    assert small_parser().parse_args(["--name=~/runs"]).name == "/home/me/runs"
+
+
 @pytest.mark.parametrize("module", [main_pretrain, main_finetune])
 def test_help_has_titled_groups_and_defaults(module, capsys):
     with pytest.raises(SystemExit) as stopped:

@@ -341,6 +341,19 @@ def test_curves_of_a_run_that_was_stopped_are_whole(scripts, tmp_path, monkeypat
     assert records(folder) == records(tmp_path / "whole")
 
 
+def test_curves_of_a_run_that_a_clock_set_back_are_whole(tmp_path, monkeypatch):
+    for done, now in ((0, 2e9), (2, 1.9e9), (3, 1.95e9), (4, 1.8e9)):
+        monkeypatch.setattr(metrics.time, "time", lambda now=now: now)
+        run_log = RunLog("", str(tmp_path), done)
+        run_log.scalars(done + 1, **{"train/loss": now})
+        run_log.scalars(done + 2, **{"train/loss": now})  # of all but the last, what the next one does again
+        run_log.close()
+    monkeypatch.undo()
+    steps, values = zip(*curves(tmp_path)["train/loss"], strict=True)
+    assert steps == (1000, 2000, 3000, 4000, 5000, 6000)
+    assert values == pytest.approx((2e9, 2e9, 1.9e9, 1.95e9, 1.8e9, 1.8e9))
+
+
 def test_a_full_disk_ends_the_curves_and_not_the_run(tmp_path, monkeypatch):
     messages = []
     monkeypatch.setattr(threading, "excepthook", lambda *_: None)  # TensorBoard's thread ends with the exception

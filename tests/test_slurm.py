@@ -238,6 +238,20 @@ def test_a_mistake_that_the_job_finds_is_one_line(run_here, tmp_path):
     assert not list(tmp_path.glob("my jobs/*/*.pth"))
 
 
+def test_a_task_that_is_killed_is_one_line(run_here, tmp_path):
+    run = run_here("--epochs", 400, "--save_ckpt_num", 1)
+    while not (found := list(tmp_path.glob("my jobs/*/run.json"))):
+        assert run.poll() is None
+        time.sleep(0.1)
+    job = found[0].parent
+    (task,) = subprocess.run(["pgrep", "-P", job.name], capture_output=True, text=True).stdout.split()
+    os.kill(int(task), signal.SIGKILL)
+    _, error = run.communicate(timeout=60)
+    assert (run.returncode, error.count("\n")) == (2, 1), error
+    assert error.startswith(f"error: job {job.name}: a task was killed")
+    assert str(job) in error
+
+
 def test_ctrl_c_in_a_local_run_saves(run_here, tmp_path):
     run = run_here("--epochs", 400, "--save_ckpt_num", 1)
     while not list(tmp_path.glob("my jobs/*/checkpoint-1*.pth")):
@@ -302,6 +316,21 @@ def test_a_home_in_job_dir_is_one_for_results_too(submit, tmp_path, monkeypatch)
     assert out.splitlines()[-1].endswith(f" {tmp_path}/runs")
 
 
+def test_a_job_that_goes_elsewhere_finds_what_was_here(submit, sbatch, tmp_path, monkeypatch):
+    sbatch(f"cat > {tmp_path}/script\necho Submitted batch job 17")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "list").touch()
+    flags = "--data_set image_folder --data_path data --train_list list --job_dir j/%j --log_dir logs/%j"
+    code, _, error = submit(*flags.split(), "--setup", "cd /", "--sbatch", "chdir=/tmp", "--sbatch", "export=NONE")
+    assert code == 0, error
+    last = (tmp_path / "script").read_text().splitlines()[-1]
+    assert last.startswith("srun --export=ALL ")
+    assert last.endswith(f" {tmp_path}/j/%j")
+    args = vars(submitit.core.utils.DelayedSubmission.load(tmp_path / "j/17/17_submitted.pkl").function.args)
+    names = {"data_path": "data", "train_list": "list", "job_dir": "j/%j", "output_dir": "j/%j", "log_dir": "logs/%j"}
+    assert {name: args[name] for name in names} == {name: f"{tmp_path}/{path}" for name, path in names.items()}
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [("30", 30), ("2:30", 3), ("72:00:00", 4320), ("3-00:00:00", 4320), ("1-2", 1560), ("1-2:30", 1590), ("0:01", 1)],
@@ -363,7 +392,7 @@ def test_the_script_that_is_submitted(submit, sbatch, tmp_path, monkeypatch):
     code, out, error = submit(*flags, "--data_set", "image_folder", "--setup", setup[0], "--setup", setup[1])
     assert code == 0, error
     folder = tmp_path / "my jobs/run-17"
-    assert out == f"submitted job 17: logs in {folder}, results in my jobs/run-17\n"
+    assert out == f"submitted job 17: logs in {folder}, results in {folder}\n"
     lines = (tmp_path / "script").read_text().splitlines()
     for line in (
         "nodes=3", "ntasks-per-node=4", "gpus-per-node=4", "time=90", "partition=gpu", "mem=204800M", "cpus-per-task=6",
@@ -380,7 +409,8 @@ def test_the_script_that_is_submitted(submit, sbatch, tmp_path, monkeypatch):
     names = ("SLURM_CONF", "SBATCH_ACCOUNT", "SLURM_MEM_PER_CPU", "SLURM_ARRAY_JOB_ID", "MASTER_PORT", "RANK")
     assert {name: environment[name] for name in names if name in environment} == left
     submission = submitit.core.utils.DelayedSubmission.load(folder / "17_submitted.pkl")
-    assert (submission.function.script, submission.function.args.output_dir) == ("main_pretrain", "my jobs/run-%j")
+    assert submission.function.script == "main_pretrain"
+    assert submission.function.args.output_dir == f"{tmp_path}/my jobs/run-%j"
     assert (submission._timeout_min, submission._timeout_countdown) == (90, 7)
     assert {path.name for path in tmp_path.iterdir()} == {"bin", "script", "environment", "my jobs"}
 

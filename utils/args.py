@@ -129,7 +129,7 @@ class ArgumentParser(argparse.ArgumentParser):
                 yield from self._read(inner, (*files, word))
 
     def _known(self, word: str) -> str:
-        """A word, its flag as it is called here; --no_FLAG is --FLAG=false."""
+        """A word, its flag as it is called here; --no_FLAG is --FLAG=false. A home is one behind = and in files."""
         flag, equals, value = word.partition("=")
         if flag.startswith("--"):
             flag = "--" + flag[2:].replace("-", "_")
@@ -138,7 +138,7 @@ class ArgumentParser(argparse.ArgumentParser):
             return f"{plain}=false"
         if flag not in options and SYNONYMS.get(flag) in options:
             flag = SYNONYMS[flag]
-        return f"{flag}{equals}{value}"
+        return os.path.expanduser(flag) + equals + os.path.expanduser(value)
 
     def print_help(self, file=None) -> None:
         if stream := file or sys.stdout:  # None: closed

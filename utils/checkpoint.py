@@ -1,5 +1,6 @@
 """Checkpoints on disk: written aside and renamed, verified and read without running code, newest good one first."""
 
+import errno
 import functools
 import itertools
 import logging
@@ -50,6 +51,9 @@ def replace(path: str | os.PathLike, write: Callable[[BinaryIO], object]) -> Non
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)  # the rename itself is durable only once the folder is
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # of a file system that has it for files alone
+            raise
     finally:
         os.close(folder)
 

@@ -318,8 +318,9 @@ def process_group(args) -> Iterator[torch.device]:
         if dist.is_initialized():
             dist.destroy_process_group()
         try:
-            sys.stdout.write("")  # and what could not be written before
-            sys.stdout.flush()
+            if sys.stdout:  # else it was closed from the first
+                sys.stdout.write("")  # and what could not be written before
+                sys.stdout.flush()
         except OSError:  # of a full disk: lines are lost, not the run
             drop_stdout()
 

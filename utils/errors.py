@@ -88,6 +88,11 @@ def run_cli(main: Callable[[], None]) -> None:
             raise
         lost = error.filename or "what was to be written"
         code, message = 2, f"error: {lost}: {error.strerror}; make room, or write elsewhere"
+    except RuntimeError as error:
+        if not re.search(r"shared memory\(shm\)|out of shared memory", str(error)):
+            raise
+        code, room = 2, "make that larger (docker run --shm-size=8g, or --ipc=host), or give fewer workers, or 0"
+        message = f"error: --num_workers: /dev/shm has no room for what loader processes hand over; {room}"
     except KeyboardInterrupt:
         code, message = 130, "interrupted; with --output_dir, the same command goes on from its last checkpoint"
     rank = os.environ.get("RANK", "0")

@@ -79,7 +79,10 @@ class Interrupts:
         number = self.received or SIGNALS[-1]
         handler = self._previous.get(number)
         if "SUBMITIT_EXECUTOR" in os.environ and callable(handler):
-            handler(number, None)
+            try:
+                handler(number, None)
+            except Exception as error:  # requeued as often as it may be, or SLURM has another mind
+                log.warning("not requeued: %s", error)
             if get_rank() > 0:  # requeues nothing; its exit could take rank 0 down before that has
                 time.sleep(60)
         sys.exit(code.item())

@@ -248,6 +248,11 @@ class RunLog:
         if log_dir:
             try:
                 Path(log_dir).mkdir(parents=True, exist_ok=True)  # where TensorFlow is, its errors are no OSErrors
+                earlier = [*Path(log_dir).glob("events.out.tfevents.*")]
+                # TensorBoard reads files in the order of their names, in which the clock is; that was set back
+                if any(path.name > f"events.out.tfevents.{time.time():010.0f}" for path in earlier):
+                    for path in earlier:
+                        path.rename(path.with_name(path.name.replace("tfevents.", "tfevents.0", 1)))
                 self.board = SummaryWriter(log_dir, purge_step=round(done * 1000) + (done > 0))
             except (OSError, UnicodeEncodeError) as error:  # the latter: of a path that is no UTF-8
                 raise UsageError(f"{log_dir}: no place for curves ({error}); give another --log_dir") from error

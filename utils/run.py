@@ -169,6 +169,9 @@ class Run:
                 log.info("the run ends early, after epoch %d: %s", epoch, early)
                 break
         self.log.close()
+        lost = self.saves and is_main_process() and (not self.kept or self.kept.name != f"checkpoint-{epoch}.pth")
+        again = f"the last checkpoint, of epoch {epoch}, was NOT saved; make room, and start the same command again"
+        refuse(lost, f"{self.output_dir}: {again}")
         where = f"results in {self.output_dir}" if self.output_dir else "nothing saved"
         what = f"{epoch + 1 - self.start_epoch} epochs in {duration(so_far)}, loss {self._loss:.4f}{self.best}"
         log.info("done: %s; %s", what, where)

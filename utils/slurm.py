@@ -19,6 +19,7 @@ from submitit.local.local import LOCAL_REQUEUE_RETURN_CODE
 
 from .args import ArgumentParser, add_bool, positive, prepared_output_dir, whole
 from .errors import UsageError, refuse, run_cli
+from .flags import INPUTS
 from .lock import OutputLock
 from .named_files import FOLDERS, data_path
 
@@ -82,7 +83,7 @@ def add_slurm_arguments(parser: ArgumentParser) -> None:
     add("--ngpus", type=whole(1), default=8, help="tasks, and GPUs, per node")
     add("--timeout", type=minutes, default=4320, help="time limit: minutes, or as SLURM has it, 3-00:00:00")
     folder_help = "folder shared by all nodes, for logs and, if no --output_dir, results; %%j: job"
-    add("--job_dir", type=os.path.expanduser, default="", help=folder_help)
+    add("--job_dir", default="", help=folder_help)
     add("--cpus_per_task", type=whole(1), default=10, help="cores per task")
     add("--mem_gb", type=positive, default=None, help="memory per node in GB")
     add_bool(group, "--use_volta32", False, "ask for GPUs of 32 GB, as --constraint volta32gb")
@@ -151,6 +152,15 @@ def check_data(args) -> None:
         refuse(absent, f"--{name} {path}: no such file or folder here; {nodes}")
 
 
+def make_absolute(args) -> None:
+    """Name from the root what is relative to the folder of the submission: --setup, say, may lead the job elsewhere."""
+    for name in (*PLACES, *INPUTS, "initial_checkpoint"):
+        path = getattr(args, name, None) or ""
+        is_data = name.endswith("data_path") and (os.path.exists(path) or glob.glob(path))
+        if path and (name in PLACES or is_data or os.path.isfile(path)):
+            setattr(args, name, os.path.abspath(path))
+
+
 def sbatch_script(args, name: str) -> str:
     """The script for sbatch: options, --setup, and submitit's command under srun."""
     paths = JobPaths(args.job_dir)
@@ -173,7 +183,8 @@ def sbatch_script(args, name: str) -> str:
     }
     lines = [f"#SBATCH --{k}" + ("" if v is True else f"={shlex.quote(str(v))}") for k, v in options.items() if v]
     # where one task dies, the others would wait for it in a collective until the time limit
-    srun = ["srun", "--unbuffered", "--kill-on-bad-exit=1", "--output", str(paths.stdout), "--error", str(paths.stderr)]
+    srun = ["srun", "--export=ALL", "--unbuffered", "--kill-on-bad-exit=1"]
+    srun += ["--output", str(paths.stdout), "--error", str(paths.stderr)]
     if options["cpus-per-task"]:
         srun.append(f"--cpus-per-task={options['cpus-per-task']}")  # which srun no longer takes from sbatch
     command = f"{shlex.join(srun)} {PYTHON} {shlex.quote(args.job_dir)}"
@@ -220,7 +231,12 @@ def wait_for(job: submitit.Job) -> None:
         os.kill(int(job.job_id), signal.SIGTERM)  # submitit's process tells the tasks, which save
         job.wait()
         raise
-    for rank, code in enumerate(job.results()):
+    try:
+        codes = job.results()
+    except submitit.core.utils.UncompletedJobError as error:
+        killed = "a task was killed, for want of memory, say"
+        raise UsageError(f"job {job.job_id}: {killed}; see {job.paths.folder}") from error
+    for rank, code in enumerate(codes):
         if code:
             print(*(job.task(rank).stderr() or "").splitlines()[-1:], file=sys.stderr)
             sys.exit(code)
@@ -234,12 +250,14 @@ def launch(script: ModuleType) -> None:
     script.check_args(args)
     early = f"--signal_delay {args.signal_delay}: must be a minute less than --timeout {args.timeout} min"
     refuse(args.timeout * 60 <= args.signal_delay + 60, early)
+    if not args.dry_run:
+        check_data(args)
+        check_folders(args)
+    make_absolute(args)
     text = sbatch_script(args, script.__name__.removeprefix("main_"))
     if args.dry_run:
         print(text, end="")
         return
-    check_data(args)
-    check_folders(args)
     args.output_dir = args.output_dir or args.job_dir
     trainer, job_dir = Trainer(script.__name__, args), Path(args.job_dir)
     certain = next(path for path in (job_dir, *job_dir.parents) if "%j" not in str(path))

@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import Dataset
 
 from ..errors import UsageError, refuse, suggest
-from .images import EXTENSIONS, IMAGE_EXTENSIONS, Reading, Survey, decode, hidden, read_file
+from .images import EXTENSIONS, IMAGE_EXTENSIONS, Reading, Survey, decode, read_file, visible
 
 T = TypeVar("T", bound="ImageFiles")
 log = logging.getLogger("fcmae")
@@ -151,7 +151,7 @@ def list_files(root: str, extensions: tuple[str, ...], left_out: Counter | None 
             this = (status.st_dev, status.st_ino)
             if this in above:
                 continue
-            entries = [entry for entry in os.scandir(path) if not hidden(entry.name)]
+            entries = visible(path)
         except OSError as error:  # also one that is gone since
             log.warning("%r is left out: %s", path, error.strerror)
             entries = []

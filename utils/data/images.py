@@ -7,6 +7,7 @@ numbers stay as they are. The orientation in EXIF data is ignored, as torchvisio
 import logging
 import os
 import random
+import re
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
@@ -79,6 +80,14 @@ class Survey:
 def hidden(name: str) -> bool:
     """Whether a file or folder is one of those that notebooks, macOS, a NAS and version control leave beside images."""
     return name.startswith((".", "__MACOSX", "@eaDir"))
+
+
+def visible(folder: str) -> list[os.DirEntry]:
+    """The entries of a folder, without the hidden ones and the pictures of a run that has its records there."""
+    entries = [entry for entry in os.scandir(folder) if not hidden(entry.name)]
+    own = r"(reconstruction-\d+|confusion(-ema)?)(\.\w+(-\d+)?)?\.png"
+    is_run = any(entry.name == "run.json" for entry in entries)
+    return [entry for entry in entries if not (is_run and re.fullmatch(own, entry.name))]
 
 
 def load_image(path: str) -> Image.Image:
