@@ -22,6 +22,7 @@ import torchvision
 from . import checkpoint
 from .distributed import get_world_size, is_main_process
 from .errors import UsageError, masked, surviving_disk_errors
+from .settings import trained_size
 
 log = logging.getLogger("fcmae")
 
@@ -65,7 +66,7 @@ def same_command(last: dict, flags: dict) -> bool:
 
 
 def tell_begun(path: Path, state: dict, flags: dict) -> None:
-    """Name the flags of a run's first weights, and of its evaluation, that are others than a checkpoint's run had."""
+    """Name the flags of a run's first weights, images and evaluation that are others than a checkpoint's run had."""
     was, now = state.get("args", {}), plain(flags)
     names = ["finetune", "initial_checkpoint", "head_init_scale", "start_epoch"]
     if now.get("finetune") or now.get("initial_checkpoint"):
@@ -74,6 +75,9 @@ def tell_begun(path: Path, state: dict, flags: dict) -> None:
         if now.get(name) and name in was and now[name] != was[name]:
             anew = "another --output_dir, without --resume, begins anew"
             log.warning("--%s %s: no effect on what goes on from %s; %s", name, now[name], path, anew)
+    size, trained = flags["input_size"], trained_size(was.get("input_size"))
+    if trained not in (None, size):  # as progressive resizing wants it
+        log.info("--input_size %s: %s was trained with %s", size, path, trained)
     for name in ("eval_data_path", "eval_list", "crop_pct", "eval_resize") if state.get("best") else ():
         if name in was and now.get(name) != was[name]:
             then, other = (x.get(name) or "the default" for x in (was, now))

@@ -22,7 +22,6 @@ from .errors import NonFiniteLoss, UsageError, refuse, surviving_disk_errors
 from .interrupts import Interrupts
 from .lock import OutputLock
 from .metrics import EpochTracker, RunLog, duration
-from .settings import trained_size
 
 log = logging.getLogger("fcmae")
 
@@ -68,7 +67,7 @@ class Run:
         self.flags, self.amp, self.interrupts = flags, amp, interrupts
         self.seed, self.output_dir, self.start_epoch = flags["seed"], flags["output_dir"], flags["start_epoch"]
         self.saves = bool(self.output_dir and flags["save_ckpt"])
-        self.log, self.ema = RunLog(), None
+        self.log, self.ema, self.rollbacks = RunLog(), None, 0
         self.best = Best(flags.get("best_metric", "acc1"), flags.get("patience", 0))
         self.epoch_progress: dict | None = None
         self._content: dict | None = None
@@ -76,7 +75,6 @@ class Run:
         if flags.get("depth") is None:
             flags["depth"] = depth
         self.kept = self._newest = None  # the latter: saved or resumed, and not yet known to be good
-        self.rollbacks = 0
 
     def _choose(self) -> tuple:
         """As `record.choose`, but for the content, which stays in the first process: its --depth."""
@@ -130,9 +128,6 @@ class Run:
         self.rollbacks = 0 if self.new else state.get("rollbacks", 0)
         record.tell_begun(path, state, self.flags)
         self.best.load(state.get("best", {}), path)
-        size, was = self.flags["input_size"], trained_size(state.get("args", {}).get("input_size"))
-        if was not in (None, size):  # as progressive resizing wants it
-            log.info("--input_size %s: %s was trained with %s", size, path, was)
         if self.epoch_progress and is_main_process():
             loader.bad.add(self.epoch_progress.get("bad", {}))
         theirs = f"{self.best} of that run" if self.new and str(self.best) else ""  # whose file stays where it is
@@ -172,9 +167,8 @@ class Run:
         lost = self.saves and is_main_process() and (not self.kept or self.kept.name != f"checkpoint-{epoch}.pth")
         again = f"the last checkpoint, of epoch {epoch}, was NOT saved; make room, and start the same command again"
         refuse(lost, f"{self.output_dir}: {again}")
-        where = f"results in {self.output_dir}" if self.output_dir else "nothing saved"
         what = f"{epoch + 1 - self.start_epoch} epochs in {duration(so_far)}, loss {self._loss:.4f}{self.best}"
-        log.info("done: %s; %s", what, where)
+        log.info("done: %s; %s", what, f"results in {self.output_dir}" if self.output_dir else "nothing saved")
 
     def _open_records(self) -> None:
         if not is_main_process():
