@@ -152,9 +152,7 @@ def test_many_runs_look_different_and_a_single_point_is_seen(runs):
     assert {line.get_marker() for line in lines} == {"."}
 
 
-@pytest.mark.parametrize(
-    ("given", "name"), [(None, "curves.png"), ("drawn.svg", "drawn.svg"), ("drawn", "drawn.png")]
-)
+@pytest.mark.parametrize(("given", "name"), [(None, "curves.png"), ("drawn.svg", "drawn.svg"), ("drawn", "drawn.png")])
 def test_the_file(given, name, runs, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
     monkeypatch.chdir(runs)
