@@ -63,6 +63,13 @@ def test_a_full_disk_is_a_line(draw, tmp_path):
     assert re.fullmatch(r"error: .*: No space left on device; make room, or write elsewhere\n", result.err)
 
 
+def test_a_folder_where_the_picture_goes_is_a_line(draw, tmp_path):
+    (tmp_path / "pictures/features.png").mkdir(parents=True)
+    result, _ = draw("--features", "--input_size", 16)
+    assert result.code == 2
+    assert re.fullmatch(r"error: .*/features.png: Is a directory; mend that, or give another\n", result.err)
+
+
 # ---- reconstructions
 
 
