@@ -152,15 +152,17 @@ def test_many_runs_look_different_and_a_single_point_is_seen(runs):
     assert {line.get_marker() for line in lines} == {"."}
 
 
-@pytest.mark.parametrize("name", ["curves.png", "drawn.svg"])
-def test_the_file(name, runs, monkeypatch, capsys):
+@pytest.mark.parametrize(("given", "name"), [(None, "curves.png"), ("drawn.svg", "drawn.svg"), ("drawn", "drawn.png")])
+def test_the_file(given, name, runs, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
     monkeypatch.chdir(runs)
-    flags = [] if name == "curves.png" else ["--output", name]
-    code, out, err = call(monkeypatch, capsys, "a", "b", *flags)
+    (runs / r"lr$\foo$").mkdir()  # no formula
+    (runs / r"lr$\foo$/log.txt").write_text((runs / "a/log.txt").read_text())
+    flags = ["--output", given] if given else []
+    code, out, err = call(monkeypatch, capsys, "a", r"lr$\foo$", *flags)
     assert (code, err) == (0, "")
     assert out.splitlines()[-1] == f"curves in {name}"
-    assert (runs / name).read_bytes().startswith(b"\x89PNG" if name == "curves.png" else b"<?xml")
+    assert (runs / name).read_bytes().startswith(b"<?xml" if name == "drawn.svg" else b"\x89PNG")
 
 
 def test_pictures_that_cannot_be_written(runs, monkeypatch, capsys):

@@ -11,7 +11,7 @@ from PIL import Image
 import main_finetune
 from tests.small_runs import Scripts, records
 from utils import report
-from utils.pictures import confusion_picture
+from utils.pictures import confusion_picture, shortened
 from utils.report import Answers
 
 
@@ -63,10 +63,20 @@ def test_many_classes(tmp_path):
 
 
 def test_a_confused_cell_is_dark():
-    picture = confusion_picture(torch.tensor([[0, 9], [0, 0]]), ["a", "日本\n語"])
+    picture = confusion_picture(torch.tensor([[0, 9], [0, 0]]), ["a", "b"])
     left, top = picture.width - 10 - 64, picture.height - 10 - 128
     assert picture.getpixel((left + 8, top + 8)) == (8, 48, 107)
     assert picture.getpixel((left + 8, top + 72)) == (255, 255, 255)
+
+
+def test_names_in_pictures():
+    """The font has no letters beyond ASCII, and draws the same box for each; long names may differ in their ends."""
+    assert [shortened(x, 7) for x in ("Café", "Cafe\u0301", "a\nb", "", "日本\n語", "Straße", "\udcff")] == [
+        "Cafe", "Cafe", "a b", "", "class 7", "class 7", "?",
+    ]  # fmt: skip
+    assert shortened("a name with an end of its own 1", 7) != shortened("a name with an end of its own 2", 7)
+    assert shortened("0123456789" * 3, 7, 16) == "0123456...456789"
+    assert shortened("x" * 24, 7) == "x" * 24
 
 
 @pytest.fixture(scope="module")

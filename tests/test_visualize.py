@@ -63,6 +63,13 @@ def test_a_full_disk_is_a_line(draw, tmp_path):
     assert re.fullmatch(r"error: .*: No space left on device; make room, or write elsewhere\n", result.err)
 
 
+def test_a_folder_where_the_picture_goes_is_a_line(draw, tmp_path):
+    (tmp_path / "pictures/features.png").mkdir(parents=True)
+    result, _ = draw("--features", "--input_size", 16)
+    assert result.code == 2
+    assert re.fullmatch(r"error: .*/features.png: Is a directory; mend that, or give another\n", result.err)
+
+
 # ---- reconstructions
 
 
@@ -322,6 +329,14 @@ def test_images_are_read_at_the_depth_of_training(draw, scripts, checkpoint, tmp
     result, _ = draw("--features", "--checkpoint", tmp_path / "deep.pth", "--images", scripts.val)
     assert result.code == 2
     assert re.search("png: holds uint8 values, where most files hold other numbers", result.err), result.err
+    pixels = np.random.RandomState(0).normal(99, 9, (3, 16, 16)).astype(np.float32)
+    np.save(tmp_path / "deep.npy", pixels)
+    flags = ("--features", "--reconstructions", "--checkpoint", tmp_path / "deep.pth")
+    result, out = draw(*flags, "--images", tmp_path / "deep.npy", "--mask_ratios", 0.5)
+    assert result.code == 0, result.err
+    expected = 255 * (0.5 + 0.25 * (pixels - 99) / 9).clip(0, 1).transpose(1, 2, 0)
+    for name, columns in (("features", 5), ("reconstructions", 3)):
+        assert abs(tiles(out / f"{name}.png", 1, columns)[0, 0, ::8, ::8] - expected).max() <= 1
 
 
 def test_without_matplotlib(draw, monkeypatch):

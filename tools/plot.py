@@ -100,8 +100,10 @@ def table(curves: Curves, x: str) -> str:
 
 def draw(curves: Curves, x: str):
     """A matplotlib figure with a panel per key; a run has the same colour in each."""
+    from matplotlib import rcParams
     from matplotlib.figure import Figure
 
+    rcParams["text.parse_math"] = False  # a folder's name may hold $
     columns = len(curves) if len(curves) <= 3 else math.ceil(math.sqrt(len(curves)))
     rows = math.ceil(len(curves) / columns)
     figure = Figure(figsize=(5 * columns, 3.5 * rows + 0.5), layout="constrained")
@@ -124,6 +126,8 @@ def main() -> None:
     curves = choose({folder: read_log(folder) for folder in args.runs}, args.keys, args.x)
     print(table(curves, args.x))
     if args.output:
+        if not Path(args.output).suffix:
+            args.output += ".png"  # as matplotlib would, which does not tell
         try:
             draw(curves, args.x).savefig(args.output, dpi=120)
         except ImportError as error:

@@ -140,7 +140,7 @@ def least_certain(dataset: Dataset, columns: tuple[torch.Tensor, ...], classes: 
     captions = []
     for row in first:
         pairs = zip(top[row, :2].tolist(), probabilities[row, :2].tolist(), strict=True)
-        captions.append([f"{100 * share:.1f} % {shortened(classes[i], 16)}" for i, share in pairs])
+        captions.append([f"{100 * share:.1f} % {shortened(classes[i], i, 16)}" for i, share in pairs])
     return captioned((pictures * std + mean).clamp(0, 1), captions)
 
 

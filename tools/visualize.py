@@ -183,7 +183,9 @@ def main(args) -> None:
     encoder = load_encoder(args)
     if args.reconstructions:
         check_reconstructions(args, encoder.patch_size)
-    amp, imgs, (mean, std) = pick_amp(args), load_images(args), datasets.mean_std(args)
+    amp, imgs = pick_amp(args), load_images(args)
+    # bytes are drawn as they are; of other numbers nothing else tells how large they become
+    mean, std = (datasets.picture_mean_std if args.depth in (16, 32) else datasets.mean_std)(args)
     with prepared_output_dir(args.output_dir):
         if args.reconstructions:
             model = load_fcmae(args.checkpoint, args.norm_pix_loss).to(amp.device)

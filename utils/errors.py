@@ -70,8 +70,9 @@ def _is_unread_stdout() -> bool:
 def run_cli(main: Callable[[], None]) -> None:
     """Run a script's main, turning mistakes into one line on stderr and an exit code.
 
-    2 for a UsageError or a full or read-only disk, 1 for a NonFiniteLoss, 130 for Ctrl-C, 141 without a line where
-    nobody reads what is printed (`| head`); any other exception is a bug and keeps its traceback.
+    2 for a UsageError, a full or read-only disk, or a file that may not be opened or is a folder, 1 for a
+    NonFiniteLoss, 130 for Ctrl-C, 141 without a line where nobody reads what is printed (`| head`); any other
+    exception is a bug and keeps its traceback.
     """
     try:
         main()
@@ -84,17 +85,18 @@ def run_cli(main: Callable[[], None]) -> None:
         if isinstance(error, BrokenPipeError) and _is_unread_stdout():
             drop_stdout()
             sys.exit(141)  # as of what SIGPIPE ends
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+        if not full and not (error.filename and error.errno in (errno.EISDIR, errno.EACCES, errno.EPERM)):
             raise
-        lost = error.filename or "what was to be written"
-        code, message = 2, f"error: {lost}: {error.strerror}; make room, or write elsewhere"
+        lost, advice = error.filename or "what was to be written", "make room, or write elsewhere"
+        code, message = 2, f"error: {lost}: {error.strerror}; {advice if full else 'mend that, or give another'}"
     except RuntimeError as error:
         if not re.search(r"shared memory\(shm\)|out of shared memory", str(error)):
             raise
         code, room = 2, "make that larger (docker run --shm-size=8g, or --ipc=host), or give fewer workers, or 0"
         message = f"error: --num_workers: /dev/shm has no room for what loader processes hand over; {room}"
     except KeyboardInterrupt:
-        code, message = 130, "interrupted; with --output_dir, the same command goes on from its last checkpoint"
+        code, message = 130, "interrupted; a run with --output_dir goes on from its last checkpoint: start it again"
     rank = os.environ.get("RANK", "0")
     try:
         message = masked(message, ADDRESSES)

@@ -1,5 +1,7 @@
 """Reconstructions, a confusion matrix and predictions as pictures."""
 
+import unicodedata
+
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
@@ -37,9 +39,12 @@ def tile(pictures: torch.Tensor, columns: int) -> torch.Tensor:
 
 
 def confusion_picture(counts: torch.Tensor, names: list[str]) -> Image.Image:
-    """Images of each label (row) and prediction (column), (K, K), shaded by their share of the row."""
+    """Images of each label (row) and prediction (column), (K, K), shaded by their share of the row.
+
+    names: as `shortened` gives them.
+    """
     cell = min(max(900 // len(names), 20), 64)
-    font, names = ImageFont.load_default(max(10, cell // 4)), [shortened(name) for name in names]
+    font = ImageFont.load_default(max(10, cell // 4))
     margin = round(max(*map(font.getlength, names), font.getlength("columns: pred"))) + 34
     picture = Image.new("RGB", (margin + cell * len(names) + 10,) * 2, "white")
     draw = ImageDraw.Draw(picture)
@@ -61,10 +66,16 @@ def confusion_picture(counts: torch.Tensor, names: list[str]) -> Image.Image:
     return picture
 
 
-def shortened(name: str, most: int = 24) -> str:
-    """A class name for a picture, on one line."""
+def shortened(name: str, number: int, most: int = 24) -> str:
+    """A class name for a picture, on one line, without accents; its number where the font lacks its letters."""
     name = " ".join(name.encode(errors="replace").decode().split())
-    return name if len(name) <= most else f"{name[: most - 3]}..."
+    name = "".join(letter for letter in unicodedata.normalize("NFKD", name) if not unicodedata.combining(letter))
+    font = ImageFont.load_default(10)
+    missing, *letters = (bytes(font.getmask(letter)) for letter in "\uffff" + name)
+    if missing in letters:
+        return f"class {number}"
+    # both ends: names of many classes differ in one of them alone
+    return name if len(name) <= most else f"{name[: most // 2 - 1]}...{name[2 - most // 2 :]}"
 
 
 def captioned(pictures: torch.Tensor, captions: list[list[str]]) -> Image.Image:

@@ -20,7 +20,7 @@ import torch
 from .checkpoint import replace
 from .distributed import gather, is_main_process
 from .errors import UsageError
-from .pictures import confusion_picture
+from .pictures import confusion_picture, shortened
 
 log = logging.getLogger("fcmae")
 
@@ -233,7 +233,8 @@ class Reporter:
             files[Path(self.output_dir) / f"report{suffix}.json"] = lambda file: file.write(content)
             if not several:
                 chosen = most_confused(answers, count)
-                picture = confusion_picture(count_pairs(answers, chosen, count), [classes[i] for i in chosen])
+                names = [shortened(classes[i], i) for i in chosen.tolist()]
+                picture = confusion_picture(count_pairs(answers, chosen, count), names)
                 files[Path(self.output_dir) / f"confusion{suffix}.png"] = partial(picture.save, format="png")
         if self.predictions:
             path, rows = Path(self.predictions), [("path", "label", "prediction", "probability")]
