@@ -16,7 +16,7 @@ from safetensors.torch import save
 
 import main_finetune
 from models.convnextv2 import ConvNeXtV2
-from tests.small_runs import TINY
+from tests.small_runs import TINY, killed_after, load, same
 
 NAME = "stages.2.1.grn.gamma"
 MATRIX = "stages.0.0.pwconv1.weight"
@@ -170,3 +170,36 @@ def test_argument_files(content, message, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="2"):
         parse()
     assert re.fullmatch(rf"error: .*({message}).*\n", capsys.readouterr().err)
+
+
+ODD_FIELDS = {
+    "epoch": -1, "classes": 5, "best": "0.9", "order": [1], "scaler": torch.ones(2), "model_ema": "x", "rollbacks": "x",
+    "global_batch": None, "partial": {"averages": []}, "step": {},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ODD_FIELDS)
+def test_fields_that_no_run_writes(name, scripts, tmp_path):
+    flags = "--model_ema", "true", "--save_ckpt_steps", 2, "--output_dir", tmp_path
+    with killed_after(3):
+        scripts.finetune(*flags)
+    state = load(tmp_path / "checkpoint-0-step2.pth")
+    torch.save(state | {name: ODD_FIELDS[name]}, tmp_path / "x.pth")
+    refused(scripts, tmp_path / "x.pth", f"its {name} is ", "--resume")
+
+
+def test_states_of_an_optimizer_that_do_not_fit(scripts, tmp_path):
+    """Settings that a checkpoint's groups have otherwise are the command line's."""
+    assert scripts.finetune("--output_dir", tmp_path, "--epochs", 2).code == 0
+    state = load(tmp_path / "checkpoint-0.pth")
+    path, held, groups = tmp_path / "x.pth", state["optimizer"]["state"], state["optimizer"]["param_groups"]
+    for odd in (held[0]["exp_avg"][:1], None, "x", 3):
+        torch.save(
+            state | {"optimizer": {"state": held | {0: held[0] | {"exp_avg": odd}}, "param_groups": groups}}, path
+        )
+        refused(scripts, path, "its optimizer does not fit", "--resume")
+    odd = [group | {"amsgrad": True, "maximize": 1, "differentiable": 1.5, "fused": None} for group in groups]
+    torch.save(state | {"optimizer": {"state": held, "param_groups": odd}}, path)
+    assert scripts.finetune("--output_dir", tmp_path / "on", "--epochs", 2, "--resume", path).code == 0
+    ended, whole = (load(folder / "checkpoint-1.pth") for folder in (tmp_path / "on", tmp_path))
+    assert same(ended["model"], whole["model"])

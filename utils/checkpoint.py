@@ -108,7 +108,8 @@ def read(path: str | os.PathLike) -> dict:
         state.setdefault("scored", "model_ema")
     if "args" in state:  # of other trainers a Namespace, or something else that tells nothing here
         args = vars(state["args"]) if isinstance(state["args"], Namespace) else state["args"]
-        state["args"] = args if isinstance(args, dict) else {}
+        args = args if isinstance(args, dict) else {}
+        state["args"] = {name: value for name, value in args.items() if not isinstance(value, torch.Tensor)}
     return state
 
 
@@ -301,8 +302,10 @@ def load_training(
             if lost := sorted(options.keys() - group.keys()):
                 raise ValueError(f"it has no {', '.join(lost)}")
             # loading has put the checkpoint's in their place, whatever the command line says now
-            group.update({name: options[name] for name in SETTINGS & options.keys()})
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+            group.update({k: v for k, v in options.items() if k in SETTINGS or isinstance(v, bool | None)})
+        if any(getattr(held.get("exp_avg", p), "shape", None) != p.shape for p, held in optimizer.state.items()):
+            raise ValueError("it has moments of another shape than the weights")
+    except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
         flags = "--opt or --layer_decay or --freeze_stages"
         raise UsageError(f"{path}: its optimizer does not fit {flags} ({error})") from error
     if state.get("scaler"):

@@ -22,7 +22,7 @@ from .errors import NonFiniteLoss, UsageError, refuse, surviving_disk_errors
 from .interrupts import Interrupts
 from .lock import OutputLock
 from .metrics import EpochTracker, RunLog, duration
-from .settings import trained_size
+from .settings import check_fields, trained_size
 
 log = logging.getLogger("fcmae")
 
@@ -122,6 +122,7 @@ class Run:
         if path is None:
             return
         state, self._content = self._content or checkpoint.awaited(path), None
+        check_fields(path, state)
         checkpoint.check_same_run(path, state, self.flags, classes, self.order)
         refuse(ema and not state.get("model_ema"), f"--model_ema true: {path} holds no moving average to continue")
         self.start_epoch, self.epoch_progress = self._take_up(path, state)
