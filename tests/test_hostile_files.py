@@ -155,6 +155,7 @@ def test_zip_bombs_and_storages_that_are_too_small(scripts, tmp_path):
         (bytes(range(256)), "can't decode"),
         ("--epochs 3".encode("utf-16"), "can't decode"), (b"\0\0", "unknown argument|unrecognized|cannot"),
         (b"@x.args", "reads itself"), (b"@y.args", "reads itself"), (b"@absent.args", "absent.args: cannot be read"),
+        (b"@/dev/zero", "argument file /dev/zero: cannot be read"),
         (b"@.", "argument file .: cannot be read"), (b"@", "argument file : cannot be read"),
         (b"--seed '", "No closing"),
     ],

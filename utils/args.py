@@ -118,6 +118,8 @@ class ArgumentParser(argparse.ArgumentParser):
             if word in files:
                 self.error(f"argument file {word[1:]}: reads itself")
             try:
+                if Path(word[1:]).is_char_device():
+                    raise ValueError("a device, as /dev/zero without end")
                 lines = Path(word[1:]).read_text("utf-8-sig").splitlines()
             except (OSError, ValueError) as error:
                 self.error(f"argument file {word[1:]}: cannot be read ({error})")
