@@ -1,6 +1,7 @@
 """Files that nobody would write on purpose, and some that somebody would: one line, exit code 2, nothing executed."""
 
 import codecs
+import itertools
 import json
 import os
 import pickle
@@ -17,6 +18,8 @@ from safetensors.torch import save
 import main_finetune
 from models.convnextv2 import ConvNeXtV2
 from tests.small_runs import TINY, killed_after, load, same
+from utils.errors import UsageError
+from utils.report import write_file
 
 NAME = "stages.2.1.grn.gamma"
 MATRIX = "stages.0.0.pwconv1.weight"
@@ -173,6 +176,17 @@ def test_argument_files(content, message, tmp_path, monkeypatch, capsys):
     assert re.fullmatch(rf"error: .*({message}).*\n", capsys.readouterr().err)
 
 
+def test_places_that_cannot_be(scripts, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    long, address = "x" * 300, "http://127.0.0.1:9/x"
+    for flags in (("--output_dir", long), ("--log_dir", long), ("--log_dir", address)):
+        result = scripts.finetune("--epochs", 1, "--warmup_epochs", 0, *flags)
+        assert (result.code, result.err.count("\n")) == (2, 1), result.err
+        assert flags[1] in result.err
+    with pytest.raises(UsageError, match="cannot be written"):
+        write_file(tmp_path / long, print)
+
+
 ODD_FIELDS = {
     "epoch": -1, "classes": 5, "best": "0.9", "order": [1], "scaler": torch.ones(2), "model_ema": "x", "rollbacks": "x",
     "global_batch": None, "partial": {"averages": []}, "step": {},
@@ -194,11 +208,11 @@ def test_states_of_an_optimizer_that_do_not_fit(scripts, tmp_path):
     assert scripts.finetune("--output_dir", tmp_path, "--epochs", 2).code == 0
     state = load(tmp_path / "checkpoint-0.pth")
     path, held, groups = tmp_path / "x.pth", state["optimizer"]["state"], state["optimizer"]["param_groups"]
-    for odd in (held[0]["exp_avg"][:1], None, "x", 3):
-        torch.save(
-            state | {"optimizer": {"state": held | {0: held[0] | {"exp_avg": odd}}, "param_groups": groups}}, path
-        )
+    for name, odd in itertools.product(("exp_avg", "exp_avg_sq"), (held[0]["exp_avg"][:1], None, "x", 3)):
+        torch.save(state | {"optimizer": {"state": held | {0: held[0] | {name: odd}}, "param_groups": groups}}, path)
         refused(scripts, path, "its optimizer does not fit", "--resume")
+    torch.save(state | {"args": state["args"] | {"depth": (1, 2), "multi_label": torch.ones(2)}}, path)
+    assert scripts.finetune("--output_dir", tmp_path / "depth", "--epochs", 2, "--resume", path).code == 0
     odd = [group | {"amsgrad": True, "maximize": 1, "differentiable": 1.5, "fused": None} for group in groups]
     torch.save(state | {"optimizer": {"state": held, "param_groups": odd}}, path)
     assert scripts.finetune("--output_dir", tmp_path / "on", "--epochs", 2, "--resume", path).code == 0

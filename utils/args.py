@@ -314,8 +314,8 @@ def prepared_output_dir(output_dir: str | None, flag: str = "--output_dir") -> I
         return
     path = Path(output_dir)
     with main_process_first():
-        missing = [folder for folder in (path, *path.parents) if not folder.exists()]
         try:
+            missing = [folder for folder in (path, *path.parents) if not folder.exists()]
             path.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=path).close()
         except OSError as error:

@@ -303,7 +303,8 @@ def load_training(
                 raise ValueError(f"it has no {', '.join(lost)}")
             # loading has put the checkpoint's in their place, whatever the command line says now
             group.update({k: v for k, v in options.items() if k in SETTINGS or isinstance(v, bool | None)})
-        if any(getattr(held.get("exp_avg", p), "shape", None) != p.shape for p, held in optimizer.state.items()):
+        held = ((state.get(name, p), p) for p, state in optimizer.state.items() for name in ("exp_avg", "exp_avg_sq"))
+        if any(getattr(moment, "shape", None) not in (p.shape, ()) for moment, p in held):  # (): one of all of it
             raise ValueError("it has moments of another shape than the weights")
     except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
         flags = "--opt or --layer_decay or --freeze_stages"

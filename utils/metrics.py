@@ -249,7 +249,7 @@ class RunLog:
             try:
                 Path(log_dir).mkdir(parents=True, exist_ok=True)  # where TensorFlow is, its errors are no OSErrors
                 self.board = SummaryWriter(log_dir, purge_step=round(done * 1000) + (done > 0))
-            except (OSError, UnicodeEncodeError) as error:  # the latter: of a path that is no UTF-8
+            except (OSError, ValueError, ImportError) as error:  # a path that is no UTF-8, or an address
                 raise UsageError(f"{log_dir}: no place for curves ({error}); give another --log_dir") from error
 
     def _draw(self, draw: Callable[[SummaryWriter], object]) -> None:

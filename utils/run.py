@@ -73,15 +73,15 @@ class Run:
         self.epoch_progress: dict | None = None
         self._content: dict | None = None
         self.id, self.new, self.resume_from, depth = from_main_process(self._choose)
-        if flags.get("depth") is None:
-            flags["depth"] = depth
+        flags["depth"] = flags.get("depth") or depth
         self.kept = self._newest = None  # the latter: saved or resumed, and not yet known to be good
         self.rollbacks = 0
 
     def _choose(self) -> tuple:
         """As `record.choose`, but for the content, which stays in the first process: its --depth."""
         *chosen, self._content = record.choose(self.flags)
-        return *chosen, (self._content or {}).get("args", {}).get("depth")
+        depth = (self._content or {}).get("args", {}).get("depth")
+        return *chosen, depth if depth in (8, 16, 32) else None
 
     def triton(self, available: Callable[[torch.device, torch.dtype], bool]) -> bool:
         """Whether Triton's kernels are to compute: the first process's choice for all, which the run's records tell.
