@@ -80,8 +80,18 @@ def odd_states() -> dict:
         "NaN": (changed(NAME, lambda x: x * torch.nan), NAME),
         "infinite": (changed(NAME, lambda x: x + torch.inf), NAME),
         "no dimension": (changed(MATRIX, lambda x: x.sum()), ""),
+        "expanded": (changed(MATRIX, lambda x: torch.ones(1).expand(10**7, 10**7)), MATRIX),
         "no number": (changed(MATRIX, lambda x: x[:0]), MATRIX),
     }
+
+
+def test_what_a_file_holds_a_part_of_takes_no_memory(scripts, tmp_path):
+    """Nor where a folder's newest checkpoint is looked for, or a model is built as the file's shapes tell."""
+    name = "downsample_layers.0.0.weight"
+    torch.save({"model": changed(name, lambda x: x[:, :1].expand(-1, 10**9, 1, 1))}, tmp_path / "checkpoint-0.pth")
+    for flags in (("--output_dir", tmp_path), ("--eval", "true", "--resume", tmp_path / "checkpoint-0.pth")):
+        result = scripts.finetune(*flags)
+        assert (result.code, result.err.count("\n")) == (2, 1), result.err
 
 
 def headers() -> dict[str, bytes]:
