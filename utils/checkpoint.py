@@ -153,7 +153,7 @@ def unfit(state_dict: dict, own: dict | None = None) -> str:
         plain = value.layout == torch.strided and not (value.is_meta or value.is_quantized or value.is_nested)
         if not plain or (own and value.is_floating_point() != own[name].is_floating_point()):
             return f"{name} is a tensor of {value.dtype}, {value.layout}, on {value.device}, which is no weight"
-        if value.nbytes > value.untyped_storage().nbytes():  # expanded: a few bytes could become any number
+        if not own and value.nbytes > value.untyped_storage().nbytes():  # expanded: a few bytes could become any number
             return f"{name} has the shape {tuple(value.shape)}, of which the file holds a part"
         if own and value.is_floating_point() and not value.float().isfinite().all():
             return f"its weights are NaN or infinite in {name}; give an earlier checkpoint"
