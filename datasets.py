@@ -259,10 +259,9 @@ def build_train_loader(
         labels = balance.labels_of(dataset, f"--balanced_sampling true: --data_set {args.data_set}")
         sampler.draw = partial(balance.balanced_order, torch.tensor(labels))
     if num_samples < sampler.global_batch:
-        raise UsageError(
-            f"--batch_size {args.batch_size}: a step takes {sampler.global_batch} images (batch_size * update_freq * "
-            f"processes), the training set has {num_samples}; give a smaller --batch_size"
-        )
+        takes = f"a step takes {sampler.global_batch} images (batch_size * update_freq * processes), the training set"
+        smaller = f"has {num_samples}; give a smaller --batch_size{' or --update_freq' * (args.update_freq > 1)}"
+        raise UsageError(f"--batch_size {args.batch_size}: {takes} {smaller}")
     common = _loader_options(args, num_workers) | {"persistent_workers": num_workers > 0}
     if streamed:
         loader = DataLoader(dataset, args.batch_size, drop_last=True, **common)

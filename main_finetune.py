@@ -84,13 +84,13 @@ def check_args(args) -> None:
     refuse(opt.second_order, f"--opt {args.opt}: {second_order}")
     needed = f"--opt_betas: has {count} numbers, --opt {args.opt} needs {opt.num_betas}"
     refuse(count and opt.has_betas and count != opt.num_betas, needed)
-    depths = SIZES[args.model]["depths"]
     grouped = args.layer_decay_type == "group" and args.layer_decay < 1
     made_for = "is made for depths 3,3,27,3 (base, large, huge); give --layer_decay_type single"
-    refuse(grouped and depths != (3, 3, 27, 3), f"--layer_decay_type group: {made_for}")
+    refuse(grouped and SIZES[args.model]["depths"] != (3, 3, 27, 3), f"--layer_decay_type group: {made_for}")
     flags.check_labels(args)
-    sides = args.cutmix_minmax or (0, 1)
-    refuse(sides[0] > sides[1], f"--cutmix_minmax {sides[0]} {sides[1]}: the smaller side comes first")
+    low, high = args.cutmix_minmax or (0, 1)  # shares, between which timm draws whole pixels
+    apart = f"the smaller side comes first, a pixel of --input_size {args.input_size} apart"
+    refuse(any(int(x * low) >= int(x * high) for x in args.input_size), f"--cutmix_minmax {low} {high}: {apart}")
     pairs = "must be even, as Mixup and CutMix pair images, and a linear probe's batch norm needs two"
     refuse(args.batch_size % batch_divisor(args), f"--batch_size {args.batch_size}: {pairs}")
     whole_network = {"layer_decay": 1, "drop_path": 0, "grad_checkpointing": False, "model_ema": False}

@@ -185,6 +185,8 @@ def test_missing_files_of_a_list_are_told_together(images, logs):
 def test_no_list(tmp_path):
     with pytest.raises(UsageError, match=r"--eval_list .*none\.txt: No such file"):
         ImageList(str(tmp_path / "none.txt"), "--eval_list", None)
+    with pytest.raises(UsageError, match="--eval_list /dev/zero: is a device"):
+        ImageList("/dev/zero", "--eval_list", None)
 
 
 def test_arrays_count_where_they_are_asked_for(tmp_path):

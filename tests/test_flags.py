@@ -18,7 +18,7 @@ VALUES = ("", "nan", "inf", "-inf", "-1", "0", "1.5", "1e308", str(2**64), str(1
 MEANT = {
     "0": "mask_ratio mask_ratios color_jitter cutmix cutmix_minmax drop_path head_init_scale knn_freq health_freq "
     "lr blr min_lr local_rank max_bad_images mean mixup mixup_prob mixup_switch_prob momentum decoder_depth "
-    "model_ema_decay nodata num_workers opt_betas opt_eps reprob save_ckpt_steps seed seeds split_seed smoothing "
+    "model_ema_decay nodata num_workers opt_betas reprob save_ckpt_steps seed seeds split_seed smoothing "
     "start_epoch stage vis_freq warmup_epochs warmup_steps weight_decay weight_decay_end images tolerance "
     "num_classes max_requeues patience freeze_stages bce_target_thresh",
     str(2**64): "mean nodata",

@@ -1,6 +1,7 @@
 """Files that nobody would write on purpose, and some that somebody would: one line, exit code 2, nothing executed."""
 
 import codecs
+import itertools
 import json
 import os
 import pickle
@@ -16,7 +17,9 @@ from safetensors.torch import save
 
 import main_finetune
 from models.convnextv2 import ConvNeXtV2
-from tests.small_runs import TINY
+from tests.small_runs import TINY, killed_after, load, same
+from utils.errors import UsageError
+from utils.report import write_file
 
 NAME = "stages.2.1.grn.gamma"
 MATRIX = "stages.0.0.pwconv1.weight"
@@ -77,8 +80,18 @@ def odd_states() -> dict:
         "NaN": (changed(NAME, lambda x: x * torch.nan), NAME),
         "infinite": (changed(NAME, lambda x: x + torch.inf), NAME),
         "no dimension": (changed(MATRIX, lambda x: x.sum()), ""),
+        "expanded": (changed(MATRIX, lambda x: torch.ones(1).expand(10**7, 10**7)), MATRIX),
         "no number": (changed(MATRIX, lambda x: x[:0]), MATRIX),
     }
+
+
+def test_what_a_file_holds_a_part_of_takes_no_memory(scripts, tmp_path):
+    """Nor where a folder's newest checkpoint is looked for, or a model is built as the file's shapes tell."""
+    name = "downsample_layers.0.0.weight"
+    torch.save({"model": changed(name, lambda x: x[:, :1].expand(-1, 10**9, 1, 1))}, tmp_path / "checkpoint-0.pth")
+    for flags in (("--output_dir", tmp_path), ("--eval", "true", "--resume", tmp_path / "checkpoint-0.pth")):
+        result = scripts.finetune(*flags)
+        assert (result.code, result.err.count("\n")) == (2, 1), result.err
 
 
 def headers() -> dict[str, bytes]:
@@ -155,6 +168,7 @@ def test_zip_bombs_and_storages_that_are_too_small(scripts, tmp_path):
         (bytes(range(256)), "can't decode"),
         ("--epochs 3".encode("utf-16"), "can't decode"), (b"\0\0", "unknown argument|unrecognized|cannot"),
         (b"@x.args", "reads itself"), (b"@y.args", "reads itself"), (b"@absent.args", "absent.args: cannot be read"),
+        (b"@/dev/zero", "argument file /dev/zero: cannot be read"),
         (b"@.", "argument file .: cannot be read"), (b"@", "argument file : cannot be read"),
         (b"--seed '", "No closing"),
     ],
@@ -170,3 +184,47 @@ def test_argument_files(content, message, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="2"):
         parse()
     assert re.fullmatch(rf"error: .*({message}).*\n", capsys.readouterr().err)
+
+
+def test_places_that_cannot_be(scripts, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    long, address = "x" * 300, "http://127.0.0.1:9/x"
+    for flags in (("--output_dir", long), ("--log_dir", long), ("--log_dir", address)):
+        result = scripts.finetune("--epochs", 1, "--warmup_epochs", 0, *flags)
+        assert (result.code, result.err.count("\n")) == (2, 1), result.err
+        assert flags[1] in result.err
+    with pytest.raises(UsageError, match="cannot be written"):
+        write_file(tmp_path / long, print)
+
+
+ODD_FIELDS = {
+    "epoch": -1, "classes": 5, "best": "0.9", "order": [1], "scaler": torch.ones(2), "model_ema": "x", "rollbacks": "x",
+    "global_batch": None, "partial": {"averages": []}, "step": {},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ODD_FIELDS)
+def test_fields_that_no_run_writes(name, scripts, tmp_path):
+    flags = "--model_ema", "true", "--save_ckpt_steps", 2, "--output_dir", tmp_path
+    with killed_after(3):
+        scripts.finetune(*flags)
+    state = load(tmp_path / "checkpoint-0-step2.pth")
+    torch.save(state | {name: ODD_FIELDS[name]}, tmp_path / "x.pth")
+    refused(scripts, tmp_path / "x.pth", f"its {name} is ", "--resume")
+
+
+def test_states_of_an_optimizer_that_do_not_fit(scripts, tmp_path):
+    """Settings that a checkpoint's groups have otherwise are the command line's."""
+    assert scripts.finetune("--output_dir", tmp_path, "--epochs", 2).code == 0
+    state = load(tmp_path / "checkpoint-0.pth")
+    path, held, groups = tmp_path / "x.pth", state["optimizer"]["state"], state["optimizer"]["param_groups"]
+    for name, odd in itertools.product(("exp_avg", "exp_avg_sq"), (held[0]["exp_avg"][:1], None, "x", 3)):
+        torch.save(state | {"optimizer": {"state": held | {0: held[0] | {name: odd}}, "param_groups": groups}}, path)
+        refused(scripts, path, "its optimizer does not fit", "--resume")
+    torch.save(state | {"args": state["args"] | {"depth": (1, 2), "multi_label": torch.ones(2)}}, path)
+    assert scripts.finetune("--output_dir", tmp_path / "depth", "--epochs", 2, "--resume", path).code == 0
+    odd = [group | {"amsgrad": True, "maximize": 1, "differentiable": 1.5, "fused": None} for group in groups]
+    torch.save(state | {"optimizer": {"state": held, "param_groups": odd}}, path)
+    assert scripts.finetune("--output_dir", tmp_path / "on", "--epochs", 2, "--resume", path).code == 0
+    ended, whole = (load(folder / "checkpoint-1.pth") for folder in (tmp_path / "on", tmp_path))
+    assert same(ended["model"], whole["model"])

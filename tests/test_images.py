@@ -1,6 +1,7 @@
 """utils/data/images.py: pixels against Pillow and NumPy, channels, depths, damaged files, with each decoder."""
 
 import io
+import os
 import shlex
 import struct
 import subprocess
@@ -156,6 +157,10 @@ def test_broken_files_are_named(tmp_path, decoder):
             read(path)
     with pytest.raises(BadImage, match=r"missing\.png: No such file"):
         load_tensor(str(tmp_path / "missing.png"))
+    os.mkfifo(tmp_path / "pipe.png")
+    for name in (tmp_path / "pipe.png", "/dev/zero"):
+        with pytest.raises(BadImage, match="is no file"):
+            read_file(str(name))
     with pytest.raises(BadImage, match="Is a directory"):
         load_tensor(str(tmp_path))
 

@@ -603,7 +603,8 @@ def test_pretraining_takes_a_decoder_that_fits_and_a_resume_comes_first(scripts,
         result = scripts.pretrain("--initial_checkpoint", path, "--epochs", epochs, *flags)
         assert result.code == 0, result.err
         assert_same(load_file(tmp_path / "out" / f"checkpoint-{epochs - 1}.pth")["model"], source.state_dict())
-        assert ("--initial_checkpoint" in result.out) == (epochs == 1)
+        told = f"--initial_checkpoint {path}: no effect on what goes on from"
+        assert (told in result.out) == (epochs == 2)
 
 
 def test_finetuning_loads_timm_and_hugging_face_files(scripts, tmp_path):

@@ -118,6 +118,8 @@ class ArgumentParser(argparse.ArgumentParser):
             if word in files:
                 self.error(f"argument file {word[1:]}: reads itself")
             try:
+                if Path(word[1:]).is_char_device():
+                    raise ValueError("a device, as /dev/zero without end")
                 lines = Path(word[1:]).read_text("utf-8-sig").splitlines()
             except (OSError, ValueError) as error:
                 self.error(f"argument file {word[1:]}: cannot be read ({error})")
@@ -312,8 +314,8 @@ def prepared_output_dir(output_dir: str | None, flag: str = "--output_dir") -> I
         return
     path = Path(output_dir)
     with main_process_first():
-        missing = [folder for folder in (path, *path.parents) if not folder.exists()]
         try:
+            missing = [folder for folder in (path, *path.parents) if not folder.exists()]
             path.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=path).close()
         except OSError as error:

@@ -48,5 +48,5 @@ class Best:
     def __str__(self) -> str:
         """For console lines: ', best acc1 ...', or '' before the first evaluation."""
         digits, found = 4 if self.metric == "loss" else 2, self.found
-        said = [(found[f"{self.metric}{x}"], x, found[f"epoch{x}"]) for x in SUFFIXES if f"epoch{x}" in found]
-        return "".join(f", best {self.metric}{x} {value:.{digits}f} in epoch {epoch}" for value, x, epoch in said)
+        said = [(f"{self.metric}{x}", found.get(f"epoch{x}")) for x in SUFFIXES]
+        return "".join(f", best {x} {found[x]:.{digits}f} in epoch {epoch}" for x, epoch in said if x in found)

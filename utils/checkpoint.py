@@ -112,7 +112,8 @@ def read(path: str | os.PathLike) -> dict:
         state.setdefault("scored", "model_ema")
     if "args" in state:  # of other trainers a Namespace, or something else that tells nothing here
         args = vars(state["args"]) if isinstance(state["args"], Namespace) else state["args"]
-        state["args"] = args if isinstance(args, dict) else {}
+        args = args if isinstance(args, dict) else {}
+        state["args"] = {name: value for name, value in args.items() if not isinstance(value, torch.Tensor)}
     return state
 
 
@@ -156,6 +157,8 @@ def unfit(state_dict: dict, own: dict | None = None) -> str:
         plain = value.layout == torch.strided and not (value.is_meta or value.is_quantized or value.is_nested)
         if not plain or (own and value.is_floating_point() != own[name].is_floating_point()):
             return f"{name} is a tensor of {value.dtype}, {value.layout}, on {value.device}, which is no weight"
+        if not own and value.nbytes > value.untyped_storage().nbytes():  # expanded: a few bytes could become any number
+            return f"{name} has the shape {tuple(value.shape)}, of which the file holds a part"
         if own and value.is_floating_point() and not value.float().isfinite().all():
             return f"its weights are NaN or infinite in {name}; give an earlier checkpoint"
     return ""
@@ -305,8 +308,11 @@ def load_training(
             if lost := sorted(options.keys() - group.keys()):
                 raise ValueError(f"it has no {', '.join(lost)}")
             # loading has put the checkpoint's in their place, whatever the command line says now
-            group.update({name: options[name] for name in SETTINGS & options.keys()})
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+            group.update({k: v for k, v in options.items() if k in SETTINGS or isinstance(v, bool | None)})
+        held = ((state.get(name, p), p) for p, state in optimizer.state.items() for name in ("exp_avg", "exp_avg_sq"))
+        if any(getattr(moment, "shape", None) not in (p.shape, ()) for moment, p in held):  # (): one of all of it
+            raise ValueError("it has moments of another shape than the weights")
+    except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
         flags = "--opt or --layer_decay or --freeze_stages"
         raise UsageError(f"{path}: its optimizer does not fit {flags} ({error})") from error
     if state.get("scaler"):

@@ -181,7 +181,7 @@ def add_finetune_arguments(parser: ArgumentParser) -> None:
     add_class_arguments(parser)
     add, _ = add_group(parser, "optimizer")
     add("--opt", default="adamw", help="any optimizer of timm's factory")
-    add("--opt_eps", type=fraction, default=1e-8, help="the optimizer's epsilon")
+    add("--opt_eps", type=share, default=1e-8, help="the optimizer's epsilon")
     add("--opt_betas", type=below_one, nargs="+", default=None, help="the optimizer's betas, if not its own")
     add("--momentum", type=below_one, default=0.9, help="momentum of optimizers that have one")
     add("--clip_grad", type=positive, default=None, help="largest norm of the gradient")

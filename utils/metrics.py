@@ -254,7 +254,7 @@ class RunLog:
                     for path in earlier:
                         path.rename(path.with_name(path.name.replace("tfevents.", "tfevents.0", 1)))
                 self.board = SummaryWriter(log_dir, purge_step=round(done * 1000) + (done > 0))
-            except (OSError, UnicodeEncodeError) as error:  # the latter: of a path that is no UTF-8
+            except (OSError, ValueError, ImportError) as error:  # a path that is no UTF-8, or an address
                 raise UsageError(f"{log_dir}: no place for curves ({error}); give another --log_dir") from error
 
     def _draw(self, draw: Callable[[SummaryWriter], object]) -> None:

@@ -184,8 +184,8 @@ def as_csv(rows: Iterable) -> bytes:
 
 def write_file(path: str | Path, write: Callable) -> None:
     """Write a file that a user asked for, or what it links to, see `replace`. Raises UsageError where that fails."""
-    earlier = ", in place of an earlier one" * Path(path).exists()
     try:
+        earlier = ", in place of an earlier one" * Path(path).exists()
         replace(os.path.realpath(path), write)
     except OSError as error:
         raise UsageError(f"{path}: cannot be written ({error.strerror})") from error

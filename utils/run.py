@@ -22,6 +22,7 @@ from .errors import NonFiniteLoss, UsageError, refuse, surviving_disk_errors
 from .interrupts import Interrupts
 from .lock import OutputLock
 from .metrics import EpochTracker, RunLog, duration
+from .settings import check_fields
 
 log = logging.getLogger("fcmae")
 
@@ -72,14 +73,14 @@ class Run:
         self.epoch_progress: dict | None = None
         self._content: dict | None = None
         self.id, self.new, self.resume_from, depth = from_main_process(self._choose)
-        if flags.get("depth") is None:
-            flags["depth"] = depth
+        flags["depth"] = flags.get("depth") or depth
         self.kept = self._newest = None  # the latter: saved or resumed, and not yet known to be good
 
     def _choose(self) -> tuple:
         """As `record.choose`, but for the content, which stays in the first process: its --depth."""
         *chosen, self._content = record.choose(self.flags)
-        return *chosen, (self._content or {}).get("args", {}).get("depth")
+        depth = (self._content or {}).get("args", {}).get("depth")
+        return *chosen, depth if depth in (8, 16, 32) else None
 
     def triton(self, available: Callable[[torch.device, torch.dtype], bool]) -> bool:
         """Whether Triton's kernels are to compute: the first process's choice for all, which the run's records tell.
@@ -120,6 +121,7 @@ class Run:
         if path is None:
             return
         state, self._content = self._content or checkpoint.awaited(path), None
+        check_fields(path, state)
         checkpoint.check_same_run(path, state, self.flags, classes, self.order)
         refuse(ema and not state.get("model_ema"), f"--model_ema true: {path} holds no moving average to continue")
         self.start_epoch, self.epoch_progress = self._take_up(path, state)

@@ -1,9 +1,13 @@
 """What a checkpoint tells of its training, for whoever evaluates, exports or shows it."""
 
 import logging
+import reprlib
 from argparse import ArgumentTypeError, Namespace
+from collections.abc import Callable
 from operator import attrgetter
 from pathlib import Path
+
+import torch
 
 from .args import (
     Size,
@@ -30,6 +34,21 @@ TOLD = {  # what a checkpoint tells of its training, in which types, and what th
     "max_pixels": (int, whole(1, 10**12)), "norm_pix_loss": (bool, boolean), "val_split": (float | None, part),
     "split_seed": (int, seed),
 }  # fmt: skip
+FIELDS: dict[str, Callable[..., object]] = {  # what a run writes of itself, beside its weights
+    **dict.fromkeys(("epoch", "step", "rollbacks"), lambda x: isinstance(x, int) and 0 <= x <= 10**12),
+    "global_batch": lambda x: isinstance(x, int) and 0 < x <= 10**12,
+    "classes": lambda x: isinstance(x, list | None),
+    **dict.fromkeys(("scaler", "model_ema"), lambda x: isinstance(x, dict | None)),
+    "order": lambda x: isinstance(x, dict) and not any(isinstance(value, torch.Tensor) for value in x.values()),
+    "best": lambda x: isinstance(x, dict) and all(isinstance(number, int | float) for number in x.values()),
+    "partial": lambda x: isinstance(x, dict) and {"step", "averages"} <= x.keys()
+    and all(fits(x[name]) for name, fits in PROGRESS.items() if name in x),
+}  # fmt: skip
+PROGRESS: dict[str, Callable[..., object]] = {  # in an epoch
+    **dict.fromkeys(("step", "skipped"), FIELDS["step"]),
+    "bad": lambda x: isinstance(x, dict) and all(isinstance(message, str) for message in x.values()),
+    "averages": lambda x: x and isinstance(x, list) and all(isinstance(y, torch.Tensor) and y.ndim == 2 for y in x),
+}
 NORMALISATION = {"mean", "std", "imagenet_default_mean_and_std"}
 
 
@@ -52,6 +71,14 @@ def trained_size(value) -> Size | None:
         case [int(height), int(width)]:
             return Size(height, width)
     return None
+
+
+def check_fields(path: str | Path, content: dict) -> None:
+    """Refuse to go on from a checkpoint that tells of its run what no run writes. Raises UsageError."""
+    inside = {"partial", "global_batch"} if "step" in content else set()
+    for name in sorted(FIELDS.keys() & (content.keys() | inside)):
+        unlike = f"its {name} is {reprlib.repr(content.get(name))}, as no run writes it; give another checkpoint"
+        refuse(not FIELDS[name](content.get(name)), f"{path}: {unlike}")
 
 
 def as_trained(args: Namespace, path: str | Path, content: dict, size, **shapes) -> None:

@@ -258,13 +258,13 @@ class MultiLabelList(ImageList):
 def text_lines(file: str, source: str) -> list[str]:
     """Of a text in UTF-8 or UTF-16. Raises UsageError, which names `source`, for another file."""
     try:
+        refuse(Path(file).is_char_device(), f"{source}: is a device, as /dev/zero without end; give a file")
         content = Path(file).read_bytes()
         encoding = "utf-16" if content.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"
         text = content.decode(encoding, errors="surrogateescape")
     except (OSError, UnicodeError) as error:
         raise UsageError(f"{source}: {getattr(error, 'strerror', None) or error}") from error
-    if "\0" in text:
-        raise UsageError(f"{source}: is no text in UTF-8, or in UTF-16 with a byte order mark")
+    refuse("\0" in text, f"{source}: is no text in UTF-8, or in UTF-16 with a byte order mark")
     return text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
 
 

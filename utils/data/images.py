@@ -103,6 +103,8 @@ def load_image(path: str) -> Image.Image:
 def read_file(path: str) -> bytes:
     """The content of a file. Raises BadImage where there is none."""
     try:
+        if not (os.path.isfile(path) or os.path.isdir(path)) and os.path.exists(path):
+            raise BadImage(path, "is no file")  # of a pipe or a device there may be no end
         with open(path, "rb", buffering=0) as file:
             return file.read()
     except OSError as error:
