@@ -504,7 +504,7 @@ def test_shared_arguments_are_checked(flags, message):
     assert len(str(refused.value).splitlines()) == 1
 
 
-def test_effective_lr():
+def test_effective_lr(caplog):
     args = shared(batch_size=64, update_freq=2, blr=1.5e-4)
     assert effective_lr(args, 1) == pytest.approx(1.5e-4 * 128 / 256)
     assert effective_lr(args, 8) == pytest.approx(1.5e-4 * 1024 / 256)
@@ -512,6 +512,11 @@ def test_effective_lr():
     assert effective_lr(args, 8) == 0.25
     args.lr = 0.0
     assert effective_lr(args, 8) == 0.0
+    with caplog.at_level("INFO", "fcmae"):
+        effective_lr(Namespace(min_lr=0.0, lr=0.0), 1)
+        assert not caplog.text
+        effective_lr(Namespace(min_lr=1e-6, lr=5e-7), 1)
+    assert "--min_lr 1e-06: is above the peak rate 5e-07, so the rate climbs to it" in caplog.text
 
 
 def test_prepared_output_dir(tmp_path):

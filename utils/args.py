@@ -61,8 +61,7 @@ HELP = {  # what does here what others have a flag for, and their flags
     "--finetune starts from weights alone": "no_resume_opt",
     "--batch_size is of evaluation, too": "validation_batch_size",
     "torchrun, srun and mpirun tell, or --dist_url tcp://HOST:PORT": "rank master_port nproc",
-    "@FILE reads flags from a file": "config cfg",
-    "the warm-up begins at 0": "warmup_lr",
+    "@FILE reads flags from a file": "config cfg", "the warm-up begins at 0": "warmup_lr",
     "features are averaged over the image": "global_pool gp cls_token",
     "there is no batch norm": "sync_bn sync_batchnorm dist_bn bn_momentum",
     "half of the images are mirrored, left to right": "hflip vflip",
@@ -297,9 +296,10 @@ def tell_idle(args: argparse.Namespace, rows: Iterable[tuple[str, object, str]])
 
 def effective_lr(args: argparse.Namespace, world_size: int) -> float:
     """The peak learning rate: --lr, or --blr scaled linearly from a batch of 256 to the run's."""
-    if args.lr is not None:
-        return args.lr
-    return args.blr * args.batch_size * args.update_freq * world_size / 256
+    lr = args.blr * args.batch_size * args.update_freq * world_size / 256 if args.lr is None else args.lr
+    if args.min_lr > lr:
+        log.info("--min_lr %g: is above the peak rate %.4g, so the rate climbs to it", args.min_lr, lr)
+    return lr
 
 
 @contextlib.contextmanager

@@ -74,14 +74,14 @@ def tell_begun(path: Path, state: dict, flags: dict) -> None:
     for name in names:
         if now.get(name) and name in was and now[name] != was[name]:
             anew = "another --output_dir, without --resume, begins anew"
-            log.warning("--%s %s: no effect on what goes on from %s; %s", name, now[name], path, anew)
+            log.info("--%s %s: no effect on what goes on from %s; %s", name, now[name], path, anew)
     size, trained = flags["input_size"], trained_size(was.get("input_size"))
     if trained not in (None, size):  # as progressive resizing wants it
         log.info("--input_size %s: %s was trained with %s", size, path, trained)
     for name in ("eval_data_path", "eval_list", "crop_pct", "eval_resize") if state.get("best") else ():
         if name in was and now.get(name) != was[name]:
             then, other = (x.get(name) or "the default" for x in (was, now))
-            log.warning("--%s: the best so far, of %s, was scored with %s, now with %s", name, path, then, other)
+            log.info("--%s: the best so far, of %s, was scored with %s, now with %s", name, path, then, other)
 
 
 def add_start(output_dir: str, flags: dict, device: torch.device, **more) -> None:
