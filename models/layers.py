@@ -49,6 +49,7 @@ def grn_scale(norm: torch.Tensor, gamma: torch.Tensor, eps: float) -> torch.Tens
 
 
 def exporting() -> bool:
+    """Whether torch.export traces."""
     return getattr(torch.compiler, "_is_exporting_flag", False)  # is_exporting() is true in all graphs of 2.11
 
 

@@ -109,6 +109,9 @@ def test_a_hint_names_flags_that_the_script_has(capsys):
     with pytest.raises(SystemExit, match="2"):
         PARSERS["predict"].parse_args(["--checkpoint", "x.pth", "--images", "x", "--finetune", "y.pth"])
     assert "--finetune is of main_finetune.py" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        PARSERS["predict"].parse_args(["--checkpoint", "x.pth", "--images", "x", "--hflip", "1"])  # which mirrors none
+    assert capsys.readouterr().err == "error: unknown argument --hflip; see --help\n"
 
 
 @pytest.mark.parametrize("script", PARSERS)

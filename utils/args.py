@@ -29,8 +29,7 @@ ALIASES = {  # a flag of this project: what MAE, timm and others call it
     "val_split": "val_ratio validation_split",
     "input_size": "img_size image_size imgsz",
     "eval_resize": "val_resize_size resize_size",
-    "use_amp": "amp mixed_precision",
-    "output_dir": "output save_dir work_dir",
+    "use_amp": "amp mixed_precision", "output_dir": "output save_dir work_dir",
     "epochs": "num_epochs max_epochs num_train_epochs",
     "save_ckpt_freq": "save_freq save_interval",
     "save_ckpt_steps": "recovery_interval save_steps",
@@ -100,7 +99,8 @@ class ArgumentParser(argparse.ArgumentParser):
         if unknown:
             flag = unknown[0].split("=")[0]
             hint, options = HINTS.get(flag, ""), self._option_string_actions
-            if not hint or ((flags := set(re.findall(r"--\w+", hint))) and not flags & options.keys()):
+            about = set(re.findall(r"--\w+", hint)) or {"--warmup_epochs"}  # without a flag, of training
+            if not hint or not about & options.keys():
                 hint = owners(SYNONYMS.get(flag, flag).replace("--no_", "--", 1))
             hint = f": {hint}" if hint else suggest(flag, options)
             self.error(f"unknown argument {flag}{hint}; see --help")
