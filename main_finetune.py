@@ -312,9 +312,9 @@ def train(args, amp: Amp, run: Run) -> None:
         log.warning("%s without --finetune: the frozen encoder is a random one", frozen)
     size, trained = (sum(p.numel() for p in model.parameters() if x <= p.requires_grad) / 1e6 for x in (False, True))
     log.info(
-        "%d images of %d classes; %s: %.2f M parameters%s, lr %.3g, epochs %d to %d on %s",
+        "%d images of %d classes; %s: %.2f M parameters%s, lr %.3g, warm-up %.3g, epochs %d to %d on %s",
         loader.sampler.num_samples, nb_classes, args.model, size, f", {trained:.2f} M trained" * (trained < size), lr,
-        run.start_epoch, args.epochs - 1, amp.device,
+        schedule.warmup_epochs, run.start_epoch, args.epochs - 1, amp.device,
     )  # fmt: skip
     class_weights = class_weights if class_weights is None else class_weights.float().to(amp.device)
     wrapped = distributed.data_parallel(WithLoss(model, build_criterion(args, mixup, class_weights)), args.compile)

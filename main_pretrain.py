@@ -177,9 +177,9 @@ def train(args, amp: Amp, run: Run) -> None:
         weights.load_checkpoint(args.initial_checkpoint, model, "--initial_checkpoint", stem_average=args.stem_average)
     run.begin(model, optimizer, loader, order={"--seed": args.seed, "number of images": loader.sampler.num_samples})
     log.info(
-        "%s: %.2f M parameters, patches of %d pixels, lr %.3g, epochs %d to %d on %s",
-        args.model, sum(p.numel() for p in model.parameters()) / 1e6, model.patch_size, lr, run.start_epoch,
-        args.epochs - 1, device,
+        "%s: %.2f M parameters, patches of %d pixels, lr %.3g, warm-up %d, epochs %d to %d on %s",
+        args.model, sum(p.numel() for p in model.parameters()) / 1e6, model.patch_size, lr, args.warmup_epochs,
+        run.start_epoch, args.epochs - 1, device,
     )  # fmt: skip
     wrapped = distributed.data_parallel(model, args.compile)
     picture_of = picture_images(dataset, args) if shows(args) and distributed.is_main_process() else None

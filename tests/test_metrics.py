@@ -492,8 +492,8 @@ def test_the_defaults_are_fine():
     [
         ({"model": "convnextv2_bas"}, r"--model convnextv2_bas: unknown \(did you mean convnextv2_base\?\)"),
         ({"model": "zebra"}, "--model zebra: unknown; one of convnextv2_base, convnextv2_tiny"),
-        ({"epochs": 10}, "--warmup_epochs 20: must be less than --epochs 10"),
-        ({"epochs": 20}, "--warmup_epochs 20: must be less than --epochs 20"),
+        ({"epochs": 10, "warmup_epochs": 20}, "--warmup_epochs 20: must be less than --epochs 10"),
+        ({"epochs": 20, "warmup_epochs": 20}, "--warmup_epochs 20: must be less than --epochs 20"),
         ({"resume": "nowhere.pth"}, "--resume nowhere.pth: no such file"),
         ({"resume": "."}, "--resume .: is a folder"),
     ],
@@ -502,6 +502,16 @@ def test_shared_arguments_are_checked(flags, message):
     with pytest.raises(UsageError, match=message) as refused:
         check_shared_arguments(shared(**flags), ["convnextv2_base", "convnextv2_tiny"])
     assert len(str(refused.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(("epochs", "warmup_epochs"), [(1, 0), (9, 0), (10, 1), (20, 2), (21, 20), (100, 20)])
+def test_a_short_run_warms_up_for_a_tenth_of_it_unless_told_otherwise(epochs, warmup_epochs):
+    args = shared(epochs=epochs)
+    check_shared_arguments(args, ["convnextv2_base"])
+    assert args.warmup_epochs == warmup_epochs
+    args = shared(epochs=epochs, warmup_epochs=0)
+    check_shared_arguments(args, ["convnextv2_base"])
+    assert args.warmup_epochs == 0
 
 
 def test_effective_lr(caplog):

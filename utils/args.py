@@ -57,8 +57,7 @@ HELP = {  # what does here what others have a flag for, and their flags
     "--device cuda:N, or torchrun --nproc_per_node=N for several": "gpu gpus gpu_id",
     "--use_amp true --amp_dtype float16": "fp16", "--use_amp true": "bf16 amp_impl precision",
     "--use_amp false": "disable_amp", "--multi_label true": "bce_loss", "--aa '' --reprob 0 --min_crop 1": "no_aug",
-    "--finetune starts from weights alone": "no_resume_opt",
-    "--batch_size is of evaluation, too": "validation_batch_size",
+    "--finetune starts from weights alone": "no_resume_opt", "--batch_size evaluates, too": "validation_batch_size",
     "torchrun, srun and mpirun tell, or --dist_url tcp://HOST:PORT": "rank master_port nproc",
     "@FILE reads flags from a file": "config cfg", "the warm-up begins at 0": "warmup_lr",
     "features are averaged over the image": "global_pool gp cls_token",
@@ -234,8 +233,9 @@ def check_shared_arguments(args: argparse.Namespace, models: list[str]) -> None:
     known = f"unknown{suggest(args.model, models)}; one of {', '.join(models)}"
     refuse(args.model not in models, f"--model {args.model}: {known}")
     warms_up = f"must be less than --epochs {args.epochs}, or the learning rate never reaches its peak"
-    late = args.warmup_epochs >= args.epochs and getattr(args, "warmup_steps", -1) < 0
-    refuse(late, f"--warmup_epochs {args.warmup_epochs}: {warms_up}")
+    if args.warmup_epochs >= args.epochs and getattr(args, "warmup_steps", -1) < 0:
+        refuse("warmup_epochs" in given(args), f"--warmup_epochs {args.warmup_epochs}: {warms_up}")
+        args.warmup_epochs = args.epochs // 10  # the default is of longer runs
     begins = f"--start_epoch {args.start_epoch}: must be less than --epochs {args.epochs}"
     refuse(args.start_epoch >= args.epochs and not args.resume, begins)
     if not getattr(args, "eval", False):  # then the checkpoint tells what is not given

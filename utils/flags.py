@@ -133,7 +133,7 @@ def add_training_arguments(parser: ArgumentParser) -> None:
     add("--lr", type=not_negative, default=None, help="absolute learning rate; overrides --blr")
     add("--blr", type=not_negative, help="base rate: lr = blr * batch_size * update_freq * processes / 256")
     add("--min_lr", type=not_negative, help="learning rate at the end of the cosine")
-    add("--warmup_epochs", type=whole(0), help="epochs of linear warm-up")
+    add("--warmup_epochs", type=whole(0), help="epochs of linear warm-up; of a run no longer than this, a tenth")
     add("--weight_decay", type=not_negative, default=0.05, help="weight decay of kernels and matrices")
 
     add, add_switch = add_group(parser, "checkpoints and logs")
