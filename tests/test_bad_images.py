@@ -49,6 +49,7 @@ def test_a_run_with_bad_images_resumes_bit_for_bit(stage, scripts, damaged, tmp_
         assert whole.out.count("unreadable image, not evaluated: ") == 2  # not once an epoch
 
 
+@pytest.mark.slow
 def test_too_many_end_the_run_after_the_epoch(scripts, damaged, tmp_path):
     flags = (*damaged, "--output_dir", tmp_path / "out", "--save_ckpt_freq", 2)
     result = scripts.pretrain(*flags, "--max_bad_images", 0.05)

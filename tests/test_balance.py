@@ -243,6 +243,7 @@ def test_a_run_is_recorded_and_resumed_bit_for_bit(flags, scripts, unequal, tmp_
         assert "class weights: 0.417 (c0) to 5 (c3)" in whole.out
 
 
+@pytest.mark.slow
 def test_inside_an_epoch_an_edited_file_of_weights_is_refused_and_a_moved_one_is_not(scripts, unequal, tmp_path):
     file, moved = tmp_path / "w.csv", tmp_path / "moved.csv"
     file.write_text("c0,1\nc1,2\nc2,3\nc3,4\n")

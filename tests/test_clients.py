@@ -247,6 +247,7 @@ def test_lines_of_the_page(line, tmp_path, monkeypatch):
     torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=0.04 if ours is photo else 1e-4)  # two of 255 levels
 
 
+@pytest.mark.slow
 def test_the_detector_of_the_page_learns(tmp_path, monkeypatch):
     (program,) = blocks(PAGE, "python")
     monkeypatch.setitem(SIZES, "convnextv2_tiny", TINY)

@@ -334,6 +334,7 @@ def test_modules_of_one_input_in_place_of_blocks_and_stages():
     assert torch.equal(model(x), shorter(x))
 
 
+@pytest.mark.slow
 def test_export_with_free_height_and_width():
     model, dim = small().eval(), torch.export.Dim
     free = {0: dim("n"), 2: dim("h", min=64, max=512), 3: dim("w", min=64, max=512)}

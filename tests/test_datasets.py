@@ -391,6 +391,7 @@ def test_mistakes_with_channels(script, flags, message):
         script.check_args(script.get_args_parser().parse_args(flags.split()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [np.uint16, np.float32])
 def test_many_channels_end_to_end(scripts, tmp_path, dtype):
     """Pre-training, fine-tuning from its checkpoint and evaluation of five-channel arrays, by the printed flags."""

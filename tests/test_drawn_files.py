@@ -91,6 +91,7 @@ def refusal(call) -> str:
     return ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_damaged_checkpoints(name, tmp_path):
     """Refused in a line that names the file, or weights that are finite; from an archive, the whole file's own."""

@@ -61,6 +61,7 @@ def scored(record: dict, suffix: str = "") -> str:
 # ---- settings of a checkpoint
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags",
     [
@@ -86,6 +87,7 @@ def test_evaluation_needs_no_flag_of_the_training(flags, scripts, sizes, tmp_pat
     assert "was trained with" not in result.out + result.err
 
 
+@pytest.mark.slow
 def test_flags_that_are_given_win_and_are_told(scripts, tmp_path):
     """By the same evaluation of a file without arguments, which takes all from flags."""
     mine = ("--data_set", "image_folder", "--eval_data_path", scripts.val)
@@ -152,6 +154,7 @@ def test_flags_that_contradict_the_weights(flags, message, scripts, sizes, tmp_p
     assert re.search(f"^error: {message}", result.err), result.err
 
 
+@pytest.mark.slow
 def test_evaluation_of_a_size_that_is_not_published(scripts, tmp_path):
     torch.save(ConvNeXtV2(num_classes=4, **WIDE, stem_stride=1).state_dict(), tmp_path / "wide.pth")
     flags = (*EVAL, "--data_set", "image_folder", "--eval_data_path", scripts.val, "--resume", tmp_path / "wide.pth")
@@ -276,6 +279,7 @@ def averaged(scripts, tmp_path_factory):
     return out, records(out)[content["epoch"]], content
 
 
+@pytest.mark.slow
 def test_the_best_average_is_what_is_evaluated(scripts, averaged, tmp_path):
     """Also under another name, and, of files that do not say so themselves, by their name."""
     out, record, content = averaged
@@ -351,6 +355,7 @@ def test_top_1_has_no_ties_of_bfloat16(kind):
     assert stats["loss"] == pytest.approx(torch.nn.functional.softplus(torch.tensor(-0.01)).item(), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_small_last_batch_weighs_by_its_images():
     """Mean and variance of the features in float64, after an epoch that ends with an eighth of a batch.
 

@@ -310,6 +310,7 @@ def test_what_transformers_saves_is_read(head, tmp_path):
     assert_same_state(layouts.to_huggingface(state), state)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("side", "flags"), [(56, ()), (32, ()), (400, ()), (400, ("--crop_pct", 0.8))])
 def test_transformers_prepares_images_as_the_evaluation_does(side, flags, fine, tmp_path):
     transformers = pytest.importorskip("transformers")

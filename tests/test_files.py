@@ -351,6 +351,7 @@ def test_image_tree(folders, tmp_path):
         ImageTree(str(tmp_path / "hollow"), "--data_path")
 
 
+@pytest.mark.slow
 def test_lists_end_to_end(scripts, tmp_path):
     """The classes of a training list number those of an evaluation list, with other paths; both without the folders."""
     train = [f"{path.relative_to(scripts.train)}\tclass {path.parent.name}" for path in scripts.train.rglob("*.png")]

@@ -576,6 +576,7 @@ TRACED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fast", [False, True], ids=["plain", "fused"])
 @pytest.mark.parametrize("trace", TRACED.values(), ids=TRACED)
 @pytest.mark.filterwarnings("ignore")

@@ -122,6 +122,7 @@ def refused(scripts, path, message="", flag="--finetune"):
     assert message in result.err, (path.name, result.err)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flag", ["--finetune", "--resume"])
 @pytest.mark.parametrize("name", odd_states())
 def test_tensors_that_are_no_weights(name, flag, scripts, tmp_path):
@@ -213,6 +214,7 @@ def test_fields_that_no_run_writes(name, scripts, tmp_path):
     refused(scripts, tmp_path / "x.pth", f"its {name} is ", "--resume")
 
 
+@pytest.mark.slow
 def test_states_of_an_optimizer_that_do_not_fit(scripts, tmp_path):
     """Settings that a checkpoint's groups have otherwise are the command line's."""
     assert scripts.finetune("--output_dir", tmp_path, "--epochs", 2).code == 0

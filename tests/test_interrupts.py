@@ -27,6 +27,7 @@ def gone(process, seconds: float) -> bool:
     return not process.is_alive()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", SIGNALS)
 def test_workers_outlive_a_signal_from_elsewhere(worker, number):
     stranger = os.fork()

@@ -273,6 +273,7 @@ def test_the_least_certain_of_all_classes_is_drawn_first(run, scripts, tmp_path,
     assert torch.equal(*drawn)
 
 
+@pytest.mark.slow
 def test_a_resume_is_of_the_same_kind_and_bit_for_bit(scripts, lists, tmp_path):
     words = (*lists, "--epochs", 2, "--class_weights", "balanced", "--save_ckpt_steps", 1, "--best_metric", "loss")
     assert scripts.finetune(*words, "--output_dir", tmp_path / "whole").code == 0

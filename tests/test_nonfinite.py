@@ -24,6 +24,7 @@ def run(scripts, stage, *flags):
     return getattr(scripts, "pretrain" if stage == "pretrain" else "finetune")(*COMMON, *FLAGS[stage], *flags)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("stage", "what"), [*FAULTS, ("probe", "images")])
 def test_a_step_is_left_out_whole(stage, what, scripts, tmp_path, monkeypatch):
     """Weights, batch norm, optimizer and average are as before it; a resume inside the epoch still counts it."""
@@ -145,6 +146,7 @@ def test_inside_an_epoch(what, good, aside, scripts, tmp_path, monkeypatch):
     assert load(back / "checkpoint-2.pth")["rollbacks"] == 1
 
 
+@pytest.mark.slow
 def test_three_rollbacks_end_the_run(scripts, tmp_path, monkeypatch):
     """Also where a resume lies between; the checkpoint that is resumed is one to go back to."""
     good = tmp_path / "checkpoint-0.pth"

@@ -70,6 +70,7 @@ def test_evaluation(old, scripts):
                       (pytest.approx(27.27, abs=one), pytest.approx(1.3962, abs=2e-4))]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_export_and_start(old, scripts, tmp_path):
     fine, pre = (load(old[name]) for name in ("finetune", "pretrain"))
     encoder = {name.removeprefix("encoder."): v for name, v in pre["model"].items() if name.startswith("encoder.")}

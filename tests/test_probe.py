@@ -150,6 +150,7 @@ def test_knn_is_logged_when_due_and_at_the_end(pretrained):
     assert [event.value for event in events] == pytest.approx(list(logged.values()))
 
 
+@pytest.mark.slow
 def test_knn_accuracy_is_what_the_checkpoint_gives(scripts, tmp_path):
     """Against the definition, from the files: --eval_data_path, then the fifth image of each class folder."""
     colours = write_colours(tmp_path / "colours", 15, shuffled=True)
@@ -173,6 +174,7 @@ def test_knn_accuracy_is_what_the_checkpoint_gives(scripts, tmp_path):
         assert records(out)[0]["test_knn_acc1"] == pytest.approx(expected)
 
 
+@pytest.mark.slow
 def test_resume_with_knn_is_bit_for_bit(scripts, pretrained, tmp_path):
     plain, watched, _ = pretrained
     flags = ("--output_dir", tmp_path, "--knn_freq", 2)
@@ -467,6 +469,7 @@ def random_encoder(tmp_path_factory):
 COMMON = ("--device", "cpu", "--num_workers", 0, "--input_size", 16)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shuffled", [False, True])
 def test_both_methods_find_what_is_there_and_nothing_else(shuffled, scripts, random_encoder, tmp_path):
     """Colours, which even a random encoder tells apart; with shuffled labels both methods fall to chance, a quarter."""
@@ -494,6 +497,7 @@ def test_the_probe_needs_no_data(scripts, random_encoder):
     assert set(accuracies(result.out)) == {"knn"}
 
 
+@pytest.mark.slow
 def test_lists_are_probed_as_the_folders_they_list(scripts, random_encoder, tmp_path):
     flags = ("--checkpoint", random_encoder, "--data_set", "image_folder", "--data_path", scripts.train)
     folders = scripts.call(probe, *COMMON, *flags, "--eval_data_path", scripts.val)
@@ -590,6 +594,7 @@ def is_frozen(name: str, count: int) -> bool:
     return name.startswith(tuple(f"{part}.{i}." for part in ("downsample_layers", "stages") for i in range(count)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 4])
 def test_frozen_stages_keep_their_bits(count, scripts, pretrained, tmp_path):
     """In model and average, killed or not; what is above them is trained at its own share of the learning rate."""

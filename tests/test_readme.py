@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from packaging.requirements import Requirement
 
 import main_finetune
 import main_pretrain
@@ -55,6 +56,21 @@ def test_two_lines_do_everything():
 def test_the_extra_for_tests_is_what_they_need():
     (extra,) = re.findall(r"^tests = \[(.*)\]$", (ROOT / "pyproject.toml").read_text(), flags=re.MULTILINE)
     assert sorted(re.findall(r'"(.*?)"', extra)) == sorted((ROOT / "tests/requirements.txt").read_text().split())
+
+
+def lines_of(name: str) -> list[str]:
+    return [line for line in (ROOT / name).read_text().splitlines() if not line.startswith("#")]
+
+
+@pytest.mark.parametrize("python", ["3.10", "3.11", "3.12", "3.13"])
+def test_the_lock_pins_what_is_required(python):
+    machine = {"python_version": python, "python_full_version": f"{python}.0", "sys_platform": "linux"}
+    locked = [Requirement(line) for line in lines_of("tests/lock.txt")]
+    here = [pin for pin in locked if pin.marker is None or pin.marker.evaluate(machine)]
+    pins = {pin.name: str(pin.specifier).removeprefix("==") for pin in here}
+    assert len(pins) == len(here)  # one version of each
+    for wanted in map(Requirement, lines_of("requirements.txt") + lines_of("tests/requirements.txt")):
+        assert wanted.specifier.contains(pins[wanted.name]), wanted
 
 
 @pytest.mark.slow

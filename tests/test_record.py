@@ -279,6 +279,7 @@ def test_wandb_without_any_folder(scripts, wandb, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_resume_goes_on_in_the_same_wandb_run(scripts, wandb, tmp_path):
     flags = ("--output_dir", tmp_path, *BARE)
     with killed_after(2):
@@ -386,6 +387,7 @@ def test_a_full_disk_ends_the_curves_and_not_the_run(tmp_path, monkeypatch):
 # ---- --eval_freq
 
 
+@pytest.mark.slow
 def test_evaluation_every_few_epochs(scripts, tmp_path):
     flags = ("--epochs", 5, "--batch_size", 20, "--model_ema", "--model_ema_eval")
     assert scripts.finetune("--output_dir", tmp_path / "all", *flags).code == 0

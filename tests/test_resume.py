@@ -82,6 +82,7 @@ def test_training_moves_the_weights(stage, whole):
     assert stage == "pretrain" or not same(last["model_ema"], last["model"])
 
 
+@pytest.mark.slow
 @STAGES
 def test_a_truncated_newest_checkpoint_is_reported_and_skipped(stage, scripts, whole, tmp_path):
     run = getattr(scripts, stage)
@@ -96,6 +97,7 @@ def test_a_truncated_newest_checkpoint_is_reported_and_skipped(stage, scripts, w
     assert (tmp_path / "log.txt").read_text() == (whole[stage] / "log.txt").read_text()
 
 
+@pytest.mark.slow
 @STAGES
 def test_resume_of_a_named_file_into_another_folder(stage, scripts, whole, tmp_path):
     flags = ("--resume", whole[stage] / "checkpoint-0.pth", "--output_dir", tmp_path)
@@ -105,6 +107,7 @@ def test_resume_of_a_named_file_into_another_folder(stage, scripts, whole, tmp_p
     assert records(tmp_path) == records(whole[stage])[1:]
 
 
+@pytest.mark.slow
 @STAGES
 def test_resume_of_an_epoch_whose_steps_are_done(stage, scripts, whole, tmp_path):
     """A signal in its last step; what is left is the line of log.txt, and the evaluation."""
@@ -125,6 +128,7 @@ def test_resume_of_an_epoch_whose_steps_are_done(stage, scripts, whole, tmp_path
     assert (tmp_path / "log.txt").read_text() == (whole[stage] / "log.txt").read_text()
 
 
+@pytest.mark.slow
 def test_resume_of_the_best_checkpoint(scripts, whole, tmp_path, monkeypatch):
     """Its weights and average are gone on from, without the optimizer; older ones, which have that, to the last bit."""
     scores = iter([60.0, 50.0, 40.0])
@@ -152,6 +156,7 @@ def test_resume_of_the_best_checkpoint(scripts, whole, tmp_path, monkeypatch):
     assert not same(best["model"], last["model"])
 
 
+@pytest.mark.slow
 def test_best_accuracies_survive_a_resume(scripts, tmp_path, monkeypatch):
     """Epochs 1 and 2 are worse than epoch 0, the average best in epoch 1; the run dies in epoch 1 and in epoch 2."""
     table = {"eval": (50.0, 40.0, 30.0), "eval EMA": (20.0, 45.0, 45.0)}
@@ -309,6 +314,7 @@ def test_started_over_and_killed_it_goes_on_from_its_own_checkpoints(stage, scri
     assert {name for name, (_, old) in before.items() if old not in kept} <= {"run.json"}
 
 
+@pytest.mark.slow
 def test_started_over_and_killed_before_a_checkpoint_it_begins_again(scripts, tmp_path):
     scripts.pretrain("--output_dir", tmp_path, "--epochs", 2)
     with killed_after(2):
@@ -383,6 +389,7 @@ def test_a_new_run_renames_what_an_earlier_one_left_and_no_more(scripts, tmp_pat
         assert after[kept][1] == before[name][1]
 
 
+@pytest.mark.slow
 def test_a_launcher_that_starts_something_else_again_starts_over(scripts, tmp_path, monkeypatch):
     """The first attempt died before it had recorded itself: what run.json tells of is another run."""
     scripts.pretrain("--output_dir", tmp_path, "--epochs", 2)
@@ -392,6 +399,7 @@ def test_a_launcher_that_starts_something_else_again_starts_over(scripts, tmp_pa
     assert "resumed" not in result.out
 
 
+@pytest.mark.slow
 def test_a_folder_of_older_checkpoints_goes_on(scripts, whole, tmp_path):
     """From before runs had ids: with the run.json of then, or none."""
     for name, told in (("a", {"starts": [{"args": {}, "started": "then"}]}), ("b", None)):
@@ -407,6 +415,7 @@ def test_a_folder_of_older_checkpoints_goes_on(scripts, whole, tmp_path):
         assert same(content(folder / LAST), content(whole["pretrain"] / LAST))
 
 
+@pytest.mark.slow
 def test_evaluation_does_not_take_another_runs_best(scripts, tmp_path, monkeypatch):
     monkeypatch.setattr(engine_finetune, "evaluate", lambda *_: {"acc1": 60.0})
     scripts.finetune("--output_dir", tmp_path)
@@ -418,6 +427,7 @@ def test_evaluation_does_not_take_another_runs_best(scripts, tmp_path, monkeypat
     assert f"eval {tmp_path / LAST}: acc1" in result.out
 
 
+@pytest.mark.slow
 def test_flags_of_the_first_weights_that_a_resume_does_not_read_are_told(scripts, whole, tmp_path):
     shutil.copytree(whole["finetune"], tmp_path / "a")
     flags = "--output_dir", tmp_path / "a", *FLAGS["finetune"], "--epochs", 4
@@ -471,6 +481,7 @@ def test_inside_an_epoch_what_decides_its_order_cannot_change(scripts, tmp_path)
 # ---- NaN
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [("--save_ckpt_steps", 1), ()], ids=["steps", "epochs"])
 def test_nan_is_never_saved(flags, scripts, tmp_path):
     """The message names what is good, and what it advises helps."""
@@ -511,6 +522,7 @@ def test_weights_that_are_nan_after_a_good_loss_are_not_saved(scripts, tmp_path,
 # ---- what is kept
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("flags", "kept"),
     [

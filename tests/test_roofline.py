@@ -36,6 +36,7 @@ def test_a_batch_costs_as_many_times_more():
     assert large[roofline.OPTIMIZER] == small[roofline.OPTIMIZER]
 
 
+@pytest.mark.slow
 def test_depthwise_convolutions_and_gelu_by_hand():
     """Of atto: 19 patches of 8, 4, 2 and 1 positions a side in blocks (2, 2, 6, 2), and 49 positions in the decoder."""
     counted = roofline.count("convnextv2_atto", 4, *PEAKS)
@@ -76,6 +77,7 @@ def test_time_is_bound_by_arithmetic_or_by_memory():
     assert counted.classes[roofline.PRODUCTS] == [707.0, 77.0, 2, pytest.approx(10 + 10)]
 
 
+@pytest.mark.slow
 def test_prints_its_table(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["roofline.py", "--model", "convnextv2_atto", "--batch_size", "2"])
     roofline.main()

@@ -124,6 +124,7 @@ def test_every_shape_stands_out(monkeypatch):
         assert np.median(difference[difference > 0]) > 20
 
 
+@pytest.mark.slow
 def test_class_means_do_not_solve_it():
     def pixels(split, num_samples):
         data = Shapes(split, size=32, num_samples=num_samples)
