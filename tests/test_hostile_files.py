@@ -76,7 +76,7 @@ def odd_states() -> dict:
         "int8": (changed(MATRIX, lambda x: x.to(torch.int8)), MATRIX),
         "bool": (changed(MATRIX, lambda x: x > 0), MATRIX),
         "complex": (changed(MATRIX, lambda x: x.to(torch.complex64)), MATRIX),
-        "nested": (state_dict() | {MATRIX: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])}, MATRIX),
+        "nested": (state_dict() | {MATRIX: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])}, ""),
         "NaN": (changed(NAME, lambda x: x * torch.nan), NAME),
         "infinite": (changed(NAME, lambda x: x + torch.inf), NAME),
         "no dimension": (changed(MATRIX, lambda x: x.sum()), ""),
