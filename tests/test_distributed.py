@@ -208,7 +208,7 @@ def variables(monkeypatch):
     """Sets a launcher's variables, and no other's."""
     for name in [name for name in os.environ if name.startswith(("SLURM", "OMPI_", "PMI_", "TORCHELASTIC"))]:
         monkeypatch.delenv(name)
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "MPI_LOCALRANKID"):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", *distributed.LOCAL_RANKS):
         monkeypatch.delenv(name, raising=False)
 
     def set_(values: dict) -> None:
@@ -231,6 +231,8 @@ def variables(monkeypatch):
         (PROXIES | LAUNCHERS["mpirun"], (1, -1, False), (3, 4, 1)),
         (PROXIES | LAUNCHERS["hydra"], (1, -1, False), (3, 4, 1)),
         (LAUNCHERS["srun"] | {"PMI_RANK": 3, "PMI_SIZE": 4}, (1, -1, False), (3, 4, 1)),  # srun --mpi=pmi2
+        ({"PMI_RANK": 3, "PMI_SIZE": 4, "PMI_LOCAL_RANK": 1}, (1, -1, False), (3, 4, 1)),  # mpiexec of Cray's PALS
+        ({"PMI_RANK": 3, "PMI_SIZE": 4, "FLUX_TASK_LOCAL_ID": 1}, (1, -1, False), (3, 4, 1)),  # flux run
         (BATCH, (1, -1, False), (0, 1, 0)),
         (BATCH, (4, 2, False), (2, 4, 2)),
         (BATCH | {"SLURM_STEP_ID": 4294967290, "SLURM_STEP_NUM_TASKS": 1}, (1, -1, False), (0, 1, 0)),  # salloc, --pty

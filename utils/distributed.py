@@ -23,6 +23,7 @@ log = logging.getLogger("fcmae")
 
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK")  # and accelerate
 OPENMPI = ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK")
+LOCAL_RANKS = ("MPI_LOCALRANKID", "PMI_LOCAL_RANK", "FLUX_TASK_LOCAL_ID")  # of Intel MPI and MPICH, Cray's PALS, Flux
 FLAGS = ("--local_rank", "--world_size", "--local_rank")
 LOST = re.compile("Timed out waiting|Connection (closed|reset) by peer|Socket closed|Broken pipe")  # gloo's words
 _local_rank = 0  # of this process on its node
@@ -160,7 +161,8 @@ def _launcher(dist_on_itp: bool) -> tuple[str, str, str] | None:
         return OPENMPI
     if "RANK" in env or "WORLD_SIZE" in env:
         return TORCHRUN
-    hydra = ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID" if "MPI_LOCALRANKID" in env else "SLURM_LOCALID")
+    local = next((name for name in LOCAL_RANKS if name in env), "SLURM_LOCALID")
+    hydra = ("PMI_RANK", "PMI_SIZE", local)
     step = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")  # a batch script's own shell is in none
     return next((names for names in (OPENMPI, hydra, step) if env.get(names[1], "1") != "1"), None)
 
