@@ -216,7 +216,8 @@ def test_files_keep_their_order(tmp_path):
 def test_hidden_names_are_left_out(tmp_path):
     """In folders, below a folder that is hidden itself, and in tars; not in lists."""
     root = tmp_path / ".hidden"
-    hidden = (".ipynb_checkpoints/0.png", "a/.cache/deep/1.png", "a/._0.png", "__MACOSX/a/0.png", "@eaDir/a/0.png")
+    hidden = [".ipynb_checkpoints/0.png", "a/.cache/deep/1.png", "a/._0.png", "__MACOSX/a/0.png", "@eaDir/a/0.png"]
+    hidden += ["lost+found/0.png", "$RECYCLE.BIN/S-1-5-21/$R0.png", "#recycle/a/0.png"]
     for name in ("a/0.png", "b/0.png", *hidden):
         save(picture(8, 8), root / name)
     with tarfile.open(tmp_path / "x.tar", "w") as tar:

@@ -27,6 +27,7 @@ log = logging.getLogger("fcmae")
 EXTENSIONS = (*IMAGE_EXTENSIONS, *ARRAY_EXTENSIONS)
 LUMINANCE = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601, as Pillow has it
 SAMPLE = 64  # files that tell of a data set
+DISK_FOLDERS = ("lost+found", "$RECYCLE.BIN", "System Volume Information", "#recycle", "#snapshot", "@Recycle")
 SCALES = {"uint8": 255, "uint16": 65535}
 
 try:
@@ -78,8 +79,8 @@ class Survey:
 
 
 def hidden(name: str) -> bool:
-    """Whether a file or folder is one of those that notebooks, macOS, a NAS and version control leave beside images."""
-    return name.startswith((".", "__MACOSX", "@eaDir"))
+    """Whether a file or folder is one of those that systems, notebooks and version control leave beside images."""
+    return name.startswith((".", "__MACOSX", "@eaDir")) or name in DISK_FOLDERS
 
 
 def visible(folder: str) -> list[os.DirEntry]:
