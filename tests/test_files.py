@@ -136,6 +136,12 @@ def test_encodings_of_lists(images, encoding):
         assert (read().classes, read().targets) == (["b", "größe"], [1, 0])
 
 
+def test_two_lists_put_together_have_two_byte_order_marks(images):
+    assert listed(images, "\ufeffa/0.png,b\n\ufeffa/1.jpg,b\n", []).paths == [
+        str(images / x) for x in ("a/0.png", "a/1.jpg")
+    ]
+
+
 @pytest.mark.parametrize(
     ("text", "labels"),
     [

@@ -265,7 +265,7 @@ def text_lines(file: str, source: str) -> list[str]:
     except (OSError, UnicodeError) as error:
         raise UsageError(f"{source}: {getattr(error, 'strerror', None) or error}") from error
     refuse("\0" in text, f"{source}: is no text in UTF-8, or in UTF-16 with a byte order mark")
-    return text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    return text.replace("\r\n", "\n").replace("\r", "\n").replace("\n\ufeff", "\n").split("\n")  # cat a.csv b.csv
 
 
 def split_line(line: str) -> tuple[str, str]:
