@@ -104,12 +104,14 @@ def test_a_tar_of_one_folder_that_holds_all(tmp_path):
     assert open_tar(str(tmp_path / "y.tar"), "--data_path", 3, ["bee", "cat"]).targets == [1]
 
 
-def test_splits_in_a_tar_are_no_classes(tmp_path):
+@pytest.mark.parametrize("labelled", [True, False])
+def test_splits_in_a_tar_are_no_classes(tmp_path, labelled):
+    """Nor is validation pre-trained on."""
     with tarfile.open(tmp_path / "x.tar", "w") as tar:
         for i, name in enumerate(("train/a", "train/b", "Val/a", "Val/b")):
             add(tar, f"data/{name}/{i}.jpg", jpeg(i))
     with pytest.raises(UsageError, match=r"x\.tar: its folders Val, train are no classes; make a tar of each"):
-        open_tar(str(tmp_path / "x.tar"), "--data_path", 3)
+        open_tar(str(tmp_path / "x.tar"), "--data_path", 3, labelled=labelled)
 
 
 @pytest.mark.parametrize("labelled", [True, False])
@@ -132,6 +134,7 @@ def test_a_folder_with_tars_beside_images_is_a_folder(tars):
     (tars / "tree/all.tar").touch()
     assert not tar_shards(str(tars / "tree"))
     (tars / "shards/.cache").mkdir()
+    (tars / "shards/2.tar").rename(tars / "shards/2.TAR")
     assert len(tar_shards(str(tars / "shards"))) == 3
     save(picture(8, 8), tars / "shards/0.png")
     assert not tar_shards(str(tars / "shards"))

@@ -35,14 +35,14 @@ def tar_shards(path: str) -> list[str]:
     """The tars that a path means: a file, those of a glob, or of a folder without images and folders; else none."""
     if not os.path.isdir(path):
         found = [path] if os.path.isfile(path) else sorted(filter(os.path.isfile, glob.glob(path, recursive=True)))
-        return found or [path] * path.endswith(TARS)
+        return found or [path] * path.lower().endswith(TARS)
     try:
         entries = [entry for entry in os.scandir(path) if not hidden(entry.name)]
     except OSError:  # told of the folder
         return []
     if any(is_folder(entry) or entry.name.lower().endswith(EXTENSIONS) for entry in entries):
         return []
-    return sorted(entry.path for entry in entries if entry.name.endswith(TARS))
+    return sorted(entry.path for entry in entries if entry.name.lower().endswith(TARS))
 
 
 class Paths(Sequence):
@@ -201,10 +201,11 @@ def open_tar(
         left_out += Counter({".npy, .npz": len(rows) - len(images)})
         rows = images
     by_label = any(row[4] for row in rows)
-    if labelled and not by_label:
+    if not by_label:
         folders = _class_folders([row[0] for row in rows], classes or [])
         if len(found := {*folders} - {""}) > 1 and {name.lower() for name in found} <= SPLITS:
             raise UsageError(f"{source}: its folders {', '.join(sorted(found))} are no classes; make a tar of each")
+    if labelled and not by_label:
         left_out.update(extension(row[0]) for row, folder in zip(rows, folders, strict=True) if not folder)
         rows = [(*row[:4], folder) for row, folder in zip(rows, folders, strict=True) if folder]
     if labelled:
