@@ -331,6 +331,16 @@ def test_a_job_that_goes_elsewhere_finds_what_was_here(submit, sbatch, tmp_path,
     assert {name: args[name] for name in names} == {name: f"{tmp_path}/{path}" for name, path in names.items()}
 
 
+def test_a_list_of_absolute_paths_needs_no_data_path(submit, sbatch, tmp_path):
+    """As in a run without SLURM."""
+    sbatch("echo Submitted batch job 17")
+    (tmp_path / "list").touch()
+    code, _, error = submit(
+        "--data_set", "image_folder", "--train_list", f"{tmp_path}/list", "--job_dir", f"{tmp_path}/j"
+    )
+    assert code == 0, error
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [("30", 30), ("2:30", 3), ("72:00:00", 4320), ("3-00:00:00", 4320), ("1-2", 1560), ("1-2:30", 1590), ("0:01", 1)],

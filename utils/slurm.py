@@ -144,7 +144,7 @@ def check_data(args) -> None:
     """See that files are there which the job will read. Raises UsageError."""
     if args.data_set not in FOLDERS:
         return
-    data_path(args)
+    args.train_list or args.eval_list or data_path(args)
     for name in ("data_path", "eval_data_path", "train_list", "eval_list"):
         path = getattr(args, name)
         absent = path and not os.path.exists(path) and not glob.glob(path) and path not in " ".join(args.setup)
