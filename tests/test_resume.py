@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -439,6 +440,26 @@ def test_flags_of_the_first_weights_that_a_resume_does_not_read_are_told(scripts
     flags = *flags[:-1], 5, "--crop_pct", 0.5, "--best_metric", "loss"
     told = f"--crop_pct: the best so far, of {tmp_path}/a/checkpoint-3.pth, was scored with the default, now with 0.5"
     assert told in scripts.finetune(*flags).out
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "state", "told"),
+    [
+        ({"warmup_epochs": 1}, {"warmup_epochs": 20}, {"epoch": 9}, True),  # --epochs 10, then 30, no --warmup_epochs
+        ({"warmup_epochs": 20}, {"warmup_epochs": 1}, {"epoch": 9}, True),
+        ({"warmup_epochs": 1}, {"warmup_epochs": 20}, {"epoch": 19, "step": 2}, True),
+        ({"warmup_epochs": 1}, {"warmup_epochs": 20}, {"epoch": 19}, False),  # the peak, in both
+        ({"warmup_epochs": 20}, {"warmup_epochs": 20}, {"epoch": 9}, False),
+        ({}, {"warmup_epochs": 20}, {"epoch": 9}, False),
+        ({"warmup_epochs": 1}, {"warmup_epochs": 20, "warmup_steps": 5}, {"epoch": 9}, False),
+    ],
+)
+def test_a_warm_up_of_another_length_is_told_by_a_resume_in_it(then, now, state, told, caplog):
+    flags = {"input_size": (32, 32), **now}
+    with caplog.at_level("INFO", logger="fcmae"):
+        record.tell_begun(Path("a.pth"), {"args": then, **state}, flags)
+    line = f"--warmup_epochs {now['warmup_epochs']}: a.pth was trained with {then.get('warmup_epochs')}, so"
+    assert caplog.text.count(line) == told
 
 
 # ---- what decides the sums

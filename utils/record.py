@@ -78,6 +78,11 @@ def tell_begun(path: Path, state: dict, flags: dict) -> None:
     size, trained = flags["input_size"], trained_size(was.get("input_size"))
     if trained not in (None, size):  # as progressive resizing wants it
         log.info("--input_size %s: %s was trained with %s", size, path, trained)
+    then, until = was.get("warmup_epochs"), flags["warmup_epochs"]  # a short run's default is another
+    in_steps = any(x.get("warmup_steps", -1) != -1 for x in (was, flags))
+    amid = isinstance(then, int) and state["epoch"] + ("step" not in state) < max(then, until)
+    if amid and then != until and not in_steps:
+        log.info("--warmup_epochs %s: %s was trained with %s, so the learning rate jumps", until, path, then)
     for name in ("eval_data_path", "eval_list", "crop_pct", "eval_resize") if state.get("best") else ():
         if name in was and now.get(name) != was[name]:
             then, other = (x.get(name) or "the default" for x in (was, now))
