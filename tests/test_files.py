@@ -142,6 +142,11 @@ def test_two_lists_put_together_have_two_byte_order_marks(images):
     ]
 
 
+def test_what_cannot_be_seen_in_a_path_is_escaped(images):
+    with pytest.raises(UsageError, match=r"no file '.*/a/\\u200b0\.png'; paths are"):
+        listed(images, "a/\u200b0.png,b\n", [])
+
+
 @pytest.mark.parametrize(
     ("text", "labels"),
     [

@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import Dataset
 
 from ..errors import UsageError, refuse, suggest
-from .images import EXTENSIONS, IMAGE_EXTENSIONS, Reading, Survey, decode, read_file, visible
+from .images import EXTENSIONS, IMAGE_EXTENSIONS, Reading, Survey, decode, read_file, shown, visible
 
 T = TypeVar("T", bound="ImageFiles")
 log = logging.getLogger("fcmae")
@@ -216,7 +216,7 @@ class ImageList(ImageFiles):
         refuse(not paths, f"{source}: is empty; {LINE}")
         missing = [i for i, path in enumerate(paths) if not os.path.isfile(path)] if len(paths) <= LOOKED_FOR else []
         if missing:
-            names = ", ".join(paths[i] for i in missing[:10]) + ", ..." * (len(missing) > 10)
+            names = ", ".join(shown(paths[i]) for i in missing[:10]) + ", ..." * (len(missing) > 10)
             count = f"{len(missing)} of {len(paths)} are not there"
             found = f"{source}: {where[missing[0]]}: no file {names}; paths are absolute or below --data_path ({count})"
             refuse(len(missing) == len(paths), found)

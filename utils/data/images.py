@@ -36,6 +36,11 @@ except OSError:  # closed by whoever began the run: `StderrKept` needs it, and t
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 
+def shown(path: str) -> str:
+    """A path in a message: with quotes and escapes where characters of it cannot be seen."""
+    return path if path.isprintable() else repr(path)
+
+
 class BadImage(Exception):
     """A file that cannot be read rightly, and why; the message is one line that names it."""
 
@@ -44,7 +49,7 @@ class BadImage(Exception):
         self.path, self.reason = path, reason
 
     def __str__(self) -> str:
-        return f"{self.path if self.path.isprintable() else repr(self.path)}: {self.reason}"
+        return f"{shown(self.path)}: {self.reason}"
 
 
 class Unreadable(UsageError):
