@@ -66,7 +66,7 @@ def same_command(last: dict, flags: dict) -> bool:
 
 
 def tell_begun(path: Path, state: dict, flags: dict) -> None:
-    """Name the flags of a run's first weights, images and evaluation that are others than a checkpoint's run had."""
+    """Name what a resume changes of a checkpoint's run: first weights, images, warm-up, average, evaluation."""
     was, now = state.get("args", {}), plain(flags)
     names = ["finetune", "initial_checkpoint", "head_init_scale", "start_epoch"]
     if now.get("finetune") or now.get("initial_checkpoint"):
