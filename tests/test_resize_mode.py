@@ -2,6 +2,7 @@
 
 import json
 import re
+from argparse import Namespace
 
 import numpy as np
 import pytest
@@ -12,12 +13,12 @@ from PIL import Image
 import datasets
 import main_finetune
 import main_pretrain
-from models.convnextv2 import SIZES
+from models.convnextv2 import SIZES, ConvNeXtV2
 from tests.small_runs import COMMON, TINY, records
-from tools import export, predict, probe
+from tools import export, predict, probe, targets
 from utils import settings
 from utils.data.transforms import eval_transform, mean_std, train_transform
-from utils.errors import run_cli
+from utils.errors import UsageError, run_cli
 
 AUGMENTATION = {
     "scale": (0.3, 1.0), "auto_augment": None, "color_jitter": None, "interpolation": "bicubic", "re_prob": 0,
@@ -130,6 +131,21 @@ def test_tools_do_as_training_did(padded, monkeypatch):
     assert torch.equal(datasets.build_transform(False, watched)(picture(60, 30)), expected)
 
 
+@pytest.mark.parametrize(
+    ("target", "in_chans", "depth", "instead"),
+    [("timm", 5, 8, "onnx"), ("timm", 1, 16, "onnx"), ("hf", 5, 8, "onnx"), ("hf", 3, 8, "timm"), ("timm", 1, 8, "")],
+)
+def test_exports_whose_library_cannot_pad_are_refused(target, in_chans, depth, instead):
+    model = ConvNeXtV2(in_chans, 2, **TINY)
+    source = targets.Source(model, (16, 16), {}, "pad", 1.0, [], depth, False)
+    args = Namespace(to=target, check_on="", multi_label=False, checkpoint="")
+    if not instead:
+        return export.check_target(args, source)
+    with pytest.raises(UsageError, match=f"^--to {target}: it cannot pad .*, or take {instead}$"):
+        export.check_target(args, source)
+    export.check_target(Namespace(**vars(args) | {"to": instead}), source)
+
+
 @pytest.mark.slow
 def test_exports_hold_it(padded, tmp_path, capsys):
     transformers, *_ = (pytest.importorskip(name) for name in ("transformers", "onnxscript", "onnxruntime"))
@@ -142,7 +158,7 @@ def test_exports_hold_it(padded, tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         run_cli(lambda: export.main([*words, "hf"]))
     line = capsys.readouterr().err
-    assert line.startswith("error: --to hf: its processors cannot pad as these images were; give --resize_mode squash")
+    assert line.startswith("error: --to hf: it cannot pad as these images were; give --resize_mode squash")
     assert line.count("\n") == 1
     image = picture(150, 61)
     for crop_pct in (1.0, 0.8):

@@ -462,6 +462,14 @@ def test_a_warm_up_of_another_length_is_told_by_a_resume_in_it(then, now, state,
     assert caplog.text.count(line) == told
 
 
+@pytest.mark.parametrize(("goes_on", "told"), [(True, 0), (False, 1)])
+def test_a_moving_average_that_a_resume_does_not_continue_is_told(goes_on, told, caplog):
+    flags = {"input_size": (32, 32), "warmup_epochs": 0, "model_ema": goes_on}
+    with caplog.at_level("INFO", logger="fcmae"):
+        record.tell_begun(Path("a.pth"), {"epoch": 1, "model_ema": {"head.bias": torch.zeros(1)}}, flags)
+    assert caplog.text.count("without --model_ema true: the moving average of a.pth ends here") == told
+
+
 # ---- what decides the sums
 
 

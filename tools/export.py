@@ -67,8 +67,9 @@ def read_source(args) -> tuple[Source, weights.Report]:
 def check_target(args, source: Source) -> None:
     """Refuse what a target cannot have, before anything is written. Raises UsageError."""
     target, library, model = args.to, TARGETS[args.to][1], source.model
-    pads = "its processors cannot pad as these images were; give --resize_mode squash and pad them before, or take timm"
-    refuse(target == "hf" and source.resize_mode == "pad", f"--to hf: {pads}")
+    padding = "timm" if source.mode else "onnx"  # timm's transforms pad no tensors
+    pads = f"it cannot pad as these images were; give --resize_mode squash and pad them before, or take {padding}"
+    refuse(source.resize_mode == "pad" and target not in (padding, "onnx", "safetensors"), f"--to {target}: {pads}")
     halves = "after a stem of stride 2, as here, timm's models halve once more; hf can have it"
     refuse(target == "timm" and model.stem_stride == 2, f"--to timm: {halves}")
     old = target == "onnx" and tuple(map(int, torch.__version__.split(".")[:2])) < (2, 7)

@@ -22,7 +22,7 @@ class Best:
         """Take up what the checkpoint `source` keeps, unless that is of another metric; without patience, no wait."""
         best = {name for name in found if name != "waited"}
         if best and not any(f"{self.metric}{suffix}" in best for suffix in SUFFIXES):
-            log.warning("--best_metric %s: %s has the best by another metric; from here on, anew", self.metric, source)
+            log.info("--best_metric %s: %s has the best by another metric; from here on, anew", self.metric, source)
         else:
             self.found = found if self.patience else {name: found[name] for name in best}
 

@@ -293,7 +293,7 @@ def load_training(
         UsageError: a file without training state, or of another model or optimizer.
     """
     if "run" in state and "optimizer" not in state:
-        log.warning("%s: has no state of the optimizer, as the best ones have not; that begins anew", path)
+        log.info("%s: has no state of the optimizer, as the best ones have not; that begins anew", path)
         state = state | {"optimizer": optimizer.state_dict()}
     kinds = {"model": dict, "optimizer": dict, "epoch": int}
     if missing := [key for key, kind in kinds.items() if not isinstance(state.get(key), kind)]:
@@ -325,7 +325,7 @@ def load_training(
     progress = dict(state["partial"])
     if global_batch != state["global_batch"]:
         progress["step"] = state["step"] * state["global_batch"] // global_batch
-        log.warning("%s: steps had %d samples, now %d", path, state["global_batch"], global_batch)
+        log.info("%s: steps had %d samples, now %d", path, state["global_batch"], global_batch)
     return state["epoch"], progress
 
 

@@ -66,7 +66,7 @@ def same_command(last: dict, flags: dict) -> bool:
 
 
 def tell_begun(path: Path, state: dict, flags: dict) -> None:
-    """Name the flags of a run's first weights, images and evaluation that are others than a checkpoint's run had."""
+    """Name what a resume changes of a checkpoint's run: first weights, images, warm-up, average, evaluation."""
     was, now = state.get("args", {}), plain(flags)
     names = ["finetune", "initial_checkpoint", "head_init_scale", "start_epoch"]
     if now.get("finetune") or now.get("initial_checkpoint"):
@@ -83,6 +83,8 @@ def tell_begun(path: Path, state: dict, flags: dict) -> None:
     amid = isinstance(then, int) and state["epoch"] + ("step" not in state) < max(then, until)
     if amid and then != until and not in_steps:
         log.info("--warmup_epochs %s: %s was trained with %s, so the learning rate jumps", until, path, then)
+    if state.get("model_ema") and not flags.get("model_ema"):
+        log.info("without --model_ema true: the moving average of %s ends here", path)
     for name in ("eval_data_path", "eval_list", "crop_pct", "eval_resize") if state.get("best") else ():
         if name in was and now.get(name) != was[name]:
             then, other = (x.get(name) or "the default" for x in (was, now))
