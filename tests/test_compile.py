@@ -77,7 +77,7 @@ def test_a_training_step_is_one_graph(stage, fast, checkpointing):
 @pytest.mark.skipif(not hasattr(kernels.tl, "tuple"), reason="needs Triton 3.3")
 def test_whether_kernels_can_run_is_asked_in_the_graph(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: SimpleNamespace(major=9, minor=0))
-    monkeypatch.setattr("torch.utils._triton.has_triton", lambda: True)  # as where there is a GPU
+    monkeypatch.setattr("torch.utils._triton.has_triton", lambda **_: True)  # as where there is a GPU
     ask = lambda x: x + kernels.available(torch.device("cuda", 0), torch.bfloat16)  # noqa: E731
     assert torch.compile(ask, backend="eager", fullgraph=True)(torch.zeros(1)) == 1
 
